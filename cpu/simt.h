@@ -1,0 +1,926 @@
+// simt.h: CUDA on a CPU. Lets g++ compile the kernels of a .cu file so that every one of them runs here, under closer watch than on a GPU.
+//
+//   g++ -std=c++20 -O2 -g -fopenmp -fsanitize=thread -x c++ -c kernels.cu      and link WITHOUT -fsanitize=thread: this header is the
+//   g++ kernels.o ... -fopenmp -lboost_context -lopenblas                      sanitizer's runtime, so it is shown every memory access
+//
+// The threads of a block are fibers that take turns on one OS thread; a thread that never waits runs as a plain call. What is caught:
+//   in every build       the host touching device memory, a kernel running off the pages of an allocation or using one after cudaFree;
+//                        writes between an allocation's end and its page's; barriers and warp operations that some threads never
+//                        reach; misaligned float4 and the like; launches that a GPU refuses. Fresh memory is NaN.
+//   -fsanitize=thread    each access against the exact bytes of allocations and shared arrays, whether they have been written, whether
+//                        they are the device's at all, and whether another thread touched them with no barrier between (a data race)
+//   -fsanitize=address   the exact bytes of allocations and shared arrays
+// A fault is reported on stderr (kernel, block, thread, memory, what to do) and ends the process with exit code 1.
+//
+// Stricter than CUDA on purpose: every thread of a block must come to each __syncthreads(), and those that meet must stand at the same
+// line of the source; so must the lanes of a warp operation, none of which may have exited. Shuffles and votes do not order memory
+// (the CUDA guide says they need not): only __syncwarp and __syncthreads do. Blocks of one launch may share memory through atomics only.
+#pragma once
+#include <algorithm>
+#include <atomic>
+#include <bit>
+#include <cmath>
+#include <csignal>
+#include <cstdarg>
+#include <cstddef>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <mutex>
+#include <random>
+#include <source_location>
+#include <string>
+#include <string_view>
+#include <thread>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+#include <vector>
+#include <boost/context/detail/fcontext.hpp>
+#include <cblas.h>
+#include <dlfcn.h>
+#include <link.h>
+#include <sys/mman.h>
+#include <unistd.h>
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#else
+#define ASAN_POISON_MEMORY_REGION(address, size) ((void)0)
+#define ASAN_UNPOISON_MEMORY_REGION(address, size) ((void)0)
+#endif
+
+// ---------------------------------------------------------------------------------------------------------------------------------
+// The language
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+#define LAUNCH(kernel, grid, block, shared_bytes, stream) simt::launch(#kernel, kernel, grid, block, shared_bytes, stream)
+// The lambda has a type of its own for each declaration and template instance: the key of the array within its block.
+#define SHARED(type, name) auto& name = simt::shared<type, decltype([] {})>(#name)
+#define DYNAMIC_SHARED(type, name) type* const name = static_cast<type*>(simt::dynamic_shared())
+#define threadIdx (simt::thread_index())
+#define blockIdx (simt::block_index())
+#define blockDim (simt::block_size())
+#define gridDim (simt::grid_size())
+inline constexpr int warpSize = 32;
+
+// Code of this header that runs inside kernels is not itself watched.
+#define SIMT_UNWATCHED __attribute__((no_sanitize("thread")))
+
+namespace simt {
+[[gnu::noinline]] inline void misaligned(const void* address, size_t alignment);
+// An empty member that checks, whenever its struct is copied, that both ends are aligned as the hardware's vector accesses must be.
+template <size_t alignment> struct Aligned {
+    Aligned() = default;
+    __forceinline__ Aligned(const Aligned& from) { check(&from); }
+    __forceinline__ Aligned& operator=(const Aligned& from) { check(&from); check(this); return *this; }
+    static __forceinline__ void check(const void* address) {
+        uintptr_t bits = reinterpret_cast<uintptr_t>(address);
+        asm("" : "+r"(bits));                                 // else the compiler may take the alignment for granted
+        if (bits % alignment) misaligned(address, alignment);
+    }
+};
+}
+
+#define SIMT_VECTORS(T, type)                                                                                                        \
+    struct alignas(2 * sizeof(T)) type##2 { T x, y; [[no_unique_address]] simt::Aligned<2 * sizeof(T)> aligned{}; };                  \
+    struct type##3 { T x, y, z; };                                                                                                   \
+    struct alignas(std::min<size_t>(16, 4 * sizeof(T))) type##4 {                                                                    \
+        T x, y, z, w; [[no_unique_address]] simt::Aligned<std::min<size_t>(16, 4 * sizeof(T))> aligned{};                             \
+    };                                                                                                                               \
+    __forceinline__ type##2 make_##type##2(T x, T y) { return {x, y}; }                                                               \
+    __forceinline__ type##3 make_##type##3(T x, T y, T z) { return {x, y, z}; }                                                       \
+    __forceinline__ type##4 make_##type##4(T x, T y, T z, T w) { return {x, y, z, w}; }
+SIMT_VECTORS(signed char, char)
+SIMT_VECTORS(unsigned char, uchar)
+SIMT_VECTORS(short, short)
+SIMT_VECTORS(unsigned short, ushort)
+SIMT_VECTORS(int, int)
+SIMT_VECTORS(unsigned int, uint)
+SIMT_VECTORS(long long, longlong)
+SIMT_VECTORS(unsigned long long, ulonglong)
+SIMT_VECTORS(float, float)
+SIMT_VECTORS(double, double)
+#undef SIMT_VECTORS
+static_assert(sizeof(float4) == 16 && sizeof(double4) == 32 && sizeof(float2) == 8 && sizeof(uchar4) == 4);
+
+struct dim3 {
+    unsigned x, y, z;
+    constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+struct __nv_bfloat16 {                                        // the upper half of a float
+    uint16_t bits;
+    __nv_bfloat16() = default;
+    template <class T> requires std::is_arithmetic_v<T> __forceinline__ __nv_bfloat16(T value) : bits(round(float(value))) {}
+    __forceinline__ operator float() const { return std::bit_cast<float>(uint32_t(bits) << 16); }
+    static __forceinline__ uint16_t round(float value) {      // to nearest, ties to even; every NaN becomes 0x7fff, as on the GPU
+        uint32_t wide = std::bit_cast<uint32_t>(value);
+        return value != value ? 0x7fff : uint16_t((wide + 0x7fff + (wide >> 16 & 1)) >> 16);
+    }
+};
+// Both these operators and the conversion fit "bfloat16 * float", which is therefore ambiguous, as it is in cuda_bf16.h.
+__forceinline__ __nv_bfloat16 operator+(__nv_bfloat16 a, __nv_bfloat16 b) { return float(a) + float(b); }
+__forceinline__ __nv_bfloat16 operator-(__nv_bfloat16 a, __nv_bfloat16 b) { return float(a) - float(b); }
+__forceinline__ __nv_bfloat16 operator*(__nv_bfloat16 a, __nv_bfloat16 b) { return float(a) * float(b); }
+__forceinline__ __nv_bfloat16 operator/(__nv_bfloat16 a, __nv_bfloat16 b) { return float(a) / float(b); }
+__forceinline__ bool operator==(__nv_bfloat16 a, __nv_bfloat16 b) { return float(a) == float(b); }
+__forceinline__ bool operator<(__nv_bfloat16 a, __nv_bfloat16 b) { return float(a) < float(b); }
+__forceinline__ bool operator>(__nv_bfloat16 a, __nv_bfloat16 b) { return float(a) > float(b); }
+__forceinline__ __nv_bfloat16 __float2bfloat16(float value) { return value; }
+__forceinline__ __nv_bfloat16 __float2bfloat16_rn(float value) { return value; }
+__forceinline__ float __bfloat162float(__nv_bfloat16 value) { return value; }
+using nv_bfloat16 = __nv_bfloat16;
+
+struct alignas(4) __nv_bfloat162 { __nv_bfloat16 x, y; [[no_unique_address]] simt::Aligned<4> aligned{}; };
+using nv_bfloat162 = __nv_bfloat162;
+__forceinline__ float2 __bfloat1622float2(__nv_bfloat162 v) { return {float(v.x), float(v.y)}; }
+__forceinline__ __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {x, y}; }
+
+__forceinline__ float __expf(float x) { return expf(x); }
+__forceinline__ float __logf(float x) { return logf(x); }
+__forceinline__ float __fdividef(float x, float y) { return x / y; }
+__forceinline__ float rsqrtf(float x) { return 1 / sqrtf(x); }
+__forceinline__ double rsqrt(double x) { return 1 / sqrt(x); }
+__forceinline__ int __popc(unsigned x) { return std::popcount(x); }
+__forceinline__ int __ffs(int x) { return __builtin_ffs(x); }
+__forceinline__ int __clz(int x) { return std::countl_zero(unsigned(x)); }
+__forceinline__ int __float_as_int(float x) { return std::bit_cast<int>(x); }
+__forceinline__ float __int_as_float(int x) { return std::bit_cast<float>(x); }
+__forceinline__ unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
+__forceinline__ float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
+template <class T> __forceinline__ T __ldg(const T* p) { return *p; }
+template <class T> __forceinline__ T __ldcs(const T* p) { return *p; }
+template <class T> __forceinline__ void __stcs(T* p, T value) { *p = value; }
+#define SIMT_MIN_MAX(T)                                                                                                              \
+    constexpr T min(T a, T b) { return b < a ? b : a; }                                                                              \
+    constexpr T max(T a, T b) { return a < b ? b : a; }
+SIMT_MIN_MAX(int)
+SIMT_MIN_MAX(unsigned)
+SIMT_MIN_MAX(long)
+SIMT_MIN_MAX(unsigned long)
+SIMT_MIN_MAX(long long)
+SIMT_MIN_MAX(unsigned long long)
+#undef SIMT_MIN_MAX
+__forceinline__ float min(float a, float b) { return fminf(a, b); }
+__forceinline__ float max(float a, float b) { return fmaxf(a, b); }
+__forceinline__ double min(double a, double b) { return fmin(a, b); }
+__forceinline__ double max(double a, double b) { return fmax(a, b); }
+
+namespace simt {
+// ---------------------------------------------------------------------------------------------------------------------------------
+// Threads, warps, blocks
+
+enum Order { forward, reverse, shuffled };
+struct Options {
+    Order order = forward;                                    // of the threads between barriers, and of the blocks of a launch
+    uint64_t seed = 0;                                        // for Order::shuffled
+    int threads = std::clamp(int(std::thread::hardware_concurrency()), 1, 16);   // OS threads that share the blocks of a launch
+};
+inline Options options;
+
+using Location = std::source_location;
+inline bool same(const Location& a, const Location& b) {
+    return a.line() == b.line() && a.column() == b.column() && !strcmp(a.file_name(), b.file_name());
+}
+
+// Who last read, or wrote, some bytes. "epoch" counts the intervals between barriers, over all blocks of all launches; within an
+// epoch, "clock" counts the __syncwarps of the warp. Several lanes are held as their set, at the clock of the latest.
+struct Stamp {
+    uint32_t epoch, lanes;
+    uint32_t clock : 24, warp : 5;
+    uint32_t atomic : 1;                                      // all of them were atomic
+    uint32_t warps : 1;                                       // threads of other warps did too, in this epoch
+    uint32_t blocks : 1;                                      // other blocks did too, in this launch
+};
+struct Cell { Stamp write, read; };
+
+struct Warp {
+    uint32_t exists = 0, waiting = 0;                         // lanes
+    uint32_t clock = 1;                                       // see Stamp; it restarts at each barrier
+    uint32_t full = 0;                                        // the clock of the last __syncwarp of all lanes
+    bool partial = false;                                     // some lanes only have met: what each knows of the others is in known
+    uint32_t known[32][32];                                   // known[a][b]: what b did up to this clock comes before what a does now
+};
+
+struct Fiber {
+    boost::context::detail::fcontext_t context;
+    char* stack;
+    void* fake = nullptr;                                     // AddressSanitizer's
+};
+inline constexpr size_t stack_bytes = 256 << 10, guard_bytes = 64 << 10;
+
+struct Thread {
+    enum State { fresh, ready, waiting, done } state;
+    uint3 index;
+    unsigned number, lane;
+    Warp* warp;
+    Fiber* fiber;
+    Stamp now;
+    const char* at;                                           // the name of what it waits at
+    Location where;
+    uint32_t mask;                                            // of lanes, or 0 at a barrier of the block
+    uint64_t value, result;                                   // given to, and had from, the others
+    int source;                                               // the lane whose value it asks for
+    uint32_t votes;                                           // of the lanes, or the count over the block
+};
+
+struct Launch {
+    const char* name;
+    dim3 grid, block;
+    size_t dynamic_bytes, shared_limit;
+    void (*call)(const void* arguments);
+    const void* arguments;
+    size_t argument_bytes;
+};
+
+struct Array { const void* key; const char* name; char* data; size_t bytes; };
+inline constexpr size_t max_shared = 99 << 10, default_shared = 48 << 10, max_arrays = 64, red_zone = 256;
+inline constexpr size_t arena_bytes = max_shared + (max_arrays + 2) * 2 * red_zone;
+
+struct Device;
+struct Worker {                                               // an OS thread that runs blocks
+    Device* device;
+    const Launch* launch = nullptr;
+    uint3 block;
+    std::vector<Thread> threads;
+    std::vector<Warp> warps;
+    std::vector<unsigned> order;
+    std::vector<Fiber*> idle;
+    std::minstd_rand random;
+    size_t turn = 0, left = 0;                                // position in order; threads not done
+    boost::context::detail::fcontext_t scheduler;
+    void* scheduler_fake = nullptr;                           // AddressSanitizer's
+    const void* scheduler_stack = nullptr;
+    size_t scheduler_stack_bytes = 0;
+    char* arena = nullptr;                                    // shared memory, with red zones between the arrays
+    Array arrays[max_arrays];
+    size_t array_count = 0, arena_used = 0, shared_used = 0;
+    uint32_t arrived = 0, votes = 0;                          // at the block's barrier
+    uint32_t launch_epoch = 0, block_epoch = 0;               // the first of the launch, and of the block
+    std::vector<std::pair<uint32_t, uint3>> block_epochs;     // to name the other block of a race
+    uint64_t read = 0, written = 0;
+    ~Worker() { for (Fiber* fiber : idle) munmap(fiber->stack - guard_bytes, guard_bytes + stack_bytes), delete fiber; }
+};
+inline constinit thread_local Worker* worker = nullptr;
+inline constinit thread_local Thread* self = nullptr;         // the kernel thread whose code runs now; null in the runtime and on the host
+
+// By value, in registers, and the same for as long as a kernel runs: the compiler calls each once.
+[[gnu::const, gnu::noinline]] SIMT_UNWATCHED inline uint3 thread_index() { return self->index; }
+[[gnu::const, gnu::noinline]] SIMT_UNWATCHED inline uint3 block_index() { return worker->block; }
+[[gnu::const, gnu::noinline]] SIMT_UNWATCHED inline dim3 block_size() { return worker->launch->block; }
+[[gnu::const, gnu::noinline]] SIMT_UNWATCHED inline dim3 grid_size() { return worker->launch->grid; }
+
+// ---------------------------------------------------------------------------------------------------------------------------------
+// Device memory: one range of addresses, inaccessible except while kernels, copies and cuBLAS run. Each allocation ends as close before
+// an inaccessible page as its alignment to 256 bytes allows, and no address is used again until the whole range has been.
+
+inline constexpr size_t range_bytes = size_t(16) << 30;
+inline bool watched = false;                                  // some code is compiled with -fsanitize=thread
+
+struct Allocation { size_t bytes; bool live; std::map<uintptr_t, std::string> names; };
+struct Device {
+    uintptr_t base = 0, next = 0;
+    std::map<uintptr_t, Allocation> allocations;              // the freed ones too
+    size_t used = 0, page = size_t(sysconf(_SC_PAGESIZE));
+    int open = 0;
+    std::recursive_mutex mutex;
+    // Of each aligned word of device memory: bits 0-3: byte initialised, bits 4-6: bytes allocated (0 to 4), bit 7: split.
+    // Its races are followed in cells[0][word], or if it was ever touched in part, byte by byte in cells[byte][word].
+    uint8_t* state = nullptr;
+    Cell* cells[4] = {};
+    uint32_t epoch = 1;
+    std::vector<std::pair<uintptr_t, uintptr_t>> constants;   // the read-only data of the program
+    std::map<const void*, size_t> max_dynamic;                // cudaFuncSetAttribute
+    Device();
+    uintptr_t page_start(uintptr_t address) const { return address & ~(page - 1); }
+    uintptr_t page_end(uintptr_t address) const { return page_start(address + page - 1); }
+};
+inline Device& device() { static Device* d = new Device; return *d; }   // never destroyed: static objects may hold device memory
+
+inline std::string describe(uintptr_t address) {              // "byte 12 of 'params' (400 bytes)"
+    for (size_t i = 0; worker && i < worker->array_count; ++i) {
+        const Array& a = worker->arrays[i];
+        uintptr_t start = uintptr_t(a.data);
+        if (address < start - red_zone || address >= start + a.bytes + red_zone) continue;
+        std::string of = std::string("shared array '") + a.name + "' (" + std::to_string(a.bytes) + " bytes)";
+        return address < start ? std::to_string(start - address) + " bytes before " + of
+             : address < start + a.bytes ? "byte " + std::to_string(address - start) + " of " + of
+             : std::to_string(address - start - a.bytes) + " bytes past the end of " + of;
+    }
+    const auto& all = device().allocations;
+    auto after = all.upper_bound(address), it = after;
+    if (it != all.begin()) --it;
+    if (it == all.end()) return "device memory that was never allocated";
+    if (after != all.end() && it != after && address >= it->first + it->second.bytes &&
+        after->first - address < address - (it->first + it->second.bytes)) it = after;
+    auto& [start, a] = *it;
+    auto name = a.names.upper_bound(address);
+    std::string of = name == a.names.begin() ? "allocation" : "'" + std::prev(name)->second + "'";
+    uintptr_t from = name == a.names.begin() ? start : std::prev(name)->first;
+    of += " (" + std::to_string(a.bytes) + " bytes" + (a.live ? ")" : ", since freed with cudaFree)");
+    return address < start ? std::to_string(start - address) + " bytes before " + of
+         : address < start + a.bytes ? "byte " + std::to_string(address - from) + " of " + of
+         : std::to_string(address - start - a.bytes) + " bytes past the end of " + of;
+}
+
+[[noreturn, gnu::format(printf, 1, 2)]] inline void stop(const char* format, ...) {
+    static std::atomic_flag reported;
+    Thread* t = std::exchange(self, nullptr);
+    while (reported.test_and_set()) pause();                  // another OS thread is at it, and will end the process
+    std::string text = "simt: ";
+    if (worker && worker->launch) text += std::string("kernel ") + worker->launch->name;
+    auto triple = [](auto v) { return "(" + std::to_string(v.x) + "," + std::to_string(v.y) + "," + std::to_string(v.z) + ")"; };
+    if (t) text += ", block " + triple(worker->block) + ", thread " + triple(t->index);
+    if (text.back() != ' ') text += ": ";
+    char message[2048];
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(message, sizeof message, format, arguments);
+    text += message;
+    fflush(stdout);
+    fprintf(stderr, "%s\n", text.c_str());
+    _exit(1);
+}
+
+inline std::string thread_name(const Worker& w, unsigned number) {
+    uint3 i = w.threads[number].index;
+    return "thread (" + std::to_string(i.x) + "," + std::to_string(i.y) + "," + std::to_string(i.z) + ")";
+}
+
+// The last resort, and in unwatched builds the only one: a page that may not be touched.
+inline void on_fault(int signal, siginfo_t* info, void*) {
+    uintptr_t address = uintptr_t(info->si_addr);
+    Device& d = device();
+    bool ours = address - d.base < range_bytes;
+    if (self && address - uintptr_t(self->fiber->stack - guard_bytes) < guard_bytes)
+        stop("stack overflow.\n  A kernel thread has %zu KB of stack here; use smaller local arrays, or less recursion.", stack_bytes >> 10);
+    if (self) stop("touches %s.\n  %s", ours ? describe(address).c_str() : "memory that is not the device's",
+                   ours ? "Check the index against the allocation's size." : "Pass pointers from cudaMalloc, and no null.");
+    if (ours) stop("host code touches %s.\n  Device memory can be reached from kernels, cudaMemcpy and cudaMemset only.", describe(address).c_str());
+    ::signal(signal, SIG_DFL);                                // not our affair: return, and fault again
+}
+
+inline Device::Device() {
+    auto reserve = [](size_t bytes, int protection) {
+        void* p = mmap(nullptr, bytes, protection, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (p == MAP_FAILED) stop("cannot reserve %zu GB of address space.", bytes >> 30);
+        return p;
+    };
+    next = base = uintptr_t(reserve(range_bytes, PROT_NONE));
+    if (watched) {
+        state = static_cast<uint8_t*>(reserve(range_bytes / 4, PROT_READ | PROT_WRITE));
+        for (Cell*& plane : cells) plane = static_cast<Cell*>(reserve(range_bytes / 4 * sizeof(Cell), PROT_READ | PROT_WRITE));
+    }
+    dl_iterate_phdr([](dl_phdr_info* info, size_t, void* self) {
+        for (int i = 0; i < info->dlpi_phnum; ++i) {
+            const auto& p = info->dlpi_phdr[i];
+            if ((p.p_type == PT_LOAD && !(p.p_flags & PF_W)) || p.p_type == PT_GNU_RELRO)
+                static_cast<Device*>(self)->constants.emplace_back(info->dlpi_addr + p.p_vaddr, info->dlpi_addr + p.p_vaddr + p.p_memsz);
+        }
+        return 0;
+    }, this);
+    struct sigaction action = {};
+    action.sa_sigaction = on_fault;
+    action.sa_flags = SA_SIGINFO | SA_ONSTACK;
+    sigaction(SIGSEGV, &action, nullptr);
+    sigaction(SIGBUS, &action, nullptr);
+}
+
+// Opens device memory for as long as one of these lives.
+struct Open {
+    Open() { protect(PROT_READ | PROT_WRITE, 1); }
+    ~Open() { protect(PROT_NONE, -1); }
+    static void protect(int protection, int change) {
+        Device& d = device();
+        std::lock_guard lock(d.mutex);
+        d.open += change;
+        if (d.open == (change > 0))                           // the first one opens, the last one closes
+            for (auto& [start, a] : d.allocations)
+                if (a.live) mprotect(reinterpret_cast<void*>(d.page_start(start)), d.page_end(start + a.bytes) - d.page_start(start), protection);
+    }
+};
+
+inline void set_state(uintptr_t address, size_t bytes, bool allocated, bool initialised) {     // address is a multiple of 4
+    Device& d = device();
+    if (!watched) return;
+    uint8_t* state = d.state + (address - d.base) / 4;
+    memset(state, allocated ? 0x40 | (initialised ? 15 : 0) : 0, bytes / 4);
+    if (unsigned rest = bytes % 4) state[bytes / 4] = allocated ? rest << 4 | (initialised ? (1 << rest) - 1 : 0) : 0;
+}
+inline bool initialised(uintptr_t address) {
+    size_t at = address - device().base;
+    return !watched || device().state[at / 4] >> at % 4 & 1;
+}
+inline void set_initialised(uintptr_t address, size_t bytes, bool value = true) {
+    if (!watched) return;
+    size_t at = address - device().base, end = at + bytes;
+    uint8_t* state = device().state;
+    for (; at < end && (at % 4 || end - at < 4); ++at) value ? state[at / 4] |= 1 << at % 4 : state[at / 4] &= ~(1 << at % 4);
+    for (; end - at >= 4; at += 4) value ? state[at / 4] |= 15 : state[at / 4] &= ~15;
+    if (at < end) set_initialised(device().base + at, end - at, value);
+}
+
+// For the host's calls: stops unless all of these bytes are in one allocation.
+inline void check_range(const char* call, const void* p, size_t bytes, bool must_be_initialised = false) {
+    if (!bytes) return;
+    Device& d = device();
+    std::lock_guard lock(d.mutex);
+    uintptr_t address = uintptr_t(p), end = address + bytes;
+    auto it = d.allocations.upper_bound(address);
+    if (address - d.base >= range_bytes)
+        stop("%s is given %p, which is not device memory.\n  Pass a pointer from cudaMalloc.", call, p);
+    if (it == d.allocations.begin() || (--it, !it->second.live) || end > it->first + it->second.bytes)
+        stop("%s of %zu bytes at %s reaches %s.\n  Check the size.", call, bytes, describe(address).c_str(), describe(end - 1).c_str());
+    if (must_be_initialised && watched)
+        for (; address < end; ++address)
+            if (!initialised(address)) stop("%s reads %s, which nothing has written.\n  Write or cudaMemset it first.", call, describe(address).c_str());
+}
+
+inline void check_tail(uintptr_t start, const Allocation& a) {                 // from the end of an allocation to that of its page
+    Device& d = device();
+    size_t bytes = d.page_end(start + a.bytes) - (start + a.bytes);
+    ASAN_UNPOISON_MEMORY_REGION(reinterpret_cast<void*>(start + a.bytes), bytes);
+    const uint8_t* tail = reinterpret_cast<const uint8_t*>(start + a.bytes);
+    for (size_t i = 0; i < bytes; ++i)
+        if (tail[i] != 0xff) stop("wrote %s.\n  Check the index against the size.", describe(uintptr_t(tail + i)).c_str());
+    ASAN_POISON_MEMORY_REGION(reinterpret_cast<void*>(start + a.bytes), bytes);
+}
+
+inline void* allocate(size_t bytes, const char* name) {
+    Device& d = device();
+    std::lock_guard lock(d.mutex);
+    size_t rounded = (bytes + 255) / 256 * 256, span = d.page_end(rounded) + d.page;           // with the page that may not be touched
+    if (span > range_bytes - d.page) return nullptr;
+    bool wrapped = false;
+    for (;;) {                                                // the first gap from next on, freed allocations being gaps
+        if (d.next + span > d.base + range_bytes) {
+            if (wrapped) return nullptr;
+            wrapped = true, d.next = d.base;
+        }
+        auto it = d.allocations.lower_bound(d.next);
+        while (it != d.allocations.end() && !it->second.live && it->first < d.next + span) it = d.allocations.erase(it);
+        if (it != d.allocations.begin() && std::prev(it)->second.live && d.page_end(std::prev(it)->first + std::prev(it)->second.bytes) + d.page > d.next) --it;
+        else if (it == d.allocations.end() || d.page_start(it->first) >= d.next + span) break;
+        d.next = d.page_end(it->first + it->second.bytes) + d.page;
+    }
+    uintptr_t start = d.next + span - d.page - rounded, page = d.page_start(start);
+    d.next += span;
+    if (mprotect(reinterpret_cast<void*>(page), d.next - d.page - page, PROT_READ | PROT_WRITE)) return nullptr;
+    memset(reinterpret_cast<void*>(page), 0xff, d.next - d.page - page);       // NaN
+    ASAN_POISON_MEMORY_REGION(reinterpret_cast<void*>(page), d.next - d.page - page);
+    ASAN_UNPOISON_MEMORY_REGION(reinterpret_cast<void*>(start), bytes);
+    if (!d.open) mprotect(reinterpret_cast<void*>(page), d.next - d.page - page, PROT_NONE);
+    d.allocations[start] = {bytes, true, {}};
+    if (name) d.allocations[start].names[start] = name;
+    d.used += bytes;
+    set_state(start, bytes, true, false);
+    return reinterpret_cast<void*>(start);
+}
+
+// Names device memory in reports; p may also point into an allocation, at the start of a part of it.
+inline void name_allocation(const void* p, const char* name) {
+    Device& d = device();
+    std::lock_guard lock(d.mutex);
+    auto it = d.allocations.upper_bound(uintptr_t(p));
+    if (it != d.allocations.begin()) std::prev(it)->second.names[uintptr_t(p)] = name;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------------
+// Every access of a watched kernel comes here
+
+enum Access { reads, writes, updates };                       // updates are atomic
+
+// Does a synchronisation of the warp lie between what s holds, which is of the same warp and epoch, and now?
+SIMT_UNWATCHED inline bool synced(const Stamp& s, const Thread& t) {
+    const Warp& warp = *t.warp;
+    if (s.clock <= warp.full) return true;
+    if (!warp.partial) return false;
+    for (uint32_t lanes = s.lanes; lanes; lanes &= lanes - 1)
+        if (warp.known[t.lane][__builtin_ctz(lanes)] < s.clock) return false;
+    return true;
+}
+// Is all that s holds certain to come before what t does now? Epochs before "since" are of earlier launches, or for shared memory blocks.
+SIMT_UNWATCHED inline bool ordered(const Stamp& s, const Thread& t, uint32_t since) {
+    if (s.epoch < since) return true;
+    if (s.blocks || s.epoch < worker->block_epoch) return false;
+    if (s.epoch != t.now.epoch) return true;
+    if (s.warps || s.warp != t.now.warp) return false;
+    return !(s.lanes & ~t.now.lanes) || synced(s, t);
+}
+// Adds t to s, or replaces what must come before it anyway.
+SIMT_UNWATCHED inline void record(Stamp& s, const Thread& t, uint32_t since, bool atomic) {
+    Stamp now = t.now;
+    now.clock = t.warp->clock;
+    now.atomic = atomic;
+    now.blocks = s.epoch >= since && (s.blocks || s.epoch < worker->block_epoch);
+    if (s.epoch == now.epoch && (s.warps || s.warp != now.warp || !synced(s, t))) {
+        now.warps = s.warps || s.warp != now.warp;
+        now.lanes |= s.lanes;
+        now.atomic = atomic && s.atomic;
+    }
+    s = now;
+}
+
+inline std::string code_at(const void* pc) {                  // how to find the line
+    Dl_info info;
+    if (!pc || !dladdr(pc, &info)) return "";
+    char text[1200];
+    snprintf(text, sizeof text, "  addr2line -Cife %s %#zx\n", info.dli_fname, size_t(pc) - size_t(info.dli_fbase) - 1);
+    return text;
+}
+
+[[noreturn]] inline void report_race(const Stamp& s, Thread& t, uintptr_t address, bool wrote, Access access, const void* pc) {
+    self = nullptr;
+    Worker& w = *worker;
+    std::string other;
+    if (s.blocks || s.epoch < w.block_epoch) {
+        auto it = std::upper_bound(w.block_epochs.begin(), w.block_epochs.end(), s.epoch, [](uint32_t e, auto& b) { return e < b.first; });
+        uint3 b = std::prev(it)->second;
+        other = s.blocks ? "another block" : "block (" + std::to_string(b.x) + "," + std::to_string(b.y) + "," + std::to_string(b.z) + ")";
+    } else {
+        uint32_t lanes = s.lanes & (s.warp == t.now.warp ? ~t.now.lanes : ~0u);
+        other = s.warps || !lanes ? "another thread" : thread_name(w, s.warp * 32 + __builtin_ctz(lanes));
+    }
+    std::string what = describe(address), code = code_at(pc);
+    const char* advice = s.blocks || s.epoch < w.block_epoch ? "Blocks of one launch have no order: give each its own bytes, use atomics, or split the launch."
+                       : "Put a __syncthreads() between, or within a warp a __syncwarp(), or give each its own bytes.";
+    self = &t;
+    stop("race: %s %s, which %s %s with nothing to order them.\n%s  %s", access == reads ? "reads" : access == writes ? "writes" : "updates",
+         what.c_str(), other.c_str(), !wrote ? "read" : s.atomic ? "updated" : "wrote", code.c_str(), advice);
+}
+
+SIMT_UNWATCHED inline void touch(Cell& cell, Thread& t, uint32_t since, uintptr_t address, Access access, const void* pc) {
+    if (!ordered(cell.write, t, since) && !(access == updates && cell.write.atomic)) report_race(cell.write, t, address, true, access, pc);
+    if (access == reads) return record(cell.read, t, since, false);
+    if (!ordered(cell.read, t, since)) report_race(cell.read, t, address, false, access, pc);
+    record(cell.write, t, since, access == updates);
+}
+
+[[noreturn]] inline void report_access(uintptr_t address, size_t bytes, Access access, const char* wrong, const void* pc, const char* advice) {
+    Thread* t = std::exchange(self, nullptr);
+    std::string what = address - device().base < range_bytes ? describe(address) : "host memory at " + std::to_string(address), code = code_at(pc);
+    self = t;
+    stop("%s %zu bytes at %s%s.\n%s  %s", access == reads ? "reads" : access == writes ? "writes" : "updates", bytes, what.c_str(), wrong, code.c_str(), advice);
+}
+
+SIMT_UNWATCHED inline void access_elsewhere(uintptr_t address, size_t bytes, Access access, const void* pc) {
+    const Launch& launch = *worker->launch;
+    if (access == reads && address - uintptr_t(launch.arguments) < launch.argument_bytes) return;
+    const auto* ranges = &device().constants;
+    Thread* t = std::exchange(self, nullptr);                 // below, the standard library's code, which is watched
+    for (auto& [start, end] : *ranges)
+        if (access == reads && address >= start && address + bytes <= end) { self = t; return; }
+    self = t;
+    report_access(address, bytes, access, "", pc, "Kernels can reach device memory, constants and their own local variables only: pass what they need as an argument.");
+}
+
+SIMT_UNWATCHED inline void access(const void* p, size_t bytes, Access access, const void* pc) {
+    Thread& t = *self;
+    Worker& w = *worker;
+    Device& d = *w.device;
+    uintptr_t address = uintptr_t(p);
+    size_t at = address - d.base;
+    if (at >= range_bytes) {
+        if (address - uintptr_t(t.fiber->stack) >= stack_bytes) access_elsewhere(address, bytes, access, pc);
+        return;
+    }
+    uint32_t since = w.block_epoch;
+    if (address - uintptr_t(w.arena) >= arena_bytes) {
+        since = w.launch_epoch;
+        if (access != writes) w.read += bytes;
+        if (access != reads) w.written += bytes;
+    }
+    for (size_t end = at + bytes; at < end; at = (at | 3) + 1) {
+        unsigned first = at & 3, last = end - at < 4 - first ? first + unsigned(end - at) : 4, touched = (1u << last) - (1u << first);
+        uint8_t& state = d.state[at / 4];
+        if (last > (state >> 4 & 7u))
+            report_access(d.base + std::max<size_t>(at, (at & ~size_t(3)) + (state >> 4 & 7)), bytes, access, "", pc, "Check the index against the size; allocate before and free after use.");
+        if (access != writes && touched & ~state)
+            report_access(d.base + at, bytes, access, ", which nothing has written", pc, "Write it first: fresh memory is NaN here, and anything at all on a GPU.");
+        if (access != reads) state |= touched;
+        if (touched != 15 && !(state & 0x80)) {
+            for (int byte = 1; byte < 4; ++byte) d.cells[byte][at / 4] = d.cells[0][at / 4];
+            state |= 0x80;
+        }
+        if (!(state & 0x80)) touch(d.cells[0][at / 4], t, since, d.base + at, access, pc);
+        else for (unsigned byte = first; byte < last; ++byte) touch(d.cells[byte][at / 4], t, since, d.base + (at & ~size_t(3)) + byte, access, pc);
+    }
+}
+
+inline void misaligned(const void* address, size_t alignment) {
+    if (self) stop("misaligned access: %p, which is not a multiple of %zu.\n  Vector types must lie at multiples of their size.", address, alignment);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------------
+// Taking turns
+
+SIMT_UNWATCHED inline void swap_in(Worker& w, Thread& t) {    // from the scheduler to a thread, until that waits or is done
+    Fiber& fiber = *t.fiber;
+#ifdef __SANITIZE_ADDRESS__
+    __sanitizer_start_switch_fiber(&w.scheduler_fake, fiber.stack, stack_bytes);
+#endif
+    fiber.context = boost::context::detail::jump_fcontext(fiber.context, &w).fctx;
+#ifdef __SANITIZE_ADDRESS__
+    __sanitizer_finish_switch_fiber(w.scheduler_fake, nullptr, nullptr);
+#endif
+}
+SIMT_UNWATCHED inline void swap_out(Worker& w, Fiber& fiber) {
+#ifdef __SANITIZE_ADDRESS__
+    __sanitizer_start_switch_fiber(&fiber.fake, w.scheduler_stack, w.scheduler_stack_bytes);
+#endif
+    w.scheduler = boost::context::detail::jump_fcontext(w.scheduler, nullptr).fctx;
+#ifdef __SANITIZE_ADDRESS__
+    __sanitizer_finish_switch_fiber(fiber.fake, &w.scheduler_stack, &w.scheduler_stack_bytes);
+#endif
+}
+
+// A fiber runs the thread whose turn it is, and if that never waited, the next one of the block, and so on: a plain loop.
+SIMT_UNWATCHED inline void fiber_main(boost::context::detail::transfer_t from) noexcept {
+    Worker& w = *static_cast<Worker*>(from.data);
+    w.scheduler = from.fctx;
+    Fiber* fiber = w.threads.data()[w.order.data()[w.turn]].fiber;
+#ifdef __SANITIZE_ADDRESS__
+    __sanitizer_finish_switch_fiber(nullptr, &w.scheduler_stack, &w.scheduler_stack_bytes);
+#endif
+    for (;;) {
+        Thread* t = &w.threads.data()[w.order.data()[w.turn]];
+        t->fiber = fiber;
+        self = t;
+        w.launch->call(w.launch->arguments);
+        self = nullptr;
+        // Others may have had turns since; this thread's is the present one all the same.
+        t->state = Thread::done;
+        --w.left;
+        if (w.turn + 1 < w.threads.size() && w.threads.data()[w.order.data()[w.turn + 1]].state == Thread::fresh) ++w.turn;
+        else {
+            w.idle.push_back(fiber);
+            swap_out(w, *fiber);
+        }
+    }
+}
+
+inline Fiber* make_fiber() {
+    char* memory = static_cast<char*>(mmap(nullptr, guard_bytes + stack_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+    if (memory == MAP_FAILED || mprotect(memory, guard_bytes, PROT_NONE)) stop("no memory for the stacks of the threads.");
+    char* stack = memory + guard_bytes;
+    return new Fiber{boost::context::detail::make_fcontext(stack + stack_bytes, stack_bytes, fiber_main), stack};
+}
+
+[[noreturn]] inline void report_stuck(Worker& w) {            // every thread that is not done waits, for some that never come
+    auto place = [](const Thread& t) {
+        std::string file = t.where.file_name();
+        return std::string(t.at) + " (" + file.substr(file.rfind('/') + 1) + ":" + std::to_string(t.where.line()) + ")";
+    };
+    Thread* t = nullptr, *other = nullptr;
+    for (auto& each : w.threads)
+        if (each.state == Thread::waiting && (!t || (each.mask && !t->mask))) t = &each;
+    for (auto& each : w.threads) {                            // whom does it wait for?
+        if (t->mask && (each.warp != t->warp || !(t->mask >> each.lane & 1))) continue;
+        if (each.state == Thread::done || each.mask != t->mask || !same(each.where, t->where)) { other = &each; break; }
+    }
+    self = t;
+    std::string name = other ? thread_name(w, other->number) : "another thread";
+    if (!t->mask) stop("divergent barrier: waits at %s, while %s %s.\n  Every thread of the block must come to the same __syncthreads().", place(*t).c_str(), name.c_str(),
+                       !other ? "does not" : other->state == Thread::done ? "has exited" : ("waits at " + place(*other)).c_str());
+    stop("divergent warp: waits at %s with mask 0x%08x, while %s %s%s.\n  All lanes of the mask must come to the same call with the same mask.", place(*t).c_str(), t->mask,
+         name.c_str(), !other ? "does not" : other->state == Thread::done ? "has exited" : ("waits at " + place(*other)).c_str(), other && other->mask != t->mask ? " with another mask" : "");
+}
+
+inline void permute(std::vector<unsigned>& order, size_t n, std::minstd_rand& random) {
+    order.resize(n);
+    for (size_t i = 0; i < n; ++i) order[i] = unsigned(options.order == reverse ? n - 1 - i : i);
+    if (options.order == shuffled) std::shuffle(order.begin(), order.end(), random);
+}
+
+inline void fill_array(Array& a) {                            // NaN, and not yet written
+    ASAN_UNPOISON_MEMORY_REGION(a.data, a.bytes);
+    memset(a.data, 0xff, a.bytes);
+    set_state(uintptr_t(a.data), a.bytes, true, false);
+}
+
+inline void* add_array(Worker& w, const void* key, const char* name, size_t bytes, size_t alignment) {
+    w.shared_used += bytes;
+    if (w.array_count == max_arrays) stop("more than %zu shared arrays.", max_arrays);
+    if (w.shared_used > w.launch->shared_limit)
+        stop("shared memory: '%s' makes it %zu bytes per block, and %zu are allowed.\n  %s", name, w.shared_used, w.launch->shared_limit,
+             w.launch->shared_limit == default_shared ? "Past 48 KB it must be dynamic, after cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)." : "Use less.");
+    size_t start = (w.arena_used + red_zone + alignment - 1) / alignment * alignment;
+    w.arena_used = start + bytes + red_zone;
+    w.arrays[w.array_count] = {key, name, w.arena + start, bytes};
+    fill_array(w.arrays[w.array_count]);
+    return w.arrays[w.array_count++].data;
+}
+
+template <class T, class Key> [[gnu::noinline]] SIMT_UNWATCHED T& shared(const char* name) {
+    static const char key = 0;
+    Worker& w = *worker;
+    for (size_t i = 0; i < w.array_count; ++i)
+        if (w.arrays[i].key == &key) return *reinterpret_cast<T*>(w.arrays[i].data);
+    Thread* t = std::exchange(self, nullptr);
+    void* p = add_array(w, &key, name, sizeof(T), std::max<size_t>(16, alignof(T)));
+    self = t;
+    return *static_cast<T*>(p);
+}
+SIMT_UNWATCHED inline void* dynamic_shared() { return worker->arrays[0].data; }
+
+inline void run_block(Worker& w) {
+    size_t n = w.threads.size();
+    w.block_epoch = ++w.device->epoch;
+    if (watched) w.block_epochs.emplace_back(w.block_epoch, w.block);
+    for (size_t i = 0; i < w.array_count; ++i) fill_array(w.arrays[i]);
+    for (Warp& warp : w.warps) warp.waiting = 0, warp.clock = 1, warp.full = 0, warp.partial = false;
+    for (Thread& t : w.threads) t.state = Thread::fresh, t.now.epoch = w.block_epoch;
+    w.arrived = w.votes = 0;
+    for (w.left = n; w.left;) {
+        if (w.order.size() != n || options.order == shuffled) permute(w.order, n, w.random);
+        bool moved = false;
+        for (w.turn = 0; w.turn < n; ++w.turn) {
+            Thread& t = w.threads[w.order[w.turn]];
+            if (t.state == Thread::done || t.state == Thread::waiting) continue;
+            moved = true;
+            if (t.state == Thread::ready) swap_in(w, t);
+            else {
+                if (w.idle.empty()) w.idle.push_back(make_fiber());
+                t.fiber = w.idle.back();
+                w.idle.pop_back();
+                swap_in(w, t);
+            }
+        }
+        if (!moved) report_stuck(w);
+    }
+    for (size_t i = 0; i < w.array_count; ++i) {              // the red zones
+        Array& a = w.arrays[i];
+        ASAN_UNPOISON_MEMORY_REGION(a.data - red_zone, a.bytes + 2 * red_zone);
+        for (size_t k = 0; k < 2 * red_zone; ++k) {
+            char* p = k < red_zone ? a.data - red_zone + k : a.data + a.bytes + k - red_zone;
+            if (*p != char(0xff)) stop("wrote %s.\n  Check the index against the array's size.", describe(uintptr_t(p)).c_str());
+        }
+        ASAN_POISON_MEMORY_REGION(a.data - red_zone, a.bytes + 2 * red_zone);
+    }
+}
+
+// Runs some of the blocks of a launch on this OS thread; next() gives their numbers.
+template <class Next> void run_blocks(const Launch& launch, Next next) {
+    static thread_local Worker w;
+    static thread_local char signal_stack[64 << 10];          // for faults when a fiber has no stack left
+    stack_t alternate = {};
+    alternate.ss_sp = signal_stack, alternate.ss_size = sizeof signal_stack;
+    sigaltstack(&alternate, nullptr);
+    if (!w.arena) w.arena = static_cast<char*>(allocate(arena_bytes, "shared memory")), w.device = &device();
+    set_state(uintptr_t(w.arena), arena_bytes, false, false);
+    Open open;
+    worker = &w;
+    w.launch = &launch;
+    w.launch_epoch = w.device->epoch + 1;
+    w.block_epochs.clear();
+    w.random.seed(unsigned(options.seed * 2 + 1));
+    w.order.clear();
+    w.array_count = w.arena_used = w.shared_used = w.read = w.written = 0;
+    memset(w.arena, 0xff, arena_bytes);
+    ASAN_POISON_MEMORY_REGION(w.arena, arena_bytes);
+    dim3 size = launch.block;
+    unsigned n = size.x * size.y * size.z;
+    w.threads.resize(n);
+    w.warps.resize((n + 31) / 32);
+    for (Warp& warp : w.warps) warp.exists = 0;
+    for (unsigned i = 0; i < n; ++i) {
+        Thread& t = w.threads[i];
+        t.index = {i % size.x, i / size.x % size.y, i / size.x / size.y};
+        t.number = i, t.lane = i % 32, t.warp = &w.warps[i / 32];
+        t.warp->exists |= 1u << t.lane;
+        t.now = {};
+        t.now.lanes = 1u << t.lane, t.now.warp = i / 32;
+    }
+    add_array(w, nullptr, "dynamic shared memory", launch.dynamic_bytes, 16);
+    for (size_t b; next(b);) {
+        w.block = {unsigned(b % launch.grid.x), unsigned(b / launch.grid.x % launch.grid.y), unsigned(b / launch.grid.x / launch.grid.y)};
+        run_block(w);
+    }
+    w.array_count = 0;
+    w.launch = nullptr;
+    worker = nullptr;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------------
+// Barriers, shuffles, votes
+
+SIMT_UNWATCHED inline void wait(Worker& w, Thread& t) {       // until whoever comes last has made t ready
+    t.state = Thread::waiting;
+    swap_out(w, *t.fiber);
+}
+
+[[gnu::noinline]] SIMT_UNWATCHED inline uint32_t barrier(bool vote, const char* name, const Location& where) {
+    Thread& t = *self;
+    Worker& w = *worker;
+    self = nullptr;
+    t.at = name, t.where = where, t.mask = 0;
+    w.votes += vote;
+    size_t n = w.threads.size();
+    bool all = ++w.arrived == n;
+    for (size_t i = 0; all && i < n; ++i) all = same(w.threads.data()[i].where, where);
+    if (!all) wait(w, t);
+    else {
+        ++w.device->epoch;
+        for (size_t i = 0; i < n; ++i) {
+            Thread& each = w.threads.data()[i];
+            each.state = Thread::ready, each.votes = w.votes, each.now.epoch = w.device->epoch;
+        }
+        for (Thread* each = w.threads.data(); each < w.threads.data() + n; each += 32)
+            each->warp->clock = 1, each->warp->full = 0, each->warp->partial = false;
+        w.arrived = w.votes = 0;
+    }
+    self = &t;
+    return t.votes;
+}
+
+// All lanes of the mask that exist give a value and get that of the lane they ask for, and in votes who gave other than 0.
+[[gnu::noinline]] SIMT_UNWATCHED inline uint64_t exchange(uint32_t mask, uint64_t value, int source, bool orders, const char* name, const Location& where) {
+    Thread& t = *self;
+    Worker& w = *worker;
+    Warp& warp = *t.warp;
+    self = nullptr;
+    t.at = name, t.where = where, t.mask = mask, t.value = value, t.source = source;
+    Thread* lanes = &t - t.lane;
+    uint32_t members = mask & warp.exists;
+    auto fail = [&](const char* text) { self = &t; stop("%s with mask 0x%08x: %s.", name, mask, text); };
+    if (!(mask >> t.lane & 1)) fail("the calling lane is not in it.\n  A lane must name itself in its mask");
+    if (!(members >> source & 1)) fail("asks for the value of a lane that is not in it, or is not there.\n  Such a value is undefined");
+    warp.waiting |= 1u << t.lane;
+    bool all = (warp.waiting & members) == members;
+    for (uint32_t m = members; all && m; m &= m - 1) {
+        Thread& each = lanes[__builtin_ctz(m)];
+        all = each.mask == mask && same(each.where, where);
+    }
+    if (!all) wait(w, t);
+    else {
+        uint32_t votes = 0;
+        for (uint32_t m = members; m; m &= m - 1) votes |= uint32_t(lanes[__builtin_ctz(m)].value != 0) << __builtin_ctz(m);
+        for (uint32_t m = members; m; m &= m - 1) {
+            Thread& each = lanes[__builtin_ctz(m)];
+            each.state = Thread::ready, each.votes = votes, each.result = lanes[each.source].value;
+        }
+        warp.waiting &= ~members;
+        if (orders && members == warp.exists) warp.full = warp.clock;
+        else if (orders) {
+            if (!warp.partial) memset(warp.known, 0, sizeof warp.known);
+            warp.partial = true;
+            uint32_t known[32] = {};
+            for (uint32_t m = members; m; m &= m - 1)
+                for (int i = 0; i < 32; ++i) if (warp.known[__builtin_ctz(m)][i] > known[i]) known[i] = warp.known[__builtin_ctz(m)][i];
+            for (uint32_t m = members; m; m &= m - 1) known[__builtin_ctz(m)] = warp.clock;
+            for (uint32_t m = members; m; m &= m - 1) memcpy(warp.known[__builtin_ctz(m)], known, sizeof known);
+        }
+        if (orders && ++warp.clock == 1u << 24) stop("more than 16 million __syncwarps between barriers.");
+    }
+    self = &t;
+    return t.result;
+}
+SIMT_UNWATCHED inline unsigned lane() { return self->lane; }
+SIMT_UNWATCHED inline uint32_t vote(uint32_t mask, int predicate, const char* name, const Location& where) {
+    exchange(mask, predicate != 0, int(lane()), false, name, where);
+    return self->votes & mask;
+}
+template <class T> SIMT_UNWATCHED T shuffle(uint32_t mask, T value, int source, const char* name, const Location& where) {
+    static_assert(std::is_arithmetic_v<T> && (sizeof(T) == 4 || sizeof(T) == 8), "shuffles take int, unsigned, float, double and 64-bit integers");
+    uint64_t bits = 0;
+    __builtin_memcpy(&bits, &value, sizeof value);
+    bits = exchange(mask, bits, source, false, name, where);
+    __builtin_memcpy(&value, &bits, sizeof value);
+    return value;
+}
+}
+
+#define SIMT_HERE simt::Location where = simt::Location::current()
+inline void __syncthreads(SIMT_HERE) { simt::barrier(false, "__syncthreads()", where); }
+inline int __syncthreads_count(int vote, SIMT_HERE) { return int(simt::barrier(vote, "__syncthreads_count()", where)); }
+inline int __syncthreads_or(int vote, SIMT_HERE) { return simt::barrier(vote, "__syncthreads_or()", where) != 0; }
+inline int __syncthreads_and(int vote, SIMT_HERE) { return simt::barrier(!vote, "__syncthreads_and()", where) == 0; }
+inline void __syncwarp(unsigned mask = ~0u, SIMT_HERE) { simt::exchange(mask, 0, int(simt::lane()), true, "__syncwarp()", where); }
+inline unsigned __ballot_sync(unsigned mask, int vote, SIMT_HERE) { return simt::vote(mask, vote, "__ballot_sync()", where); }
+inline int __any_sync(unsigned mask, int vote, SIMT_HERE) { return simt::vote(mask, vote, "__any_sync()", where) != 0; }
+inline int __all_sync(unsigned mask, int vote, SIMT_HERE) { return simt::vote(mask, !vote, "__all_sync()", where) == 0; }
+// Groups of "width" lanes shuffle among themselves; who asks beyond its group keeps its own value.
+template <class T> T __shfl_sync(unsigned mask, T value, int source, int width = 32, SIMT_HERE) {
+    int lane = int(simt::lane());
+    return simt::shuffle(mask, value, (lane & -width) | (source & (width - 1)), "__shfl_sync()", where);
+}
+template <class T> T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32, SIMT_HERE) {
+    int lane = int(simt::lane()), from = lane - int(delta);
+    return simt::shuffle(mask, value, from < (lane & -width) ? lane : from, "__shfl_up_sync()", where);
+}
+template <class T> T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32, SIMT_HERE) {
+    int lane = int(simt::lane()), from = lane + int(delta);
+    return simt::shuffle(mask, value, from > (lane | (width - 1)) ? lane : from, "__shfl_down_sync()", where);
+}
+template <class T> T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32, SIMT_HERE) {
+    int lane = int(simt::lane()), from = lane ^ bits;
+    return simt::shuffle(mask, value, from > (lane | (width - 1)) ? lane : from, "__shfl_xor_sync()", where);
+}
+#undef SIMT_HERE
