@@ -74,7 +74,7 @@ inline constexpr int warpSize = 32;
 #define SIMT_UNWATCHED __attribute__((no_sanitize("thread")))
 
 namespace simt {
-[[gnu::noinline]] inline void misaligned(const void* address, size_t alignment);
+inline void misaligned(const void* address, size_t alignment);
 // An empty member that checks, whenever its struct is copied, that both ends are aligned as the hardware's vector accesses must be.
 template <size_t alignment> struct Aligned {
     Aligned() = default;
@@ -186,7 +186,8 @@ struct Options {
 inline Options options;
 
 using Location = std::source_location;
-inline bool same(const Location& a, const Location& b) {
+SIMT_UNWATCHED inline bool same(const Location& a, const Location& b) {
+    if (!__builtin_memcmp(&a, &b, sizeof a)) return true;     // one place has one record of it, unless a template was compiled twice
     return a.line() == b.line() && a.column() == b.column() && !strcmp(a.file_name(), b.file_name());
 }
 
@@ -254,7 +255,9 @@ struct Worker {                                               // an OS thread th
     std::vector<unsigned> order;
     std::vector<Fiber*> idle;
     std::minstd_rand random;
-    size_t turn = 0, left = 0;                                // position in order; threads not done
+    Thread* thread = nullptr;                                 // threads.data(), order.data(): vectors are watched code, and slow
+    const unsigned* turns = nullptr;
+    size_t count = 0, turn = 0, left = 0;                     // of threads; position in turns; threads not done
     boost::context::detail::fcontext_t scheduler;
     void* scheduler_fake = nullptr;                           // AddressSanitizer's
     const void* scheduler_stack = nullptr;
@@ -263,19 +266,19 @@ struct Worker {                                               // an OS thread th
     Array arrays[max_arrays];
     size_t array_count = 0, arena_used = 0, shared_used = 0;
     uint32_t arrived = 0, votes = 0;                          // at the block's barrier
-    uint32_t launch_epoch = 0, block_epoch = 0;               // the first of the launch, and of the block
+    uint32_t epoch = 0, launch_epoch = 0, block_epoch = 0;    // now, and the first of the launch and of the block
     std::vector<std::pair<uint32_t, uint3>> block_epochs;     // to name the other block of a race
-    uint64_t read = 0, written = 0;
+    uint64_t read = 0, written = 0;                           // bytes of global memory
     ~Worker() { for (Fiber* fiber : idle) munmap(fiber->stack - guard_bytes, guard_bytes + stack_bytes), delete fiber; }
 };
 inline constinit thread_local Worker* worker = nullptr;
 inline constinit thread_local Thread* self = nullptr;         // the kernel thread whose code runs now; null in the runtime and on the host
 
 // By value, in registers, and the same for as long as a kernel runs: the compiler calls each once.
-[[gnu::const, gnu::noinline]] SIMT_UNWATCHED inline uint3 thread_index() { return self->index; }
-[[gnu::const, gnu::noinline]] SIMT_UNWATCHED inline uint3 block_index() { return worker->block; }
-[[gnu::const, gnu::noinline]] SIMT_UNWATCHED inline dim3 block_size() { return worker->launch->block; }
-[[gnu::const, gnu::noinline]] SIMT_UNWATCHED inline dim3 grid_size() { return worker->launch->grid; }
+[[gnu::const]] SIMT_UNWATCHED inline uint3 thread_index() { return self->index; }
+[[gnu::const]] SIMT_UNWATCHED inline uint3 block_index() { return worker->block; }
+[[gnu::const]] SIMT_UNWATCHED inline dim3 block_size() { return worker->launch->block; }
+[[gnu::const]] SIMT_UNWATCHED inline dim3 grid_size() { return worker->launch->grid; }
 
 // ---------------------------------------------------------------------------------------------------------------------------------
 // Device memory: one range of addresses, inaccessible except while kernels, copies and cuBLAS run. Each allocation ends as close before
@@ -288,9 +291,11 @@ struct Allocation { size_t bytes; bool live; std::map<uintptr_t, std::string> na
 struct Device {
     uintptr_t base = 0, next = 0;
     std::map<uintptr_t, Allocation> allocations;              // the freed ones too
+    std::map<uintptr_t, size_t> live;                         // and without them: start, bytes
     size_t used = 0, page = size_t(sysconf(_SC_PAGESIZE));
     int open = 0;
     std::recursive_mutex mutex;
+    std::mutex launching;
     // Of each aligned word of device memory: bits 0-3: byte initialised, bits 4-6: bytes allocated (0 to 4), bit 7: split.
     // Its races are followed in cells[0][word], or if it was ever touched in part, byte by byte in cells[byte][word].
     uint8_t* state = nullptr;
@@ -330,9 +335,10 @@ inline std::string describe(uintptr_t address) {              // "byte 12 of 'pa
          : std::to_string(address - start - a.bytes) + " bytes past the end of " + of;
 }
 
-[[noreturn, gnu::format(printf, 1, 2)]] inline void stop(const char* format, ...) {
+[[noreturn, gnu::format(printf, 1, 2)]] SIMT_UNWATCHED inline void stop(const char* format, ...) {
     static std::atomic_flag reported;
-    Thread* t = std::exchange(self, nullptr);
+    Thread* t = self;
+    self = nullptr;
     while (reported.test_and_set()) pause();                  // another OS thread is at it, and will end the process
     std::string text = "simt: ";
     if (worker && worker->launch) text += std::string("kernel ") + worker->launch->name;
@@ -355,16 +361,28 @@ inline std::string thread_name(const Worker& w, unsigned number) {
 }
 
 // The last resort, and in unwatched builds the only one: a page that may not be touched.
-inline void on_fault(int signal, siginfo_t* info, void*) {
+inline struct sigaction previous_action[2];
+SIMT_UNWATCHED inline void on_fault(int signal, siginfo_t* info, void*) {
     uintptr_t address = uintptr_t(info->si_addr);
     Device& d = device();
     bool ours = address - d.base < range_bytes;
     if (self && address - uintptr_t(self->fiber->stack - guard_bytes) < guard_bytes)
         stop("stack overflow.\n  A kernel thread has %zu KB of stack here; use smaller local arrays, or less recursion.", stack_bytes >> 10);
+    // x86's aligned vector instructions fault with no address, and before the copy is checked.
+    if (self && info->si_code == SI_KERNEL && !address) stop("misaligned access: a vector, not at a multiple of 16, or no address at all.");
     if (self) stop("touches %s.\n  %s", ours ? describe(address).c_str() : "memory that is not the device's",
                    ours ? "Check the index against the allocation's size." : "Pass pointers from cudaMalloc, and no null.");
     if (ours) stop("host code touches %s.\n  Device memory can be reached from kernels, cudaMemcpy and cudaMemset only.", describe(address).c_str());
-    ::signal(signal, SIG_DFL);                                // not our affair: return, and fault again
+    sigaction(signal, &previous_action[signal == SIGBUS], nullptr);            // not our affair: return, and fault again
+}
+inline void catch_faults() {                                  // at every opening: others, such as Catch2, may have put theirs in front
+    struct sigaction action = {}, before;
+    action.sa_sigaction = on_fault;
+    action.sa_flags = SA_SIGINFO | SA_ONSTACK;
+    for (int signal : {SIGSEGV, SIGBUS}) {
+        sigaction(signal, &action, &before);
+        if (before.sa_sigaction != on_fault) previous_action[signal == SIGBUS] = before;
+    }
 }
 
 inline Device::Device() {
@@ -386,11 +404,6 @@ inline Device::Device() {
         }
         return 0;
     }, this);
-    struct sigaction action = {};
-    action.sa_sigaction = on_fault;
-    action.sa_flags = SA_SIGINFO | SA_ONSTACK;
-    sigaction(SIGSEGV, &action, nullptr);
-    sigaction(SIGBUS, &action, nullptr);
 }
 
 // Opens device memory for as long as one of these lives.
@@ -401,9 +414,14 @@ struct Open {
         Device& d = device();
         std::lock_guard lock(d.mutex);
         d.open += change;
-        if (d.open == (change > 0))                           // the first one opens, the last one closes
-            for (auto& [start, a] : d.allocations)
-                if (a.live) mprotect(reinterpret_cast<void*>(d.page_start(start)), d.page_end(start + a.bytes) - d.page_start(start), protection);
+        if (d.open == 1 && change == 1) catch_faults();
+        if (d.open != (change > 0)) return;                   // the first one opens, the last one closes
+        if (watched) {                                        // every byte is checked as it is touched: the whole range at once is faster
+            mprotect(reinterpret_cast<void*>(d.base), range_bytes, protection);
+            return;
+        }
+        for (auto& [start, bytes] : d.live)
+            mprotect(reinterpret_cast<void*>(d.page_start(start)), d.page_end(start + bytes) - d.page_start(start), protection);
     }
 };
 
@@ -443,13 +461,13 @@ inline void check_range(const char* call, const void* p, size_t bytes, bool must
             if (!initialised(address)) stop("%s reads %s, which nothing has written.\n  Write or cudaMemset it first.", call, describe(address).c_str());
 }
 
-inline void check_tail(uintptr_t start, const Allocation& a) {                 // from the end of an allocation to that of its page
+inline void check_tail(const std::string& who, uintptr_t start, const Allocation& a) {         // from the end of an allocation to that of its page
     Device& d = device();
     size_t bytes = d.page_end(start + a.bytes) - (start + a.bytes);
     ASAN_UNPOISON_MEMORY_REGION(reinterpret_cast<void*>(start + a.bytes), bytes);
     const uint8_t* tail = reinterpret_cast<const uint8_t*>(start + a.bytes);
     for (size_t i = 0; i < bytes; ++i)
-        if (tail[i] != 0xff) stop("wrote %s.\n  Check the index against the size.", describe(uintptr_t(tail + i)).c_str());
+        if (tail[i] != 0xff) stop("%s wrote %s.\n  Check the index against the size.", who.c_str(), describe(uintptr_t(tail + i)).c_str());
     ASAN_POISON_MEMORY_REGION(reinterpret_cast<void*>(start + a.bytes), bytes);
 }
 
@@ -473,11 +491,14 @@ inline void* allocate(size_t bytes, const char* name) {
     uintptr_t start = d.next + span - d.page - rounded, page = d.page_start(start);
     d.next += span;
     if (mprotect(reinterpret_cast<void*>(page), d.next - d.page - page, PROT_READ | PROT_WRITE)) return nullptr;
-    memset(reinterpret_cast<void*>(page), 0xff, d.next - d.page - page);       // NaN
+    ASAN_UNPOISON_MEMORY_REGION(reinterpret_cast<void*>(page), d.next - d.page - page);
+    uintptr_t fresh = watched ? start + bytes : page;         // where reads are watched, nobody sees what was there (nor does cudaMemcpy)
+    memset(reinterpret_cast<void*>(fresh), 0xff, d.next - d.page - fresh);     // NaN
     ASAN_POISON_MEMORY_REGION(reinterpret_cast<void*>(page), d.next - d.page - page);
     ASAN_UNPOISON_MEMORY_REGION(reinterpret_cast<void*>(start), bytes);
     if (!d.open) mprotect(reinterpret_cast<void*>(page), d.next - d.page - page, PROT_NONE);
     d.allocations[start] = {bytes, true, {}};
+    d.live[start] = bytes;
     if (name) d.allocations[start].names[start] = name;
     d.used += bytes;
     set_state(start, bytes, true, false);
@@ -498,7 +519,7 @@ inline void name_allocation(const void* p, const char* name) {
 enum Access { reads, writes, updates };                       // updates are atomic
 
 // Does a synchronisation of the warp lie between what s holds, which is of the same warp and epoch, and now?
-SIMT_UNWATCHED inline bool synced(const Stamp& s, const Thread& t) {
+SIMT_UNWATCHED __forceinline__ bool synced(const Stamp& s, const Thread& t) {
     const Warp& warp = *t.warp;
     if (s.clock <= warp.full) return true;
     if (!warp.partial) return false;
@@ -507,7 +528,7 @@ SIMT_UNWATCHED inline bool synced(const Stamp& s, const Thread& t) {
     return true;
 }
 // Is all that s holds certain to come before what t does now? Epochs before "since" are of earlier launches, or for shared memory blocks.
-SIMT_UNWATCHED inline bool ordered(const Stamp& s, const Thread& t, uint32_t since) {
+SIMT_UNWATCHED __forceinline__ bool ordered(const Stamp& s, const Thread& t, uint32_t since) {
     if (s.epoch < since) return true;
     if (s.blocks || s.epoch < worker->block_epoch) return false;
     if (s.epoch != t.now.epoch) return true;
@@ -515,11 +536,12 @@ SIMT_UNWATCHED inline bool ordered(const Stamp& s, const Thread& t, uint32_t sin
     return !(s.lanes & ~t.now.lanes) || synced(s, t);
 }
 // Adds t to s, or replaces what must come before it anyway.
-SIMT_UNWATCHED inline void record(Stamp& s, const Thread& t, uint32_t since, bool atomic) {
+SIMT_UNWATCHED __forceinline__ void record(Stamp& s, const Thread& t, uint32_t since, bool atomic) {
     Stamp now = t.now;
     now.clock = t.warp->clock;
     now.atomic = atomic;
-    now.blocks = s.epoch >= since && (s.blocks || s.epoch < worker->block_epoch);
+    if (s.epoch < since) { s = now; return; }                 // first of all of this launch, most often
+    now.blocks = s.blocks || s.epoch < worker->block_epoch;
     if (s.epoch == now.epoch && (s.warps || s.warp != now.warp || !synced(s, t))) {
         now.warps = s.warps || s.warp != now.warp;
         now.lanes |= s.lanes;
@@ -536,7 +558,7 @@ inline std::string code_at(const void* pc) {                  // how to find the
     return text;
 }
 
-[[noreturn]] inline void report_race(const Stamp& s, Thread& t, uintptr_t address, bool wrote, Access access, const void* pc) {
+[[noreturn]] SIMT_UNWATCHED inline void report_race(const Stamp& s, Thread& t, uintptr_t address, bool wrote, Access access, const void* pc) {
     self = nullptr;
     Worker& w = *worker;
     std::string other;
@@ -551,37 +573,40 @@ inline std::string code_at(const void* pc) {                  // how to find the
     std::string what = describe(address), code = code_at(pc);
     const char* advice = s.blocks || s.epoch < w.block_epoch ? "Blocks of one launch have no order: give each its own bytes, use atomics, or split the launch."
                        : "Put a __syncthreads() between, or within a warp a __syncwarp(), or give each its own bytes.";
+    const char* texts[] = {what.c_str(), other.c_str(), code.c_str()};
     self = &t;
     stop("race: %s %s, which %s %s with nothing to order them.\n%s  %s", access == reads ? "reads" : access == writes ? "writes" : "updates",
-         what.c_str(), other.c_str(), !wrote ? "read" : s.atomic ? "updated" : "wrote", code.c_str(), advice);
+         texts[0], texts[1], !wrote ? "read" : s.atomic ? "updated" : "wrote", texts[2], advice);
 }
 
-SIMT_UNWATCHED inline void touch(Cell& cell, Thread& t, uint32_t since, uintptr_t address, Access access, const void* pc) {
+SIMT_UNWATCHED __forceinline__ void touch(Cell& cell, Thread& t, uint32_t since, uintptr_t address, Access access, const void* pc) {
     if (!ordered(cell.write, t, since) && !(access == updates && cell.write.atomic)) report_race(cell.write, t, address, true, access, pc);
     if (access == reads) return record(cell.read, t, since, false);
     if (!ordered(cell.read, t, since)) report_race(cell.read, t, address, false, access, pc);
     record(cell.write, t, since, access == updates);
 }
 
-[[noreturn]] inline void report_access(uintptr_t address, size_t bytes, Access access, const char* wrong, const void* pc, const char* advice) {
-    Thread* t = std::exchange(self, nullptr);
+[[noreturn]] SIMT_UNWATCHED inline void report_access(uintptr_t address, size_t bytes, Access access, const char* wrong, const void* pc, const char* advice) {
+    Thread* t = self;
+    self = nullptr;
     std::string what = address - device().base < range_bytes ? describe(address) : "host memory at " + std::to_string(address), code = code_at(pc);
+    const char* texts[] = {what.c_str(), code.c_str()};
     self = t;
-    stop("%s %zu bytes at %s%s.\n%s  %s", access == reads ? "reads" : access == writes ? "writes" : "updates", bytes, what.c_str(), wrong, code.c_str(), advice);
+    stop("%s %zu bytes at %s%s.\n%s  %s", access == reads ? "reads" : access == writes ? "writes" : "updates", bytes, texts[0], wrong, texts[1], advice);
 }
 
-SIMT_UNWATCHED inline void access_elsewhere(uintptr_t address, size_t bytes, Access access, const void* pc) {
+[[gnu::cold]] SIMT_UNWATCHED inline void access_elsewhere(uintptr_t address, size_t bytes, Access access, const void* pc) {
     const Launch& launch = *worker->launch;
     if (access == reads && address - uintptr_t(launch.arguments) < launch.argument_bytes) return;
-    const auto* ranges = &device().constants;
-    Thread* t = std::exchange(self, nullptr);                 // below, the standard library's code, which is watched
-    for (auto& [start, end] : *ranges)
+    Thread* t = self;
+    self = nullptr;                                           // below is the standard library's code, which is watched
+    for (auto& [start, end] : worker->device->constants)
         if (access == reads && address >= start && address + bytes <= end) { self = t; return; }
     self = t;
     report_access(address, bytes, access, "", pc, "Kernels can reach device memory, constants and their own local variables only: pass what they need as an argument.");
 }
 
-SIMT_UNWATCHED inline void access(const void* p, size_t bytes, Access access, const void* pc) {
+SIMT_UNWATCHED __forceinline__ void access(const void* p, size_t bytes, Access access, const void* pc) {
     Thread& t = *self;
     Worker& w = *worker;
     Device& d = *w.device;
@@ -597,13 +622,21 @@ SIMT_UNWATCHED inline void access(const void* p, size_t bytes, Access access, co
         if (access != writes) w.read += bytes;
         if (access != reads) w.written += bytes;
     }
-    for (size_t end = at + bytes; at < end; at = (at | 3) + 1) {
+    // The common case first: words that are allocated, initialised if they are read, and were never touched in part.
+    const size_t end = at + bytes;
+    for (; end - at >= 4 && at % 4 == 0; at += 4) {
+        uint8_t& state = d.state[at / 4];
+        if (access == writes && state >> 4 == 4) state = 0x4f;
+        if (state != 0x4f) break;
+        touch(d.cells[0][at / 4], t, since, d.base + at, access, pc);
+    }
+    for (; at < end; at = (at | 3) + 1) {
         unsigned first = at & 3, last = end - at < 4 - first ? first + unsigned(end - at) : 4, touched = (1u << last) - (1u << first);
         uint8_t& state = d.state[at / 4];
         if (last > (state >> 4 & 7u))
             report_access(d.base + std::max<size_t>(at, (at & ~size_t(3)) + (state >> 4 & 7)), bytes, access, "", pc, "Check the index against the size; allocate before and free after use.");
         if (access != writes && touched & ~state)
-            report_access(d.base + at, bytes, access, ", which nothing has written", pc, "Write it first: fresh memory is NaN here, and anything at all on a GPU.");
+            report_access(d.base + at, bytes, access, ", which nothing has written", pc, "Write it first (is a barrier missing?): fresh memory is NaN here, and anything at all on a GPU.");
         if (access != reads) state |= touched;
         if (touched != 15 && !(state & 0x80)) {
             for (int byte = 1; byte < 4; ++byte) d.cells[byte][at / 4] = d.cells[0][at / 4];
@@ -614,7 +647,7 @@ SIMT_UNWATCHED inline void access(const void* p, size_t bytes, Access access, co
     }
 }
 
-inline void misaligned(const void* address, size_t alignment) {
+SIMT_UNWATCHED inline void misaligned(const void* address, size_t alignment) {
     if (self) stop("misaligned access: %p, which is not a multiple of %zu.\n  Vector types must lie at multiples of their size.", address, alignment);
 }
 
@@ -631,7 +664,7 @@ SIMT_UNWATCHED inline void swap_in(Worker& w, Thread& t) {    // from the schedu
     __sanitizer_finish_switch_fiber(w.scheduler_fake, nullptr, nullptr);
 #endif
 }
-SIMT_UNWATCHED inline void swap_out(Worker& w, Fiber& fiber) {
+SIMT_UNWATCHED inline void swap_out(Worker& w, [[maybe_unused]] Fiber& fiber) {
 #ifdef __SANITIZE_ADDRESS__
     __sanitizer_start_switch_fiber(&fiber.fake, w.scheduler_stack, w.scheduler_stack_bytes);
 #endif
@@ -645,20 +678,19 @@ SIMT_UNWATCHED inline void swap_out(Worker& w, Fiber& fiber) {
 SIMT_UNWATCHED inline void fiber_main(boost::context::detail::transfer_t from) noexcept {
     Worker& w = *static_cast<Worker*>(from.data);
     w.scheduler = from.fctx;
-    Fiber* fiber = w.threads.data()[w.order.data()[w.turn]].fiber;
+    Fiber* fiber = w.thread[w.turns[w.turn]].fiber;
 #ifdef __SANITIZE_ADDRESS__
     __sanitizer_finish_switch_fiber(nullptr, &w.scheduler_stack, &w.scheduler_stack_bytes);
 #endif
     for (;;) {
-        Thread* t = &w.threads.data()[w.order.data()[w.turn]];
+        Thread* t = &w.thread[w.turns[w.turn]];
         t->fiber = fiber;
         self = t;
         w.launch->call(w.launch->arguments);
         self = nullptr;
-        // Others may have had turns since; this thread's is the present one all the same.
         t->state = Thread::done;
         --w.left;
-        if (w.turn + 1 < w.threads.size() && w.threads.data()[w.order.data()[w.turn + 1]].state == Thread::fresh) ++w.turn;
+        if (w.turn + 1 < w.count && w.thread[w.turns[w.turn + 1]].state == Thread::fresh) ++w.turn;
         else {
             w.idle.push_back(fiber);
             swap_out(w, *fiber);
@@ -673,7 +705,7 @@ inline Fiber* make_fiber() {
     return new Fiber{boost::context::detail::make_fcontext(stack + stack_bytes, stack_bytes, fiber_main), stack};
 }
 
-[[noreturn]] inline void report_stuck(Worker& w) {            // every thread that is not done waits, for some that never come
+[[noreturn]] SIMT_UNWATCHED inline void report_stuck(Worker& w) {            // every thread that is not done waits, for some that never come
     auto place = [](const Thread& t) {
         std::string file = t.where.file_name();
         return std::string(t.at) + " (" + file.substr(file.rfind('/') + 1) + ":" + std::to_string(t.where.line()) + ")";
@@ -685,12 +717,14 @@ inline Fiber* make_fiber() {
         if (t->mask && (each.warp != t->warp || !(t->mask >> each.lane & 1))) continue;
         if (each.state == Thread::done || each.mask != t->mask || !same(each.where, t->where)) { other = &each; break; }
     }
+    std::string here = place(*t), name = other ? thread_name(w, other->number) : "another thread";
+    std::string does = !other ? "does not" : other->state == Thread::done ? "has exited" : "waits at " + place(*other);
+    if (t->mask && other && other->state != Thread::done && other->mask && other->mask != t->mask) does += " with another mask";
+    uint32_t mask = t->mask;
+    const char* texts[] = {here.c_str(), name.c_str(), does.c_str()};
     self = t;
-    std::string name = other ? thread_name(w, other->number) : "another thread";
-    if (!t->mask) stop("divergent barrier: waits at %s, while %s %s.\n  Every thread of the block must come to the same __syncthreads().", place(*t).c_str(), name.c_str(),
-                       !other ? "does not" : other->state == Thread::done ? "has exited" : ("waits at " + place(*other)).c_str());
-    stop("divergent warp: waits at %s with mask 0x%08x, while %s %s%s.\n  All lanes of the mask must come to the same call with the same mask.", place(*t).c_str(), t->mask,
-         name.c_str(), !other ? "does not" : other->state == Thread::done ? "has exited" : ("waits at " + place(*other)).c_str(), other && other->mask != t->mask ? " with another mask" : "");
+    if (!mask) stop("divergent barrier: waits at %s, while %s %s.\n  Every thread of the block must come to the same __syncthreads().", texts[0], texts[1], texts[2]);
+    stop("divergent warp: waits at %s with mask 0x%08x, while %s %s.\n  All lanes of the mask must come to the same call with the same mask.", texts[0], mask, texts[1], texts[2]);
 }
 
 inline void permute(std::vector<unsigned>& order, size_t n, std::minstd_rand& random) {
@@ -718,31 +752,32 @@ inline void* add_array(Worker& w, const void* key, const char* name, size_t byte
     return w.arrays[w.array_count++].data;
 }
 
-template <class T, class Key> [[gnu::noinline]] SIMT_UNWATCHED T& shared(const char* name) {
+template <class T, class Key> SIMT_UNWATCHED T& shared(const char* name) {
     static const char key = 0;
     Worker& w = *worker;
     for (size_t i = 0; i < w.array_count; ++i)
         if (w.arrays[i].key == &key) return *reinterpret_cast<T*>(w.arrays[i].data);
-    Thread* t = std::exchange(self, nullptr);
+    Thread* t = self;
+    self = nullptr;
     void* p = add_array(w, &key, name, sizeof(T), std::max<size_t>(16, alignof(T)));
     self = t;
     return *static_cast<T*>(p);
 }
 SIMT_UNWATCHED inline void* dynamic_shared() { return worker->arrays[0].data; }
 
-inline void run_block(Worker& w) {
-    size_t n = w.threads.size();
-    w.block_epoch = ++w.device->epoch;
+SIMT_UNWATCHED inline void run_block(Worker& w) {
+    size_t n = w.count;
+    w.block_epoch = ++w.epoch;
     if (watched) w.block_epochs.emplace_back(w.block_epoch, w.block);
     for (size_t i = 0; i < w.array_count; ++i) fill_array(w.arrays[i]);
     for (Warp& warp : w.warps) warp.waiting = 0, warp.clock = 1, warp.full = 0, warp.partial = false;
-    for (Thread& t : w.threads) t.state = Thread::fresh, t.now.epoch = w.block_epoch;
+    for (size_t i = 0; i < n; ++i) w.thread[i].state = Thread::fresh, w.thread[i].now.epoch = w.block_epoch;
     w.arrived = w.votes = 0;
     for (w.left = n; w.left;) {
-        if (w.order.size() != n || options.order == shuffled) permute(w.order, n, w.random);
+        if (w.order.size() != n || options.order == shuffled) permute(w.order, n, w.random), w.turns = w.order.data();
         bool moved = false;
         for (w.turn = 0; w.turn < n; ++w.turn) {
-            Thread& t = w.threads[w.order[w.turn]];
+            Thread& t = w.thread[w.turns[w.turn]];
             if (t.state == Thread::done || t.state == Thread::waiting) continue;
             moved = true;
             if (t.state == Thread::ready) swap_in(w, t);
@@ -767,27 +802,30 @@ inline void run_block(Worker& w) {
 }
 
 // Runs some of the blocks of a launch on this OS thread; next() gives their numbers.
-template <class Next> void run_blocks(const Launch& launch, Next next) {
+template <class Next> void run_blocks(const Launch& launch, Next& next, std::atomic<uint64_t>& read, std::atomic<uint64_t>& written) {
     static thread_local Worker w;
     static thread_local char signal_stack[64 << 10];          // for faults when a fiber has no stack left
     stack_t alternate = {};
     alternate.ss_sp = signal_stack, alternate.ss_size = sizeof signal_stack;
     sigaltstack(&alternate, nullptr);
-    if (!w.arena) w.arena = static_cast<char*>(allocate(arena_bytes, "shared memory")), w.device = &device();
-    set_state(uintptr_t(w.arena), arena_bytes, false, false);
+    if (!w.arena) {
+        w.device = &device();
+        w.arena = static_cast<char*>(allocate(arena_bytes, "shared memory"));
+        memset(w.arena, 0xff, arena_bytes);
+        set_state(uintptr_t(w.arena), arena_bytes, false, false);
+        ASAN_POISON_MEMORY_REGION(w.arena, arena_bytes);
+    }
     Open open;
     worker = &w;
     w.launch = &launch;
-    w.launch_epoch = w.device->epoch + 1;
+    w.launch_epoch = (w.epoch = w.device->epoch) + 1;
     w.block_epochs.clear();
     w.random.seed(unsigned(options.seed * 2 + 1));
     w.order.clear();
     w.array_count = w.arena_used = w.shared_used = w.read = w.written = 0;
-    memset(w.arena, 0xff, arena_bytes);
-    ASAN_POISON_MEMORY_REGION(w.arena, arena_bytes);
     dim3 size = launch.block;
     unsigned n = size.x * size.y * size.z;
-    w.threads.resize(n);
+    w.threads.resize(n), w.thread = w.threads.data(), w.count = n;
     w.warps.resize((n + 31) / 32);
     for (Warp& warp : w.warps) warp.exists = 0;
     for (unsigned i = 0; i < n; ++i) {
@@ -803,6 +841,12 @@ template <class Next> void run_blocks(const Launch& launch, Next next) {
         w.block = {unsigned(b % launch.grid.x), unsigned(b / launch.grid.x % launch.grid.y), unsigned(b / launch.grid.x / launch.grid.y)};
         run_block(w);
     }
+    if (watched) w.device->epoch = w.epoch;
+    read += w.read, written += w.written;
+    set_state(uintptr_t(w.arena), w.arena_used, false, false);
+    ASAN_UNPOISON_MEMORY_REGION(w.arena, w.arena_used);
+    memset(w.arena, 0xff, w.arena_used);                      // another launch has its red zones elsewhere
+    ASAN_POISON_MEMORY_REGION(w.arena, w.arena_used);
     w.array_count = 0;
     w.launch = nullptr;
     worker = nullptr;
@@ -816,23 +860,23 @@ SIMT_UNWATCHED inline void wait(Worker& w, Thread& t) {       // until whoever c
     swap_out(w, *t.fiber);
 }
 
-[[gnu::noinline]] SIMT_UNWATCHED inline uint32_t barrier(bool vote, const char* name, const Location& where) {
+SIMT_UNWATCHED inline uint32_t barrier(bool vote, const char* name, const Location& where) {
     Thread& t = *self;
     Worker& w = *worker;
     self = nullptr;
     t.at = name, t.where = where, t.mask = 0;
     w.votes += vote;
-    size_t n = w.threads.size();
+    size_t n = w.count;
     bool all = ++w.arrived == n;
-    for (size_t i = 0; all && i < n; ++i) all = same(w.threads.data()[i].where, where);
+    for (size_t i = 0; all && i < n; ++i) all = same(w.thread[i].where, where);
     if (!all) wait(w, t);
     else {
-        ++w.device->epoch;
+        ++w.epoch;
         for (size_t i = 0; i < n; ++i) {
-            Thread& each = w.threads.data()[i];
-            each.state = Thread::ready, each.votes = w.votes, each.now.epoch = w.device->epoch;
+            Thread& each = w.thread[i];
+            each.state = Thread::ready, each.votes = w.votes, each.now.epoch = w.epoch;
         }
-        for (Thread* each = w.threads.data(); each < w.threads.data() + n; each += 32)
+        for (Thread* each = w.thread; each < w.thread + n; each += 32)
             each->warp->clock = 1, each->warp->full = 0, each->warp->partial = false;
         w.arrived = w.votes = 0;
     }
@@ -841,7 +885,7 @@ SIMT_UNWATCHED inline void wait(Worker& w, Thread& t) {       // until whoever c
 }
 
 // All lanes of the mask that exist give a value and get that of the lane they ask for, and in votes who gave other than 0.
-[[gnu::noinline]] SIMT_UNWATCHED inline uint64_t exchange(uint32_t mask, uint64_t value, int source, bool orders, const char* name, const Location& where) {
+SIMT_UNWATCHED inline uint64_t exchange(uint32_t mask, uint64_t value, int source, bool orders, const char* name, const Location& where) {
     Thread& t = *self;
     Worker& w = *worker;
     Warp& warp = *t.warp;
@@ -924,3 +968,382 @@ template <class T> T __shfl_xor_sync(unsigned mask, T value, int bits, int width
     return simt::shuffle(mask, value, from > (lane | (width - 1)) ? lane : from, "__shfl_xor_sync()", where);
 }
 #undef SIMT_HERE
+
+// ---------------------------------------------------------------------------------------------------------------------------------
+// Launches
+
+using cudaStream_t = struct simt_stream*;
+
+namespace simt {
+struct Traffic { uint64_t read = 0, written = 0, launches = 0; };              // bytes of global memory; atomics count as both
+inline std::map<std::string, Traffic, std::less<>> traffics;
+// Of all launches of a kernel, by its name without template arguments, since the last reset. Bytes are counted in watched builds only.
+inline Traffic traffic(std::string_view kernel) { auto it = traffics.find(kernel); return it == traffics.end() ? Traffic{} : it->second; }
+inline void traffic_reset() { traffics.clear(); }
+
+template <class... P> struct Launcher {
+    const char* name;
+    void (*kernel)(P...);
+    dim3 grid, block;
+    size_t dynamic_bytes;
+
+    using Call = std::pair<void (*)(P...), std::tuple<P...>>;
+    template <size_t... i> SIMT_UNWATCHED static void call(const Call& c, std::index_sequence<i...>) { c.first(std::get<i>(c.second)...); }
+    SIMT_UNWATCHED static void call(const void* c) { call(*static_cast<const Call*>(c), std::index_sequence_for<P...>()); }
+
+    void operator()(std::type_identity_t<P>... arguments) const {
+        Device& d = device();
+        std::lock_guard lock(d.launching);
+        Call it{kernel, {arguments...}};
+        size_t attribute = d.max_dynamic.count(reinterpret_cast<void*>(kernel)) ? d.max_dynamic[reinterpret_cast<void*>(kernel)] : 0;
+        Launch launch = {name, grid, block, dynamic_bytes, attribute ? max_shared : default_shared, call, &it, sizeof it};
+        uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z, threads = uint64_t(block.x) * block.y * block.z;
+        auto refuse = [&](const char* why) {
+            stop("kernel %s: <<<(%u,%u,%u), (%u,%u,%u), %zu>>> cannot be launched: %s", name, grid.x, grid.y, grid.z, block.x, block.y, block.z, dynamic_bytes, why);
+        };
+        if (!blocks || !threads) refuse("zero blocks or threads.\n  Skip the launch when there is nothing to do.");
+        if (threads > 1024 || block.x > 1024 || block.y > 1024) refuse("more than 1024 threads per block.\n  Use more blocks.");
+        if (block.z > 64) refuse("more than 64 threads in z.\n  Use x or y.");
+        if (grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535) refuse("more than 2147483647 blocks in x, or 65535 in y or z.\n  Put the long dimension in x, or loop.");
+        if (dynamic_bytes > default_shared && dynamic_bytes > attribute)
+            refuse("more than 48 KB of dynamic shared memory.\n  Allow it with cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), up to 99 KB.");
+        if (d.epoch > 1u << 31) {                             // start counting anew
+            for (Cell* plane : d.cells) if (plane) madvise(plane, range_bytes / 4 * sizeof(Cell), MADV_DONTNEED);
+            d.epoch = 1;
+        }
+        std::vector<unsigned> order;
+        std::minstd_rand random(unsigned(options.seed * 2 + 1));
+        if (options.order == shuffled) permute(order, blocks, random);
+        std::atomic<uint64_t> taken = 0;
+        auto next = [&](size_t& b) {
+            uint64_t i = taken++;
+            b = options.order == shuffled && i < blocks ? order[i] : options.order == reverse ? blocks - 1 - i : i;
+            return i < blocks;
+        };
+        // Watched blocks run on one OS thread: what is kept of each byte then needs no locks, and a fault is found at the same place each time.
+        int workers = watched ? 1 : int(std::min<uint64_t>(blocks, options.threads));
+        Open open;
+        std::atomic<uint64_t> read = 0, written = 0;
+        if (workers == 1) run_blocks(launch, next, read, written);
+        else {
+#pragma omp parallel num_threads(workers)
+            run_blocks(launch, next, read, written);
+        }
+        worker = nullptr;
+        if (!watched)
+            for (auto& [start, bytes] : d.live) check_tail(std::string("kernel ") + name, start, d.allocations[start]);
+        std::string_view base = name;
+        base = base.substr(base.find_first_not_of("( "));
+        Traffic& t = traffics[std::string(base.substr(0, base.find_first_of("<) ")))];
+        t.read += read, t.written += written, ++t.launches;
+    }
+};
+template <class... P> Launcher<P...> launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t dynamic_bytes, cudaStream_t) {
+    return {name, kernel, grid, block, dynamic_bytes};
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------------
+// Atomics
+
+template <class T> SIMT_UNWATCHED void atomic_access(T* p) {
+    if (uintptr_t(p) % sizeof(T)) misaligned(p, sizeof(T));
+    if (watched && self) access(p, sizeof(T), updates, __builtin_return_address(0));
+}
+template <class T> using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
+}
+template <class T> SIMT_UNWATCHED T atomicExch(T* p, std::type_identity_t<T> value) {
+    simt::atomic_access(p);
+    __atomic_exchange(p, &value, &value, __ATOMIC_RELAXED);
+    return value;
+}
+template <class T> requires std::is_integral_v<T> SIMT_UNWATCHED T atomicCAS(T* p, std::type_identity_t<T> expected, std::type_identity_t<T> value) {
+    simt::atomic_access(p);
+    __atomic_compare_exchange(p, &expected, &value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
+    return expected;
+}
+#define SIMT_ATOMIC(name, expression)                                                                                                \
+    template <class T> SIMT_UNWATCHED T name(T* p, std::type_identity_t<T> value) {                                                  \
+        simt::atomic_access(p);                                                                                                      \
+        T old, next;                                                                                                                 \
+        __atomic_load(p, &old, __ATOMIC_RELAXED);                                                                                    \
+        do next = expression;                                                                                                        \
+        while (!__atomic_compare_exchange(p, &old, &next, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED));                               \
+        return old;                                                                                                                  \
+    }
+SIMT_ATOMIC(atomicAdd, old + value)
+SIMT_ATOMIC(atomicMax, old < value ? value : old)
+SIMT_ATOMIC(atomicMin, value < old ? value : old)
+#undef SIMT_ATOMIC
+inline void __threadfence() {}                                // orders nothing here: see the top of this file
+inline void __threadfence_block() {}
+
+// ---------------------------------------------------------------------------------------------------------------------------------
+// The runtime: everything happens at once and in order
+
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorMemoryAllocation = 2 };
+enum cudaMemcpyKind { cudaMemcpyHostToHost, cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice, cudaMemcpyDefault };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8, cudaFuncAttributePreferredSharedMemoryCarveout = 9 };
+enum cudaDeviceAttr { cudaDevAttrMaxThreadsPerBlock = 1, cudaDevAttrMaxSharedMemoryPerBlock = 8, cudaDevAttrMultiProcessorCount = 16,
+    cudaDevAttrComputeCapabilityMajor = 75, cudaDevAttrComputeCapabilityMinor = 76, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
+struct cudaDeviceProp {
+    char name[256] = "simt";
+    size_t totalGlobalMem = simt::range_bytes, sharedMemPerBlock = simt::default_shared, sharedMemPerBlockOptin = simt::max_shared;
+    int warpSize = 32, maxThreadsPerBlock = 1024, maxThreadsPerMultiProcessor = 2048, multiProcessorCount = 4, major = 8, minor = 0, l2CacheSize = 4 << 20;
+};
+using cudaEvent_t = struct timespec*;
+
+inline const char* cudaGetErrorName(cudaError_t e) {
+    return e == cudaSuccess ? "cudaSuccess" : e == cudaErrorMemoryAllocation ? "cudaErrorMemoryAllocation" : "cudaErrorInvalidValue";
+}
+inline const char* cudaGetErrorString(cudaError_t e) { return e == cudaSuccess ? "no error" : e == cudaErrorMemoryAllocation ? "out of memory" : "invalid argument"; }
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline cudaError_t cudaPeekAtLastError() { return cudaSuccess; }
+inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
+inline cudaError_t cudaGetDeviceCount(int* count) { *count = 1; return cudaSuccess; }
+inline cudaError_t cudaGetDevice(int* id) { *id = 0; return cudaSuccess; }
+inline cudaError_t cudaSetDevice(int id) { return id == 0 ? cudaSuccess : cudaErrorInvalidValue; }
+inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) { *properties = {}; return cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+    cudaDeviceProp p;
+    *value = attribute == cudaDevAttrMaxThreadsPerBlock ? p.maxThreadsPerBlock : attribute == cudaDevAttrMaxSharedMemoryPerBlock ? int(p.sharedMemPerBlock)
+           : attribute == cudaDevAttrMultiProcessorCount ? p.multiProcessorCount : attribute == cudaDevAttrComputeCapabilityMajor ? p.major
+           : attribute == cudaDevAttrComputeCapabilityMinor ? p.minor : int(p.sharedMemPerBlockOptin);
+    return cudaSuccess;
+}
+template <class... P> cudaError_t cudaFuncSetAttribute(void (*kernel)(P...), cudaFuncAttribute attribute, int value) {
+    if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
+    if (value < 0 || size_t(value) > simt::max_shared) return cudaErrorInvalidValue;
+    simt::device().max_dynamic[reinterpret_cast<void*>(kernel)] = size_t(value);
+    return cudaSuccess;
+}
+
+template <class T> cudaError_t cudaMalloc(T** p, size_t bytes) {
+    *p = bytes ? static_cast<T*>(simt::allocate(bytes, nullptr)) : nullptr;
+    return *p || !bytes ? cudaSuccess : cudaErrorMemoryAllocation;
+}
+inline cudaError_t cudaFree(void* p) {
+    if (!p) return cudaSuccess;
+    simt::Device& d = simt::device();
+    std::lock_guard lock(d.mutex);
+    auto it = d.allocations.find(uintptr_t(p));
+    if (it == d.allocations.end()) simt::stop("cudaFree of %p, which cudaMalloc never returned.\n  Free the pointer that was allocated.", p);
+    auto& [start, a] = *it;
+    if (!a.live) simt::stop("cudaFree of %s.\n  Free it once.", simt::describe(start).c_str());
+    { simt::Open open; simt::check_tail("the host", start, a); }
+    void* pages = reinterpret_cast<void*>(d.page_start(start));
+    size_t bytes = d.page_end(start + a.bytes) - d.page_start(start);
+    madvise(pages, bytes, MADV_DONTNEED);
+    mprotect(pages, bytes, PROT_NONE);
+    simt::set_state(start, a.bytes, false, false);
+    d.used -= a.bytes;
+    a.live = false;
+    d.live.erase(start);
+    return cudaSuccess;
+}
+template <class T> cudaError_t cudaMallocHost(T** p, size_t bytes) {
+    *p = static_cast<T*>(aligned_alloc(4096, (bytes + 4095) / 4096 * 4096));
+    return *p ? cudaSuccess : cudaErrorMemoryAllocation;
+}
+inline cudaError_t cudaFreeHost(void* p) { free(p); return cudaSuccess; }
+inline cudaError_t cudaMemGetInfo(size_t* unused, size_t* total) {
+    *total = simt::range_bytes, *unused = simt::range_bytes - simt::device().used;
+    return cudaSuccess;
+}
+inline cudaError_t cudaMemset(void* to, int value, size_t bytes) {
+    simt::check_range("cudaMemset", to, bytes);
+    simt::Open open;
+    memset(to, value, bytes);
+    simt::set_initialised(uintptr_t(to), bytes);
+    return cudaSuccess;
+}
+inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
+    auto on_device = [](const void* p) { return uintptr_t(p) - simt::device().base < simt::range_bytes; };
+    bool to_device = kind == cudaMemcpyDefault ? on_device(to) : kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice;
+    bool from_device = kind == cudaMemcpyDefault ? on_device(from) : kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice;
+    if (bytes && ((!to_device && on_device(to)) || (!from_device && on_device(from))))
+        simt::stop("cudaMemcpy is given device memory as the host's: %s.\n  Check its direction.", simt::describe(uintptr_t(to_device ? from : to)).c_str());
+    if (to_device) simt::check_range("cudaMemcpy", to, bytes);
+    if (from_device) simt::check_range("cudaMemcpy", from, bytes);
+    simt::Open open;
+    memcpy(to, from, bytes);
+    if (to_device && !from_device) simt::set_initialised(uintptr_t(to), bytes);
+    for (size_t i = 0; simt::watched && !to_device && from_device && i < bytes; ++i)           // what nothing has written is NaN
+        if (!simt::initialised(uintptr_t(from) + i)) static_cast<uint8_t*>(to)[i] = 0xff;
+    for (size_t i = 0; simt::watched && to_device && from_device && i < bytes; ++i)
+        simt::set_initialised(uintptr_t(to) + i, 1, simt::initialised(uintptr_t(from) + i));
+    return cudaSuccess;
+}
+inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t = nullptr) { return cudaMemset(to, value, bytes); }
+inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t = nullptr) { return cudaMemcpy(to, from, bytes, kind); }
+
+inline cudaError_t cudaStreamCreate(cudaStream_t* stream) { *stream = nullptr; return cudaSuccess; }
+inline cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+inline cudaError_t cudaEventCreate(cudaEvent_t* event) { *event = new timespec{}; return cudaSuccess; }
+inline cudaError_t cudaEventDestroy(cudaEvent_t event) { delete event; return cudaSuccess; }
+inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t = nullptr) { clock_gettime(CLOCK_MONOTONIC, event); return cudaSuccess; }
+inline cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
+inline cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t from, cudaEvent_t to) {
+    *ms = float(double(to->tv_sec - from->tv_sec) * 1e3 + double(to->tv_nsec - from->tv_nsec) * 1e-6);
+    return cudaSuccess;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------------
+// cuBLAS: column-major, as in Fortran
+
+enum cublasStatus_t { CUBLAS_STATUS_SUCCESS = 0, CUBLAS_STATUS_INVALID_VALUE = 7, CUBLAS_STATUS_NOT_SUPPORTED = 15 };
+enum cublasOperation_t { CUBLAS_OP_N, CUBLAS_OP_T, CUBLAS_OP_C };
+enum cublasMath_t { CUBLAS_DEFAULT_MATH = 0, CUBLAS_TF32_TENSOR_OP_MATH = 3 };
+enum cublasGemmAlgo_t { CUBLAS_GEMM_DEFAULT = -1, CUBLAS_GEMM_DEFAULT_TENSOR_OP = 99 };
+enum cudaDataType { CUDA_R_32F = 0, CUDA_R_64F = 1, CUDA_R_16BF = 14 };
+enum cublasComputeType_t { CUBLAS_COMPUTE_32F = 68, CUBLAS_COMPUTE_64F = 70, CUBLAS_COMPUTE_32F_FAST_TF32 = 77 };
+using cudaDataType_t = cudaDataType;
+using cublasHandle_t = struct simt_cublas*;
+
+inline const char* cublasGetStatusString(cublasStatus_t s) {
+    return s == CUBLAS_STATUS_SUCCESS ? "success" : s == CUBLAS_STATUS_INVALID_VALUE ? "invalid value" : "not supported";
+}
+inline cublasStatus_t cublasCreate(cublasHandle_t* handle) { *handle = nullptr; return CUBLAS_STATUS_SUCCESS; }
+inline cublasStatus_t cublasDestroy(cublasHandle_t) { return CUBLAS_STATUS_SUCCESS; }
+inline cublasStatus_t cublasSetStream(cublasHandle_t, cudaStream_t) { return CUBLAS_STATUS_SUCCESS; }
+inline cublasStatus_t cublasSetMathMode(cublasHandle_t, cublasMath_t) { return CUBLAS_STATUS_SUCCESS; }
+inline cublasStatus_t cublasSetWorkspace(cublasHandle_t, void*, size_t) { return CUBLAS_STATUS_SUCCESS; }
+
+inline cublasStatus_t cublasGemmEx(cublasHandle_t, cublasOperation_t opA, cublasOperation_t opB, int m, int n, int k, const void* alpha,
+                                   const void* A, cudaDataType typeA, int lda, const void* B, cudaDataType typeB, int ldb,
+                                   const void* beta, void* C, cudaDataType typeC, int ldc, cublasComputeType_t compute, cublasGemmAlgo_t) {
+    bool wide = compute == CUBLAS_COMPUTE_64F;
+    int rowsA = opA == CUBLAS_OP_N ? m : k, columnsA = opA == CUBLAS_OP_N ? k : m;
+    int rowsB = opB == CUBLAS_OP_N ? k : n, columnsB = opB == CUBLAS_OP_N ? n : k;
+    if (m < 0 || n < 0 || k < 0 || lda < std::max(1, rowsA) || ldb < std::max(1, rowsB) || ldc < std::max(1, m)) return CUBLAS_STATUS_INVALID_VALUE;
+    if (typeA != typeB || (typeA == CUDA_R_64F) != wide || (typeC == CUDA_R_64F) != wide || (typeA == CUDA_R_32F && typeC == CUDA_R_16BF)) return CUBLAS_STATUS_NOT_SUPPORTED;
+    if (!m || !n) return CUBLAS_STATUS_SUCCESS;
+    auto bytes = [](cudaDataType type) -> size_t { return type == CUDA_R_16BF ? 2 : type == CUDA_R_32F ? 4 : 8; };
+    bool keep = wide ? *static_cast<const double*>(beta) != 0 : *static_cast<const float*>(beta) != 0;
+    auto check = [&](const void* matrix, cudaDataType type, int rows, int columns, int ld, bool initialised) {
+        for (int j = 0; j < columns; ++j)
+            simt::check_range("cublasGemm", static_cast<const char*>(matrix) + size_t(j) * ld * bytes(type), rows * bytes(type), initialised);
+    };
+    check(A, typeA, rowsA, columnsA, lda, true);
+    check(B, typeB, rowsB, columnsB, ldb, true);
+    check(C, typeC, m, n, ldc, keep);
+    simt::Open open;
+    auto transA = opA == CUBLAS_OP_N ? CblasNoTrans : CblasTrans, transB = opB == CUBLAS_OP_N ? CblasNoTrans : CblasTrans;
+    if (wide)
+        cblas_dgemm(CblasColMajor, transA, transB, m, n, k, *static_cast<const double*>(alpha), static_cast<const double*>(A), lda,
+                    static_cast<const double*>(B), ldb, *static_cast<const double*>(beta), static_cast<double*>(C), ldc);
+    else {
+        std::vector<float> copies[3];                         // of bfloat16 matrices, as float
+        auto as_float = [&](int copy, const void* matrix, cudaDataType type, int rows, int columns, int ld) {
+            if (type == CUDA_R_32F) return static_cast<const float*>(matrix);
+            copies[copy].resize(size_t(columns) * ld);
+            for (int j = 0; j < columns; ++j)
+                for (int i = 0; i < rows; ++i) copies[copy][size_t(j) * ld + i] = static_cast<const __nv_bfloat16*>(matrix)[size_t(j) * ld + i];
+            return static_cast<const float*>(copies[copy].data());
+        };
+        const float* a = as_float(0, A, typeA, rowsA, columnsA, lda), *b = as_float(1, B, typeB, rowsB, columnsB, ldb);
+        float* c = const_cast<float*>(as_float(2, C, typeC, m, n, ldc));
+        cblas_sgemm(CblasColMajor, transA, transB, m, n, k, *static_cast<const float*>(alpha), a, lda, b, ldb, *static_cast<const float*>(beta), c, ldc);
+        for (int j = 0; typeC == CUDA_R_16BF && j < n; ++j)
+            for (int i = 0; i < m; ++i) static_cast<__nv_bfloat16*>(C)[size_t(j) * ldc + i] = c[size_t(j) * ldc + i];
+    }
+    for (int j = 0; j < n; ++j) simt::set_initialised(uintptr_t(C) + size_t(j) * ldc * bytes(typeC), m * bytes(typeC));
+    return CUBLAS_STATUS_SUCCESS;
+}
+inline cublasStatus_t cublasGemmStridedBatchedEx(cublasHandle_t handle, cublasOperation_t opA, cublasOperation_t opB, int m, int n, int k, const void* alpha,
+                                                 const void* A, cudaDataType typeA, int lda, long long strideA, const void* B, cudaDataType typeB, int ldb, long long strideB,
+                                                 const void* beta, void* C, cudaDataType typeC, int ldc, long long strideC, int batches, cublasComputeType_t compute, cublasGemmAlgo_t algorithm) {
+    auto bytes = [](cudaDataType type) -> long long { return type == CUDA_R_16BF ? 2 : type == CUDA_R_32F ? 4 : 8; };
+    simt::Open open;
+    for (int i = 0; i < batches; ++i) {
+        cublasStatus_t status = cublasGemmEx(handle, opA, opB, m, n, k, alpha, static_cast<const char*>(A) + i * strideA * bytes(typeA), typeA, lda,
+            static_cast<const char*>(B) + i * strideB * bytes(typeB), typeB, ldb, beta, static_cast<char*>(C) + i * strideC * bytes(typeC), typeC, ldc, compute, algorithm);
+        if (status != CUBLAS_STATUS_SUCCESS) return status;
+    }
+    return CUBLAS_STATUS_SUCCESS;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------------
+// What the compiler's instrumentation calls. Weak: each watched file brings these, and the program keeps one.
+
+#define SIMT_RUNTIME extern "C" __attribute__((weak, used, no_sanitize("thread")))
+#ifdef __SANITIZE_THREAD__
+SIMT_RUNTIME void __tsan_init() { simt::watched = true; }     // before any constructor of the program's
+SIMT_RUNTIME void __tsan_func_entry(void*) {}
+SIMT_RUNTIME void __tsan_func_exit() {}
+SIMT_RUNTIME void __tsan_vptr_update(void**, void*) {}
+SIMT_RUNTIME void __tsan_vptr_read(void**) {}
+// Sizes up to 8 are called for with accesses that the type says are aligned, 16 with those of at least 8. Host code returns at once.
+template <size_t bytes, simt::Access access> [[gnu::noinline]] SIMT_UNWATCHED void simt_access(const void* p, const void* pc) {
+    if (uintptr_t(p) % (bytes < 8 ? bytes : 8)) simt::misaligned(p, (bytes < 8 ? bytes : 8));
+    simt::access(p, bytes, access, pc);
+}
+#define SIMT_ACCESS(bytes)                                                                                                           \
+    SIMT_RUNTIME void __tsan_read##bytes(void* p) { if (simt::self) simt_access<bytes, simt::reads>(p, __builtin_return_address(0)); } \
+    SIMT_RUNTIME void __tsan_write##bytes(void* p) { if (simt::self) simt_access<bytes, simt::writes>(p, __builtin_return_address(0)); }
+SIMT_ACCESS(1)
+SIMT_ACCESS(2)
+SIMT_ACCESS(4)
+SIMT_ACCESS(8)
+SIMT_ACCESS(16)
+#undef SIMT_ACCESS
+SIMT_RUNTIME void __tsan_read_range(void* p, size_t bytes) {
+    if (simt::self) simt::access(p, bytes, simt::reads, __builtin_return_address(0));
+}
+SIMT_RUNTIME void __tsan_write_range(void* p, size_t bytes) {
+    if (simt::self) simt::access(p, bytes, simt::writes, __builtin_return_address(0));
+}
+// std::atomic and the guards of static variables, which are the host's: atomics of kernels are above.
+#define SIMT_FETCH(bits, T, name)                                                                                                    \
+    SIMT_RUNTIME T __tsan_atomic##bits##_fetch_##name(volatile void* p, T v, int) { return __atomic_fetch_##name(static_cast<volatile T*>(p), v, __ATOMIC_SEQ_CST); }
+#define SIMT_COMPARE(bits, T, strength, weak)                                                                                        \
+    SIMT_RUNTIME bool __tsan_atomic##bits##_compare_exchange_##strength(volatile void* p, void* expected, T v, int, int) {            \
+        return __atomic_compare_exchange_n(static_cast<volatile T*>(p), static_cast<T*>(expected), v, weak, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST); \
+    }
+#define SIMT_ATOMICS(bits, T)                                                                                                        \
+    SIMT_RUNTIME T __tsan_atomic##bits##_load(const volatile void* p, int) { return __atomic_load_n(static_cast<const volatile T*>(p), __ATOMIC_SEQ_CST); } \
+    SIMT_RUNTIME void __tsan_atomic##bits##_store(volatile void* p, T v, int) { __atomic_store_n(static_cast<volatile T*>(p), v, __ATOMIC_SEQ_CST); } \
+    SIMT_RUNTIME T __tsan_atomic##bits##_exchange(volatile void* p, T v, int) { return __atomic_exchange_n(static_cast<volatile T*>(p), v, __ATOMIC_SEQ_CST); } \
+    SIMT_FETCH(bits, T, add) SIMT_FETCH(bits, T, sub) SIMT_FETCH(bits, T, and) SIMT_FETCH(bits, T, or) SIMT_FETCH(bits, T, xor)      \
+    SIMT_FETCH(bits, T, nand) SIMT_COMPARE(bits, T, strong, false) SIMT_COMPARE(bits, T, weak, true)
+SIMT_ATOMICS(8, unsigned char)
+SIMT_ATOMICS(16, unsigned short)
+SIMT_ATOMICS(32, unsigned int)
+SIMT_ATOMICS(64, unsigned long)
+#undef SIMT_ATOMICS
+#undef SIMT_COMPARE
+#undef SIMT_FETCH
+SIMT_RUNTIME void __tsan_atomic_thread_fence(int) { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+SIMT_RUNTIME void __tsan_atomic_signal_fence(int) {}
+
+// Calls of these, the compiler's own among them, are not instrumented: in watched files they go by other names.
+extern "C" void* simt_libc_memcpy(void*, const void*, size_t) __asm__("memcpy");
+extern "C" void* simt_libc_memmove(void*, const void*, size_t) __asm__("memmove");
+extern "C" void* simt_libc_memset(void*, int, size_t) __asm__("memset");
+SIMT_RUNTIME void* simt_memcpy(void* to, const void* from, size_t bytes) {
+    if (simt::self) __tsan_read_range(const_cast<void*>(from), bytes), __tsan_write_range(to, bytes);
+    return simt_libc_memcpy(to, from, bytes);
+}
+SIMT_RUNTIME void* simt_memmove(void* to, const void* from, size_t bytes) {
+    if (simt::self) __tsan_read_range(const_cast<void*>(from), bytes), __tsan_write_range(to, bytes);
+    return simt_libc_memmove(to, from, bytes);
+}
+SIMT_RUNTIME void* simt_memset(void* to, int value, size_t bytes) {
+    if (simt::self) __tsan_write_range(to, bytes);
+    return simt_libc_memset(to, value, bytes);
+}
+extern "C" void* memcpy(void*, const void*, size_t) noexcept __asm__("simt_memcpy");
+extern "C" void* memmove(void*, const void*, size_t) noexcept __asm__("simt_memmove");
+extern "C" void* memset(void*, int, size_t) noexcept __asm__("simt_memset");
+#endif
+#ifdef __SANITIZE_ADDRESS__
+SIMT_RUNTIME void __asan_on_error() {                         // ahead of AddressSanitizer's own report
+    uintptr_t address = uintptr_t(__asan_get_report_address());
+    simt::Thread* t = simt::self;
+    simt::self = nullptr;
+    if (t) fprintf(stderr, "simt: kernel %s, block (%u,%u,%u), thread (%u,%u,%u): touches %s.\n  Check the index against the size.\n", simt::worker->launch->name,
+                   simt::worker->block.x, simt::worker->block.y, simt::worker->block.z, t->index.x, t->index.y, t->index.z,
+                   address - simt::device().base < simt::range_bytes ? simt::describe(address).c_str() : "memory that is not the device's");
+}
+#endif
+#undef SIMT_RUNTIME
