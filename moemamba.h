@@ -226,7 +226,8 @@ struct Layers {
                             const real* gates, const int* load, const floatX* x, const real* weight, void* scratch, int rows, int C,
                             int E, int K, bool renormalize, real balance_weight, real z_weight, cudaStream_t stream);
 
-    // -------- dispatch: rows to the experts that they chose, and back. A choice is a pair row * K + k; a slot is a row of the experts' input.
+    // -------- dispatch: rows to the experts that they chose, and back.
+    // A choice is a pair row * K + k; a slot is a row of the experts' input.
     // Slots of expert e start at offset[e]. capacity > 0: offset[e] = e * capacity, first come first served, a choice that finds its
     // expert full is dropped. capacity = 0: nothing is dropped, offset is the running sum of load.
     // slot (rows, K), -1 if dropped; choice (slots), -1 if empty; load (E): choices of each expert, before dropping; offset (E+1)
@@ -279,6 +280,10 @@ struct Layers {
 namespace cpu { extern const Layers layers; }
 namespace gpu { extern const Layers layers; }
 const Layers& find_device(const std::string& name);  // "auto" = the fastest there is; fails with what this build and machine have
+
+// What the machine can do, measured through the same functions: the marks that speeds are held against. Medians of a few runs.
+double measure_matmul_flops(const Layers& layers, int size);      // FLOP/s of one product of two (size, size) matrices of floatX
+double measure_read_bandwidth(const Layers& layers, size_t bytes);  // bytes/s of reading that much once
 
 // ------------------------------------------------------------------------------------------------------------------
 // Memory: a few arenas, each planned before it is allocated, so that --dry-run can print what would be needed.
@@ -486,6 +491,17 @@ struct Tokenizer {
     std::string to_json() const;
     static Tokenizer from_json(const std::string& text, const std::string& where);  // fails on an unknown kind or bad sizes
 };
+
+// Feeds the prompt, then draws up to `count` tokens and hands each to `emit`, until end-of-text or until `emit` returns false.
+// `sample` tells apart texts drawn with one seed. An empty prompt starts from end-of-text: that is what a new document follows in
+// training, and there has to be something to predict from. Memory does not grow with the text.
+struct Sampling {
+    double temperature = 0.8, top_p = 1.0;  // temperature 0: always the most probable token
+    int top_k = 0;                          // 0: all
+    uint64_t seed = 0;
+};
+void generate(Model& model, const Tokenizer& tokenizer, std::vector<int> prompt, int64_t count, const Sampling& sampling, int64_t sample,
+              const std::function<bool(int)>& emit);
 
 // A safetensors file open for reading: 8 bytes of header length, a JSON header, then the tensors.
 struct Safetensors {

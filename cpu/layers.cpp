@@ -1,0 +1,1323 @@
+// The layers on a CPU: the functions of `struct Layers`, in its order, as plain loops. They are the reference that the kernels in
+// moemamba.cu are verified against, and what trains and samples where there is no GPU.
+//
+// Matrix products go to a CBLAS, except for a handful of rows (decoding): those only stream the weights through once, which a BLAS
+// does slowly. All else is cut into parts that depend on sizes and on omp_get_max_threads() alone, and partial sums are added
+// in the order of the parts: the same bits every time for one number of threads.
+#include "../moemamba.h"
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cblas.h>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <numeric>
+#include <omp.h>
+#include <type_traits>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+namespace cpu {
+namespace {
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// Waking the other threads costs a few microseconds: below this many elements one thread is faster.
+constexpr bool worth_threads(int64_t elements) { return elements >= 16384; }
+
+// Part `part` of `parts` of [0, count), in multiples of `unit`: units of a cache line keep two threads from writing the same one.
+struct Range {
+    int64_t begin, end;
+    Range(int64_t count, int64_t part, int64_t parts, int64_t unit = 1) {
+        const int64_t units = ceil_div(count, unit);
+        begin = std::min(count, units * part / parts * unit);
+        end = std::min(count, units * (part + 1) / parts * unit);
+    }
+};
+constexpr int kLine = 64;  // bytes
+
+// Cuts scratch into arrays that begin on a cache line. On a null pointer it only counts, so that one piece of code both states
+// how much a function needs and hands it out.
+struct Cutter {
+    char* base;
+    size_t used;
+    explicit Cutter(void* scratch) : base(static_cast<char*>(scratch)), used(-reinterpret_cast<uintptr_t>(scratch) % kLine) {}
+    template <class T>
+    T* cut(int64_t count) {
+        T* array = base ? reinterpret_cast<T*>(base + used) : nullptr;
+        used += round_up(count * int64_t(sizeof(T)), kLine);
+        return array;
+    }
+    size_t bytes() const { return used + (base ? 0 : kLine); }
+};
+
+// ------------------------------------------------------------------------------------------------------------------
+// Numbers. Conversions of bfloat16 are written out, on bits, because the compiler vectorises that.
+inline real load(real x) { return x; }
+inline void store(real& to, real x) { to = x; }
+#ifdef PRECISION_BF16
+inline real load(floatX x) { return std::bit_cast<float>(uint32_t(std::bit_cast<uint16_t>(x)) << 16); }
+inline void store(floatX& to, real x) {  // to nearest, ties to even; a NaN must not round to infinity
+    const uint32_t bits = std::bit_cast<uint32_t>(x), rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    to = std::bit_cast<floatX>(uint16_t((bits & 0x7fffffff) > 0x7f800000 ? 0x7fff : rounded));
+}
+#endif
+
+// A vector register of reals. The scan has a channel in each lane; as a type, rather than a loop that the compiler may
+// or may not vectorise, it uses the widest registers there are. +, * and < act lane by lane; real op vec broadcasts.
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+constexpr int kLanes = kVectorBytes / sizeof(real);
+template <int kBytes>
+using Vector __attribute__((vector_size(kBytes))) = real;
+using vec = Vector<kVectorBytes>;
+typedef int32_t ivec __attribute__((vector_size(kVectorBytes)));
+typedef uint16_t half_vec __attribute__((vector_size(kLanes * 2)));
+typedef uint32_t uvec __attribute__((vector_size(kLanes * 4)));
+
+template <class To, class From>
+inline To copy_bits(const From* from) {
+    To to;
+    std::memcpy(&to, from, sizeof to);
+    return to;
+}
+inline vec load_vec(const real* x) { return copy_bits<vec>(x); }
+inline void store_vec(real* x, vec v) { std::memcpy(x, &v, sizeof v); }
+#ifdef PRECISION_BF16
+inline vec load_vec(const floatX* x) { return (vec)(__builtin_convertvector(copy_bits<half_vec>(x), uvec) << 16); }
+// Of 2 kLanes numbers those at even and at odd places: one operation each, where to widen kLanes neighbours takes five. A dot
+// product does not mind the order.
+inline vec load_even(const floatX* x) { return (vec)(copy_bits<uvec>(x) << 16); }
+inline vec load_odd(const floatX* x) { return (vec)(copy_bits<uvec>(x) & 0xffff0000); }
+inline void store_vec(floatX* x, vec v) {
+    const uvec bits = (uvec)v, rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    const half_vec half = __builtin_convertvector((bits & 0x7fffffff) > 0x7f800000 ? 0x7fff + uvec{} : rounded, half_vec);
+    std::memcpy(static_cast<void*>(x), &half, sizeof half);
+}
+#endif
+// The first `count` lanes; the others are zero.
+template <class T>
+inline vec load_vec(const T* x, int count) {
+    if (count == kLanes) return load_vec(x);
+    vec v = {};
+    for (int lane = 0; lane < count; lane++) v[lane] = load(x[lane]);
+    return v;
+}
+// The same from the end of a longer array: loads all lanes up to x[count - 1], and clears those that come before x[0].
+template <class T>
+inline vec load_last(const T* x, int count) {
+    decltype(vec{} < vec{}) index;
+    for (int lane = 0; lane < kLanes; lane++) index[lane] = lane;
+    return index < kLanes - count ? vec{} : load_vec(x + count - kLanes);
+}
+template <class T>
+inline void store_vec(T* x, vec v, int count) {
+    if (count == kLanes) return store_vec(x, v);
+    for (int lane = 0; lane < count; lane++) store(x[lane], v[lane]);
+}
+// These also ask for the lanes after, of the block that the caller comes to next: one cache line of each of many rows is a pattern
+// that no hardware prefetcher sees. It matters most for stores, which must own a line before they can change a part of it.
+template <class T>
+inline vec load_ahead(const T* x, int count) {
+    __builtin_prefetch(x + kLanes);
+    return load_vec(x, count);
+}
+template <class T>
+inline void store_ahead(T* x, vec v, int count) {
+    __builtin_prefetch(x + kLanes, 1);
+    store_vec(x, v, count);
+}
+template <int kBytes = kVectorBytes>
+inline real sum_lanes(Vector<kBytes> v) {
+    if constexpr (kBytes == sizeof(real)) return v[0];
+    else {
+        Vector<kBytes / 2> halves[2];
+        std::memcpy(halves, &v, kBytes);
+        return sum_lanes<kBytes / 2>(halves[0] + halves[1]);
+    }
+}
+
+// ------------------------------------------------------------------------------------------------------------------
+// exp and what is made of it, for V = real (in loops that the compiler vectorises) and V = vec. The C library's expf is not vectorised
+// without -ffast-math, which would break NaN and infinity; these have no branch. About 1 ulp. In double: the C library's.
+inline int32_t to_bits(float x) { return std::bit_cast<int32_t>(x); }
+inline float from_bits(int32_t x) { return std::bit_cast<float>(x); }
+inline ivec to_bits(vec x) { return (ivec)x; }
+inline vec from_bits(ivec x) { return (vec)x; }
+constexpr bool kOwnExp = std::is_same_v<real, float>;
+constexpr real kLog2e = real(1.4426950408889634074), kLn2 = real(0.69314718055994530942);
+constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;  // n * kLn2High is exact
+// Adding 1.5 * 2^23 rounds a float to an integer, which is left in the low bits of the sum.
+constexpr float kRound = 12582912.0f;
+
+template <class F>
+inline real each_lane(real x, F f) { return f(x); }
+template <class F>
+inline vec each_lane(vec x, F f) {
+    for (int lane = 0; lane < kLanes; lane++) x[lane] = f(x[lane]);
+    return x;
+}
+
+// 2^r, -1/2 <= r <= 1/2, to 2e-9
+template <class V>
+inline V exp2_polynomial(V r) {
+    return 1.0f + r * (0.6931472028551201f + r * (0.24022647913606357f + r * (0.055503324710391634f +
+           r * (0.009618437359971546f + r * (0.0013398874441646605f + r * 0.0001535336134192148f)))));
+}
+// 2^x for x <= 0, the decay of the scan's state, of which there are B*T*D*N: anything below 2^-126 is 2^-126.
+template <class V>
+inline V exp2_negative(V x) {
+    if constexpr (!kOwnExp) return each_lane(x, [](real x) { return std::exp2(x); });
+    else {
+        x = x < -126.0f ? -126.0f : x;                      // written so that a NaN stays one
+        const V rounded = x + (kRound + 127), n = rounded - (kRound + 127);  // 127, the exponent's bias, goes in for free
+        return exp2_polynomial(x - n) * from_bits(to_bits(rounded) << 23);
+    }
+}
+template <class V>
+inline V exp(V x) {
+    if constexpr (!kOwnExp) return each_lane(x, [](real x) { return std::exp(x); });
+    else {
+        x = x < -104.0f ? -104.0f : x;  // e^-104 rounds to 0, e^89 to infinity
+        x = x > 89.0f ? 89.0f : x;
+        const V rounded = x * kLog2e + kRound, n = rounded - kRound, r = x - n * kLn2High - n * kLn2Low;
+        const auto exponent = to_bits(rounded) - to_bits(kRound), half = exponent >> 1;  // 2^128 and 2^-140 are no normal numbers
+        return exp2_polynomial(r * kLog2e) * from_bits((half + 127) << 23) * from_bits((exponent - half + 127) << 23);
+    }
+}
+template <class V>
+inline V sigmoid(V x) { return 1 / (1 + exp(-x)); }
+
+// log(1 + exp(x)), with all its digits where that is tiny too
+template <class V>
+inline V softplus(V x) {
+    if constexpr (!kOwnExp) return each_lane(x, [](real x) { return x > 20 ? x : std::log1p(std::exp(x)); });
+    else {
+        const V e = exp(x), u = 1 + e;
+        // log u, with u = 2^k (1 + f) and sqrt(1/2) < 1 + f < sqrt(2) (Cephes' polynomial), plus what rounding took from u
+        const auto k = (to_bits(u) - to_bits(0.70710678f)) >> 23;
+        const V f = from_bits(to_bits(u) - (k << 23)) - 1, n = from_bits(k + to_bits(kRound)) - kRound;
+        V p = f * 7.0376836292e-2f - 1.1514610310e-1f;
+        for (const float c : {1.1676998740e-1f, -1.2420140846e-1f, 1.4249322787e-1f, -1.6668057665e-1f, 2.0000714765e-1f,
+                              -2.4999993993e-1f, 3.3333331174e-1f})
+            p = p * f + c;
+        const V log_u = f + (f * f * (f * p - 0.5f) + n * kLn2Low) + n * kLn2High;
+        return x > 20.0f ? x : log_u + (e - (u - 1)) / u;
+    }
+}
+
+// ------------------------------------------------------------------------------------------------------------------
+// Memory
+void* allocate(size_t bytes, const char* name) {
+    constexpr size_t kHugePage = 2 << 20;
+    const size_t alignment = bytes >= kHugePage ? kHugePage : kLine;
+    const size_t size = round_up(std::max<size_t>(bytes, 1), alignment);
+    void* memory = size >= bytes ? std::aligned_alloc(alignment, size) : nullptr;
+    if (!memory) fail("cannot allocate %zu bytes for %s: out of memory", bytes, name);
+#ifdef MADV_HUGEPAGE
+    if (alignment == kHugePage) madvise(memory, size, MADV_HUGEPAGE);  // streams through weights without a TLB miss every 4 KB
+#endif
+    return memory;
+}
+void release(void* memory) { std::free(memory); }
+void zero(void* memory, size_t bytes, cudaStream_t) {
+    const int parts = omp_get_max_threads();
+#pragma omp parallel for if (worth_threads(bytes / 8))
+    for (int part = 0; part < parts; part++) {
+        const Range range(bytes, part, parts, 4096);
+        std::memset(static_cast<char*>(memory) + range.begin, 0, range.end - range.begin);
+    }
+}
+void upload(void* to_device, const void* from_host, size_t bytes, cudaStream_t) { std::memcpy(to_device, from_host, bytes); }
+void download(void* to_host, const void* from_device, size_t bytes, cudaStream_t) { std::memcpy(to_host, from_device, bytes); }
+void synchronize(cudaStream_t) {}
+
+// ------------------------------------------------------------------------------------------------------------------
+// Embedding
+void embedding_forward(real* out, const int* tokens, const floatX* table, int rows, int C, cudaStream_t) {
+#pragma omp parallel for if (worth_threads(int64_t(rows) * C))
+    for (int r = 0; r < rows; r++) {
+        const int64_t from = int64_t(tokens[r]) * C, to = int64_t(r) * C;
+        for (int c = 0; c < C; c++) out[to + c] = load(table[from + c]);
+    }
+}
+// Each thread has some of the channels, of all rows: rows of one token are added in order, whatever the number of threads.
+void embedding_backward(real* d_table, const real* d_out, const int* tokens, void*, int rows, int, int C, cudaStream_t) {
+    const int parts = omp_get_max_threads();
+#pragma omp parallel for if (worth_threads(int64_t(rows) * C))
+    for (int part = 0; part < parts; part++) {
+        const Range channels(C, part, parts, kLine / sizeof(real));
+        for (int r = 0; r < rows; r++) {
+            const int64_t from = int64_t(r) * C, to = int64_t(tokens[r]) * C;
+#pragma omp simd
+            for (int64_t c = channels.begin; c < channels.end; c++) d_table[to + c] += d_out[from + c];
+        }
+    }
+}
+
+// ------------------------------------------------------------------------------------------------------------------
+// RMSNorm fused with the residual add
+void rmsnorm_forward(floatX* out, real* sum, real* rstd, const real* residual, const floatX* branch, const real* weight, int rows, int C,
+                     real eps, cudaStream_t) {
+#pragma omp parallel for if (worth_threads(int64_t(rows) * C))
+    for (int r = 0; r < rows; r++) {
+        const int64_t row = int64_t(r) * C;
+        real squares = 0;
+#pragma omp simd reduction(+ : squares)
+        for (int c = 0; c < C; c++) {
+            const real x = branch ? residual[row + c] + load(branch[row + c]) : residual[row + c];
+            sum[row + c] = x;
+            squares += x * x;
+        }
+        const real scale = 1 / std::sqrt(squares / C + eps);
+        rstd[r] = scale;
+#pragma omp simd
+        for (int c = 0; c < C; c++) store(out[row + c], sum[row + c] * scale * weight[c]);
+    }
+}
+
+struct RmsnormScratch {
+    int parts = omp_get_max_threads();
+    int64_t stride;
+    real* d_weight;  // (parts, stride): each part's sum over its rows
+    size_t bytes;
+    RmsnormScratch(void* scratch, int C) : stride(round_up(C, kLine / sizeof(real))) {
+        Cutter cutter(scratch);
+        d_weight = cutter.cut<real>(parts * stride);
+        bytes = cutter.bytes();
+    }
+};
+void rmsnorm_backward(real* d_sum, floatX* d_branch, real* d_weight, const floatX* d_out, const real* sum, const real* rstd,
+                      const real* weight, void* scratch, int rows, int C, cudaStream_t) {
+    const RmsnormScratch s(scratch, C);
+#pragma omp parallel for if (worth_threads(int64_t(rows) * C))
+    for (int part = 0; part < s.parts; part++) {
+        real* d_weight_part = s.d_weight + part * s.stride;
+        std::fill_n(d_weight_part, C, real(0));
+        const Range range(rows, part, s.parts);
+        for (int64_t r = range.begin; r < range.end; r++) {
+            const int64_t row = r * C;
+            real dot = 0;  // of the gradient of x * rstd with x
+#pragma omp simd reduction(+ : dot)
+            for (int c = 0; c < C; c++) dot += load(d_out[row + c]) * weight[c] * sum[row + c];
+            const real mean = dot * rstd[r] * rstd[r] / C;
+#pragma omp simd
+            for (int c = 0; c < C; c++) {
+                const real x = sum[row + c], d = load(d_out[row + c]);
+                d_weight_part[c] += d * x * rstd[r];
+                const real d_x = d_sum[row + c] + rstd[r] * (d * weight[c] - x * mean);
+                d_sum[row + c] = d_x;
+                if (d_branch) store(d_branch[row + c], d_x);
+            }
+        }
+    }
+    for (int part = 0; part < s.parts; part++)
+#pragma omp simd
+        for (int c = 0; c < C; c++) d_weight[c] += s.d_weight[part * s.stride + c];
+}
+
+// ------------------------------------------------------------------------------------------------------------------
+// Linear: matrix products of row-major matrices.  op(a) (m, k), op(b) (k, n), c (m, n) = op(a) op(b) + beta c
+void gemm(CBLAS_TRANSPOSE a_op, CBLAS_TRANSPOSE b_op, int m, int n, int k, const real* a, int ld_a, const real* b, int ld_b, real beta,
+          real* c, int ld_c) {
+    if constexpr (std::is_same_v<real, double>)
+        cblas_dgemm(CblasRowMajor, a_op, b_op, m, n, k, 1, (const double*)a, ld_a, (const double*)b, ld_b, beta, (double*)c, ld_c);
+    else
+        cblas_sgemm(CblasRowMajor, a_op, b_op, m, n, k, 1, (const float*)a, ld_a, (const float*)b, ld_b, beta, (float*)c, ld_c);
+}
+
+// BLAS has no bfloat16 to rely on: blocks of such matrices are converted. The copies live in buffers that grow to the largest block
+// and stay; they are thread_local because experts of different threads use them at the same time.
+struct Buffer {
+    real* data = nullptr;
+    int64_t size = 0;
+    ~Buffer() { release(data); }
+    real* need(int64_t count) {
+        if (count > size) {
+            release(data);
+            data = static_cast<real*>(allocate(count * sizeof(real), "a block of a matrix in float32"));
+            size = count;
+        }
+        return data;
+    }
+};
+thread_local Buffer out_buffer, in_buffer, weight_buffer;
+constexpr int kBlockRows = 1024;
+template <class T>
+constexpr int block_rows(int rows) { return std::is_same_v<T, real> ? rows : kBlockRows; }
+
+struct Block {
+    real* data;
+    int ld;
+};
+// A block of a matrix as reals: the matrix itself if it has them, or else a copy.
+template <class T>
+Block real_block(Buffer& buffer, const T* x, int ld, int rows, int columns, bool copy = true) {
+    if constexpr (std::is_same_v<T, real>) return {const_cast<real*>(x), ld};
+    else {
+        real* to = buffer.need(int64_t(rows) * columns);
+        if (!copy) return {to, columns};
+#pragma omp parallel for if (worth_threads(int64_t(rows) * columns))
+        for (int r = 0; r < rows; r++)
+#pragma omp simd
+            for (int c = 0; c < columns; c++) to[int64_t(r) * columns + c] = load(x[int64_t(r) * ld + c]);
+        return {to, columns};
+    }
+}
+template <class T>
+void write_back(T* x, int ld, Block block, int rows, int columns) {
+    if constexpr (!std::is_same_v<T, real>) {
+#pragma omp parallel for if (worth_threads(int64_t(rows) * columns))
+        for (int r = 0; r < rows; r++)
+#pragma omp simd
+            for (int c = 0; c < columns; c++) store(x[int64_t(r) * ld + c], block.data[int64_t(r) * block.ld + c]);
+    }
+}
+
+// A few rows: dot products, each weight read once, at the speed of memory. Four outputs at a time keep enough loads in flight.
+constexpr int kFewRows = 8;
+template <int kRows, class Out, class Weight>
+void dot_rows(Out* out, int ld_out, const floatX* in, int ld_in, const Weight* weight, int I, Range outputs, bool accumulate) {
+    constexpr int kOutputs = 4;
+    for (int64_t o = outputs.begin; o < outputs.end; o += kOutputs) {
+        const int64_t last = outputs.end - 1;  // past it the work is repeated and not stored
+        const Weight* w[kOutputs];
+        for (int j = 0; j < kOutputs; j++) w[j] = weight + std::min(o + j, last) * I;
+        vec sums[kOutputs][kRows] = {};
+        const auto add = [&](int i, auto load) {
+            vec x[kRows];
+#pragma GCC unroll 4
+            for (int r = 0; r < kRows; r++) x[r] = load(in + int64_t(r) * ld_in + i);
+#pragma GCC unroll 4
+            for (int j = 0; j < kOutputs; j++) {
+                const vec v = load(w[j] + i);
+#pragma GCC unroll 4
+                for (int r = 0; r < kRows; r++) sums[j][r] += x[r] * v;
+            }
+        };
+        int i = 0;
+        if constexpr (kMixedPrecision && std::is_same_v<Weight, floatX>)
+            for (; i + 2 * kLanes <= I; i += 2 * kLanes) {
+                add(i, [](auto* x) { return load_even(x); });
+                add(i, [](auto* x) { return load_odd(x); });
+            }
+        for (; i + kLanes <= I; i += kLanes) add(i, [](auto* x) { return load_vec(x); });
+        if (i < I) add(i, [=](auto* x) { return i > 0 ? load_last(x, I - i) : load_vec(x, I - i); });
+#pragma GCC unroll 4
+        for (int j = 0; j < kOutputs; j++)
+#pragma GCC unroll 4
+            for (int r = 0; r < kRows; r++)
+                if (o + j <= last) {
+                    Out& y = out[int64_t(r) * ld_out + o + j];
+                    store(y, sum_lanes(sums[j][r]) + (accumulate ? load(y) : 0));
+                }
+    }
+}
+
+// out (rows, O) = in (rows, I) W^T (+ out).  Also called from inside parallel regions, where it runs on one thread.
+template <class Out, class Weight>
+void multiply(Out* out, int ld_out, const floatX* in, int ld_in, const Weight* weight, int rows, int I, int O, bool accumulate) {
+    if (rows <= kFewRows) {
+        const int64_t blocks = ceil_div(O, 32);  // of outputs: small enough that the second four rows find the weights in cache
+#pragma omp parallel for if (worth_threads(int64_t(I) * O))
+        for (int64_t block = 0; block < blocks; block++)
+            for (int r = 0; r < rows; r += 4) {
+                const auto dot = std::array{dot_rows<1, Out, Weight>, dot_rows<2, Out, Weight>, dot_rows<3, Out, Weight>,
+                                            dot_rows<4, Out, Weight>}[std::min(rows - r, 4) - 1];
+                dot(out + int64_t(r) * ld_out, ld_out, in + int64_t(r) * ld_in, ld_in, weight, I, Range(O, block, blocks, 32), accumulate);
+            }
+        return;
+    }
+    const int row_step = block_rows<floatX>(rows), out_step = block_rows<Weight>(O);
+    for (int r = 0; r < rows; r += row_step) {
+        const int block = std::min(row_step, rows - r);
+        const Block x = real_block(in_buffer, in + int64_t(r) * ld_in, ld_in, block, I);
+        for (int o = 0; o < O; o += out_step) {
+            const int outs = std::min(out_step, O - o);
+            Out* to = out + int64_t(r) * ld_out + o;
+            const Block w = real_block(weight_buffer, weight + int64_t(o) * I, I, outs, I);
+            const Block y = real_block(out_buffer, to, ld_out, block, outs, accumulate);
+            gemm(CblasNoTrans, CblasTrans, block, outs, I, x.data, x.ld, w.data, w.ld, accumulate, y.data, y.ld);
+            write_back(to, ld_out, y, block, outs);
+        }
+    }
+}
+// d_in = d_out W (+ d_in), d_weight += d_out^T in; either may be null.
+template <class DOut, class Weight>
+void multiply_backward(floatX* d_in, int ld_d_in, real* d_weight, const DOut* d_out, int ld_d_out, const floatX* in, int ld_in,
+                       const Weight* weight, int rows, int I, int O, bool accumulate) {
+    const int row_step = block_rows<floatX>(rows), out_step = block_rows<Weight>(O);
+    for (int r = 0; r < rows; r += row_step) {
+        const int block = std::min(row_step, rows - r);
+        Block x{}, d_x{};
+        if (d_weight) x = real_block(in_buffer, in + int64_t(r) * ld_in, ld_in, block, I);
+        if (d_in) d_x = real_block(out_buffer, d_in + int64_t(r) * ld_d_in, ld_d_in, block, I, accumulate);
+        for (int o = 0; o < O; o += out_step) {
+            const int outs = std::min(out_step, O - o);
+            thread_local Buffer d_out_buffer;
+            const Block d = real_block(d_out_buffer, d_out + int64_t(r) * ld_d_out + o, ld_d_out, block, outs);
+            if (d_in) {
+                const Block w = real_block(weight_buffer, weight + int64_t(o) * I, I, outs, I);
+                gemm(CblasNoTrans, CblasNoTrans, block, I, outs, d.data, d.ld, w.data, w.ld, accumulate || o > 0, d_x.data, d_x.ld);
+            }
+            if (d_weight)
+                gemm(CblasTrans, CblasNoTrans, outs, I, block, d.data, d.ld, x.data, x.ld, 1, d_weight + int64_t(o) * I, I);
+        }
+        if (d_in) write_back(d_in + int64_t(r) * ld_d_in, ld_d_in, d_x, block, I);
+    }
+}
+void linear_forward(floatX* out, int ld_out, const floatX* in, int ld_in, const floatX* weight, int rows, int I, int O, bool accumulate,
+                    cudaStream_t) {
+    multiply(out, ld_out, in, ld_in, weight, rows, I, O, accumulate);
+}
+void linear_backward(floatX* d_in, int ld_d_in, real* d_weight, const floatX* d_out, int ld_d_out, const floatX* in, int ld_in,
+                     const floatX* weight, int rows, int I, int O, bool accumulate, cudaStream_t) {
+    multiply_backward(d_in, ld_d_in, d_weight, d_out, ld_d_out, in, ld_in, weight, rows, I, O, accumulate);
+}
+
+// ------------------------------------------------------------------------------------------------------------------
+// Causal depthwise convolution and SiLU. The work is cut into (sequence, tile of channels); a tile walks through time with the
+// inputs of the last steps in a ring.
+constexpr int kMaxConv = 8, kConvTile = 128;
+struct ConvTile {
+    int D, W, d, count;  // channels d .. d + count - 1
+    real weight[kMaxConv][kConvTile], bias[kConvTile], x[kMaxConv][kConvTile], a[kConvTile];
+
+    // The smallest tiles are a cache line, the largest stay in L1 with room to spare.
+    static int width(int B, int D) {
+        return std::clamp<int>(round_up(ceil_div(int64_t(B) * D, omp_get_max_threads()), kLanes), kLanes, kConvTile);
+    }
+    ConvTile(const real* all_weights, const real* all_biases, const real* initial_state, int b, int D, int W, int d, int width)
+        : D(D), W(W), d(d), count(std::min(width, D - d)) {
+        for (int c = 0; c < count; c++) {
+            bias[c] = all_biases[d + c];
+            for (int w = 0; w < W; w++) weight[w][c] = all_weights[int64_t(d + c) * W + w];
+        }
+        for (int j = 0; j < W - 1; j++)
+            for (int c = 0; c < count; c++) x[slot(j - (W - 1))][c] = initial_state ? initial_state[state(b, j) + c] : 0;
+    }
+    static int slot(int t) { return (t + kMaxConv) % kMaxConv; }                  // of step t >= -kMaxConv in the ring
+    int64_t state(int b, int j) const { return (int64_t(b) * (W - 1) + j) * D + d; }  // where step j of the states begins
+    void step(int t, const floatX* in) {  // a = bias + sum of weight * input
+        real* newest = x[slot(t)];
+#pragma omp simd
+        for (int c = 0; c < count; c++) {
+            newest[c] = load(in[c]);
+            a[c] = bias[c] + weight[W - 1][c] * newest[c];
+        }
+        for (int w = 0; w < W - 1; w++) {
+            const real* older = x[slot(t - (W - 1) + w)];
+#pragma omp simd
+            for (int c = 0; c < count; c++) a[c] += weight[w][c] * older[c];
+        }
+    }
+};
+void conv_forward(floatX* out, real* final_state, const floatX* in, int ld_in, const real* weight, const real* bias,
+                  const real* initial_state, int B, int T, int D, int W, cudaStream_t) {
+    const int width = ConvTile::width(B, D);
+#pragma omp parallel for collapse(2) if (worth_threads(int64_t(B) * T * D))
+    for (int b = 0; b < B; b++)
+        for (int d = 0; d < D; d += width) {
+            ConvTile tile(weight, bias, initial_state, b, D, W, d, width);
+            for (int t = 0; t < T; t++) {
+                const int64_t row = int64_t(b) * T + t;
+                tile.step(t, in + row * ld_in + d);
+#pragma omp simd
+                for (int c = 0; c < tile.count; c++) store(out[row * D + d + c], tile.a[c] * sigmoid(tile.a[c]));
+            }
+            for (int j = 0; j < W - 1 && final_state; j++)
+                std::copy_n(tile.x[tile.slot(T - (W - 1) + j)], tile.count, final_state + tile.state(b, j));
+        }
+}
+
+struct ConvScratch {
+    real* d_weight;  // (B, W + 1, D): each sequence's gradients of the weights and, last, of the bias
+    size_t bytes;
+    ConvScratch(void* scratch, int B, int D, int W) {
+        Cutter cutter(scratch);
+        d_weight = cutter.cut<real>(int64_t(B) * (W + 1) * D);
+        bytes = cutter.bytes();
+    }
+};
+void conv_backward(floatX* d_in, int ld_d_in, real* d_weight, real* d_bias, real* d_initial_state, const floatX* d_out,
+                   const real* d_final_state, const floatX* in, int ld_in, const real* weight, const real* bias,
+                   const real* initial_state, void* scratch, int B, int T, int D, int W, cudaStream_t) {
+    const ConvScratch s(scratch, B, D, W);
+    const int width = ConvTile::width(B, D);
+#pragma omp parallel for collapse(2) if (worth_threads(int64_t(B) * T * D))
+    for (int b = 0; b < B; b++)
+        for (int d = 0; d < D; d += width) {
+            ConvTile tile(weight, bias, initial_state, b, D, W, d, width);
+            const int count = tile.count;
+            real d_x[kMaxConv][kConvTile] = {}, d_w[kMaxConv + 1][kConvTile] = {}, d_a[kConvTile];
+            // Step t (negative: of the initial state) has all its gradients once step t + W - 1 is done; its place is then free.
+            const auto finish = [&](int t) {
+                real* d = d_x[tile.slot(t)];
+                if (const int j = t - (T - (W - 1)); j >= 0 && d_final_state)
+                    for (int c = 0; c < count; c++) d[c] += d_final_state[tile.state(b, j) + c];
+                if (t >= 0)
+                    for (int c = 0; c < count; c++) store(d_in[(int64_t(b) * T + t) * ld_d_in + tile.d + c], d[c]);
+                else if (d_initial_state)
+                    std::copy_n(d, count, d_initial_state + tile.state(b, t + W - 1));
+                std::fill_n(d, count, real(0));
+            };
+            for (int t = 0; t < T; t++) {
+                const int64_t row = int64_t(b) * T + t;
+                tile.step(t, in + row * ld_in + d);
+#pragma omp simd
+                for (int c = 0; c < count; c++) {
+                    const real gate = sigmoid(tile.a[c]);
+                    d_a[c] = load(d_out[row * D + d + c]) * gate * (1 + tile.a[c] * (1 - gate));
+                    d_w[W][c] += d_a[c];
+                }
+                for (int w = 0; w < W; w++) {
+                    const int slot = tile.slot(t - (W - 1) + w);
+#pragma omp simd
+                    for (int c = 0; c < count; c++) {
+                        d_w[w][c] += d_a[c] * tile.x[slot][c];
+                        d_x[slot][c] += d_a[c] * tile.weight[w][c];
+                    }
+                }
+                finish(t - (W - 1));
+            }
+            for (int t = T - (W - 1); t < T; t++) finish(t);
+            for (int w = 0; w <= W; w++) std::copy_n(d_w[w], count, s.d_weight + (int64_t(b) * (W + 1) + w) * D + d);
+        }
+#pragma omp parallel for if (worth_threads(int64_t(B) * W * D))
+    for (int first = 0; first < D; first += kConvTile)
+        for (int b = 0; b < B; b++)
+            for (int w = 0; w <= W; w++)
+                for (int d = first; d < std::min(D, first + kConvTile); d++)
+                    (w < W ? d_weight[int64_t(d) * W + w] : d_bias[d]) += s.d_weight[(int64_t(b) * (W + 1) + w) * D + d];
+}
+
+// ------------------------------------------------------------------------------------------------------------------
+// Selective scan. A block is kLanes channels, one in each lane, with all N states: B_t[n] and C_t[n] are broadcast to all lanes and
+// nothing is summed across lanes but the gradients of B_t and C_t. The decay is exp(delta A) = 2^(delta A log2(e)); "A" below is
+// A log2(e), hence a factor ln 2 in its gradients.
+//
+// Threads share sequences x blocks. Where these are too few, time is cut into segments too: a first pass runs each
+// segment from a zero state; since the state is linear in where it started, h_end = (product of decays) h_start + that, and the
+// product is 2^(A * sum of delta), the segments' true starts follow one by one; the second pass is the ordinary one.
+// The backward pass does the same to the gradient of the state, from the end of time.
+constexpr int kMaxState = 128;
+
+struct ScanScratch {
+    int threads = omp_get_max_threads(), blocks, segments, segment_steps, groups;
+    vec* h;           // (B, segments, blocks, N): forward, the state; backward, the gradient of the state from later steps
+    vec* local;       // (B, segments, blocks, N): backward, what a segment adds to it
+    vec* delta_sum;   // (B, segments, blocks)
+    vec* d_params;    // (B, segments, blocks, N + 2): backward, each segment's sums of d_A, d_skip, d_dt_bias
+    vec* chunk_d_BC;  // (threads, N, kScanChunk, 2): backward, d_B and d_C of one chunk, a group's sum in each lane
+    real* d_BC;       // (groups, B, T, 2N): backward, each group's sum over its channels
+    int64_t chunk_d_BC_size;
+    size_t bytes;
+
+    ScanScratch(void* scratch, int B, int T, int D, int N, bool backward) {
+        const int chunks = scan_chunks(T);
+        blocks = ceil_div(D, kLanes);
+        segments = std::clamp<int64_t>(threads / (int64_t(B) * blocks), 1, chunks);
+        segment_steps = ceil_div(chunks, segments) * kScanChunk;
+        segments = ceil_div(T, segment_steps);
+        // The blocks of a group take turns chunk by chunk, and share the sums of d_B and d_C: the fewest groups that keep the
+        // threads busy.
+        const auto busy = [&](int64_t groups) {
+            const int64_t units = B * int64_t(segments) * groups;
+            return units >= 0.9 * double(round_up(units, threads));
+        };
+        for (groups = 1; groups < blocks && !busy(groups);) groups++;
+
+        Cutter cutter(scratch);
+        const int64_t units = int64_t(B) * segments * blocks;
+        h = cutter.cut<vec>(units * N);
+        delta_sum = cutter.cut<vec>(units);
+        if (backward) {
+            chunk_d_BC_size = int64_t(N) * kScanChunk * 2;
+            local = cutter.cut<vec>(units * N);
+            d_params = cutter.cut<vec>(units * (N + 2));
+            chunk_d_BC = cutter.cut<vec>(threads * chunk_d_BC_size);
+            d_BC = cutter.cut<real>(int64_t(groups) * B * T * 2 * N);
+        }
+        bytes = cutter.bytes();
+    }
+};
+
+// The channels of one block, and what depends on them alone.
+struct ScanBlock {
+    int d, count, N;  // channels d .. d + count - 1; lanes past them are zero and stay so
+    vec skip, dt_bias, A[kMaxState];
+    ScanBlock(int block, const real* A_log, const real* all_skip, const real* all_dt_bias, int D, int N)
+        : d(block * kLanes), count(std::min(kLanes, D - d)), N(N), skip(load_vec(all_skip + d, count)),
+          dt_bias(load_vec(all_dt_bias + d, count)) {
+        load_state(A, A_log + int64_t(d) * N);
+        for (int n = 0; n < N; n++) A[n] = exp(A[n]) * -kLog2e;
+    }
+    // (channels, N) in memory, (N, lanes) here; from null: zeros, to null: nothing
+    void load_state(vec* state, const real* from) const {
+        real* to = reinterpret_cast<real*>(state);
+        if (count < kLanes || !from) std::fill_n(state, N, vec{});
+        for (int lane = 0; lane < count && from; lane++)
+            for (int n = 0; n < N; n++) to[n * kLanes + lane] = from[int64_t(lane) * N + n];
+    }
+    void store_state(real* to, const vec* state) const {
+        const real* from = reinterpret_cast<const real*>(state);
+        for (int lane = 0; lane < count && to; lane++)
+            for (int n = 0; n < N; n++) to[int64_t(lane) * N + n] = from[n * kLanes + lane];
+    }
+};
+inline real* offset_or_null(real* x, int64_t offset) { return x ? x + offset : nullptr; }
+inline const real* offset_or_null(const real* x, int64_t offset) { return x ? x + offset : nullptr; }
+
+// What a block needs of each step besides the states, for up to one chunk. It is computed ahead of the recurrence, where
+// steps do not wait for one another.
+struct ScanSteps {
+    int count;
+    vec u[kScanChunk], delta[kScanChunk], delta_u[kScanChunk];
+    ScanSteps(const ScanBlock& block, const floatX* all_u, const floatX* dt, int64_t first_row, int count, int D) : count(count) {
+        for (int t = 0; t < count; t++) {
+            const int64_t at = (first_row + t) * D + block.d;
+            u[t] = load_ahead(all_u + at, block.count);
+            delta[t] = softplus(load_ahead(dt + at, block.count) + block.dt_bias);
+            delta_u[t] = delta[t] * u[t];
+        }
+    }
+};
+
+void scan_forward(floatX* out, real* final_state, real* chunk_states, const floatX* u, const floatX* dt, const floatX* B_t,
+                  const floatX* C_t, int ld_bc, const floatX* z, int ld_z, const real* A_log, const real* skip, const real* dt_bias,
+                  const real* initial_state, void* scratch, int B, int T, int D, int N, cudaStream_t) {
+    const ScanScratch s(scratch, B, T, D, N, false);
+    const bool parallel = worth_threads(int64_t(B) * T * D * N);
+
+    if (s.segments > 1) {
+#pragma omp parallel for collapse(3) if (parallel)
+        for (int b = 0; b < B; b++)
+            for (int segment = 0; segment < s.segments - 1; segment++)
+                for (int i = 0; i < s.blocks; i++) {
+                    const ScanBlock block(i, A_log, skip, dt_bias, D, N);
+                    const int64_t unit = (int64_t(b) * s.segments + segment) * s.blocks + i;
+                    vec *h = s.h + unit * N, delta_sum = {};
+                    std::fill_n(h, N, vec{});
+                    for (int begin = segment * s.segment_steps; begin < (segment + 1) * s.segment_steps; begin += kScanChunk) {
+                        const int64_t row = int64_t(b) * T + begin;
+                        const ScanSteps steps(block, u, dt, row, kScanChunk, D);
+                        for (int t = 0; t < steps.count; t++) {
+                            const floatX* b_t = B_t + (row + t) * ld_bc;
+                            for (int n = 0; n < N; n++)
+                                h[n] = exp2_negative(steps.delta[t] * block.A[n]) * h[n] + steps.delta_u[t] * load(b_t[n]);
+                            delta_sum += steps.delta[t];
+                        }
+                    }
+                    s.delta_sum[unit] = delta_sum;
+                }
+#pragma omp parallel for collapse(2) if (parallel)
+        for (int b = 0; b < B; b++)
+            for (int i = 0; i < s.blocks; i++) {
+                const ScanBlock block(i, A_log, skip, dt_bias, D, N);
+                vec start[kMaxState];
+                block.load_state(start, offset_or_null(initial_state, (int64_t(b) * D + block.d) * N));
+                for (int segment = 0; segment < s.segments; segment++) {  // the place of each local end takes the true start
+                    const int64_t unit = (int64_t(b) * s.segments + segment) * s.blocks + i;
+                    for (int n = 0; n < N; n++) {
+                        const vec end = exp2_negative(s.delta_sum[unit] * block.A[n]) * start[n] + s.h[unit * N + n];
+                        s.h[unit * N + n] = start[n];
+                        start[n] = end;
+                    }
+                }
+            }
+    }
+
+#pragma omp parallel for collapse(3) if (parallel)
+    for (int b = 0; b < B; b++)
+        for (int segment = 0; segment < s.segments; segment++)
+            for (int group = 0; group < s.groups; group++) {
+                const Range members(s.blocks, group, s.groups);
+                const int begin = segment * s.segment_steps, end = std::min(T, begin + s.segment_steps);
+                for (int64_t chunk = begin / kScanChunk; chunk * kScanChunk < end; chunk++) {
+                    const int64_t row = int64_t(b) * T + chunk * kScanChunk;
+                    const int count = std::min<int>(kScanChunk, end - chunk * kScanChunk);
+                    for (int64_t i = members.begin; i < members.end; i++) {
+                        const ScanBlock block(i, A_log, skip, dt_bias, D, N);
+                        const ScanSteps steps(block, u, dt, row, count, D);
+                        const int64_t d = block.d;
+                        vec *h = s.h + ((int64_t(b) * s.segments + segment) * s.blocks + i) * N, y[kScanChunk];
+                        if (chunk == 0) block.load_state(h, offset_or_null(initial_state, (int64_t(b) * D + d) * N));
+                        block.store_state(offset_or_null(chunk_states, ((b * scan_chunks(T) + chunk) * D + d) * N), h);
+                        for (int t = 0; t < count; t++) {
+                            const floatX *b_t = B_t + (row + t) * ld_bc, *c_t = C_t + (row + t) * ld_bc;
+                            const vec delta = steps.delta[t], delta_u = steps.delta_u[t];
+                            vec sum = block.skip * steps.u[t];
+                            for (int n = 0; n < N; n++) {
+                                h[n] = exp2_negative(delta * block.A[n]) * h[n] + delta_u * load(b_t[n]);
+                                sum += h[n] * load(c_t[n]);
+                            }
+                            y[t] = sum;
+                        }
+                        for (int t = 0; t < count; t++) {
+                            const vec z_t = load_ahead(z + (row + t) * ld_z + d, block.count);
+                            store_ahead(out + (row + t) * D + d, y[t] * z_t * sigmoid(z_t), block.count);
+                        }
+                        if (chunk == scan_chunks(T) - 1)
+                            block.store_state(offset_or_null(final_state, (int64_t(b) * D + d) * N), h);
+                    }
+                }
+            }
+}
+
+void scan_backward(floatX* d_u, floatX* d_dt, floatX* d_B_t, floatX* d_C_t, floatX* d_z, real* d_A_log, real* d_skip, real* d_dt_bias,
+                   real* d_initial_state, const floatX* d_out, const real* d_final_state, const floatX* u, const floatX* dt,
+                   const floatX* B_t, const floatX* C_t, int ld_bc, const floatX* z, int ld_z, const real* A_log, const real* skip,
+                   const real* dt_bias, const real* chunk_states, void* scratch, int B, int T, int D, int N, cudaStream_t) {
+    const ScanScratch s(scratch, B, T, D, N, true);
+    const bool parallel = worth_threads(int64_t(B) * T * D * N);
+
+    if (s.segments > 1) {
+#pragma omp parallel for collapse(3) if (parallel)
+        for (int b = 0; b < B; b++)
+            for (int segment = 1; segment < s.segments; segment++)
+                for (int i = 0; i < s.blocks; i++) {
+                    const ScanBlock block(i, A_log, skip, dt_bias, D, N);
+                    const int64_t unit = (int64_t(b) * s.segments + segment) * s.blocks + i;
+                    const int end = std::min(T, (segment + 1) * s.segment_steps);
+                    vec *dh = s.local + unit * N, delta_sum = {};
+                    std::fill_n(dh, N, vec{});
+                    for (int begin = (end - 1) / kScanChunk * kScanChunk; begin >= segment * s.segment_steps; begin -= kScanChunk) {
+                        const int64_t row = int64_t(b) * T + begin;
+                        const ScanSteps steps(block, u, dt, row, std::min(kScanChunk, end - begin), D);
+                        for (int t = steps.count - 1; t >= 0; t--) {
+                            const floatX* c_t = C_t + (row + t) * ld_bc;
+                            const vec z_t = load_vec(z + (row + t) * ld_z + block.d, block.count);
+                            const vec g = load_vec(d_out + (row + t) * D + block.d, block.count) * z_t * sigmoid(z_t);
+                            for (int n = 0; n < N; n++)
+                                dh[n] = exp2_negative(steps.delta[t] * block.A[n]) * (dh[n] + g * load(c_t[n]));
+                            delta_sum += steps.delta[t];
+                        }
+                    }
+                    s.delta_sum[unit] = delta_sum;
+                }
+    }
+#pragma omp parallel for collapse(2) if (parallel)
+    for (int b = 0; b < B; b++)
+        for (int i = 0; i < s.blocks; i++) {
+            const ScanBlock block(i, A_log, skip, dt_bias, D, N);
+            const int64_t last = (int64_t(b) * s.segments + s.segments - 1) * s.blocks + i;
+            block.load_state(s.h + last * N, offset_or_null(d_final_state, (int64_t(b) * D + block.d) * N));
+            for (int segment = s.segments - 1; segment > 0; segment--) {
+                const int64_t unit = (int64_t(b) * s.segments + segment) * s.blocks + i;
+                for (int n = 0; n < N; n++)
+                    s.h[(unit - s.blocks) * N + n] =
+                        exp2_negative(s.delta_sum[unit] * block.A[n]) * s.h[unit * N + n] + s.local[unit * N + n];
+            }
+        }
+
+#pragma omp parallel for collapse(3) if (parallel)
+    for (int b = 0; b < B; b++)
+        for (int segment = 0; segment < s.segments; segment++)
+            for (int group = 0; group < s.groups; group++) {
+                const Range members(s.blocks, group, s.groups);
+                const int64_t first_unit = (int64_t(b) * s.segments + segment) * s.blocks;
+                std::fill_n(s.d_params + (first_unit + members.begin) * (N + 2), (members.end - members.begin) * (N + 2), vec{});
+                vec* d_BC = s.chunk_d_BC + omp_get_thread_num() * s.chunk_d_BC_size;
+                const int begin = segment * s.segment_steps, end = std::min(T, begin + s.segment_steps);
+                for (int64_t chunk = (end - 1) / kScanChunk; chunk >= begin / kScanChunk; chunk--) {
+                    const int64_t row = int64_t(b) * T + chunk * kScanChunk;
+                    const int count = std::min<int>(kScanChunk, end - chunk * kScanChunk);
+                    std::fill_n(d_BC, s.chunk_d_BC_size, vec{});
+                    for (int64_t i = members.begin; i < members.end; i++) {
+                        const ScanBlock block(i, A_log, skip, dt_bias, D, N);
+                        const ScanSteps steps(block, u, dt, row, count, D);
+                        const int d = block.d;
+                        vec start[kMaxState], g[kScanChunk], y[kScanChunk], dh_B[kScanChunk] = {}, dh_A[kScanChunk] = {};
+                        block.load_state(start, chunk_states + ((b * scan_chunks(T) + chunk) * D + d) * N);
+                        for (int t = 0; t < count; t++) {
+                            const vec z_t = load_ahead(z + (row + t) * ld_z + d, block.count);
+                            g[t] = load_ahead(d_out + (row + t) * D + d, block.count) * z_t * sigmoid(z_t);
+                            y[t] = block.skip * steps.u[t];
+                        }
+
+                        vec* d_params = s.d_params + (first_unit + i) * (N + 2);
+                        // kStates states at a time: their part of the chunk stays in L1, their sums in registers.
+                        const auto states = [&]<int kStates>(int first) {
+                            vec decays[kScanChunk][kStates];   // a_t
+                            vec decayed[kScanChunk][kStates];  // a_t h_{t-1} itself: recovered as h_t - delta u B it would cancel
+                            vec h[kStates], dh[kStates], d_A[kStates] = {}, *later = s.h + (first_unit + i) * N + first;
+                            std::copy_n(start + first, kStates, h);
+                            std::copy_n(later, kStates, dh);
+                            for (int t = 0; t < count; t++) {
+                                const floatX* b_t = B_t + (row + t) * ld_bc + first;
+                                for (int n = 0; n < kStates; n++) {
+                                    decays[t][n] = exp2_negative(steps.delta[t] * block.A[first + n]);
+                                    decayed[t][n] = decays[t][n] * h[n];
+                                    h[n] = decayed[t][n] + steps.delta_u[t] * load(b_t[n]);
+                                }
+                            }
+                            for (int t = count - 1; t >= 0; t--) {
+                                const floatX *b_t = B_t + (row + t) * ld_bc + first, *c_t = C_t + (row + t) * ld_bc + first;
+                                for (int n = 0; n < kStates; n++) {
+                                    const real b_n = load(b_t[n]), c_n = load(c_t[n]);
+                                    const vec h_t = decayed[t][n] + steps.delta_u[t] * b_n;
+                                    dh[n] += g[t] * c_n;
+                                    const vec dh_decayed = dh[n] * decayed[t][n];
+                                    vec* d_bc = d_BC + ((first + n) * kScanChunk + t) * 2;
+                                    d_bc[0] += dh[n] * steps.delta_u[t];
+                                    d_bc[1] += g[t] * h_t;
+                                    y[t] += h_t * c_n;
+                                    dh_B[t] += dh[n] * b_n;
+                                    dh_A[t] += dh_decayed * block.A[first + n];
+                                    d_A[n] += dh_decayed * steps.delta[t];
+                                    dh[n] *= decays[t][n];
+                                }
+                            }
+                            std::copy_n(dh, kStates, later);
+                            for (int n = 0; n < kStates; n++) d_params[first + n] += d_A[n];
+                        };
+                        int n = 0;
+                        for (; n + 4 <= N; n += 4) states.template operator()<4>(n);
+                        for (; n < N; n++) states.template operator()<1>(n);
+                        if (chunk == 0)
+                            block.store_state(offset_or_null(d_initial_state, (int64_t(b) * D + d) * N), s.h + (first_unit + i) * N);
+
+                        for (int t = 0; t < count; t++) {
+                            const int64_t at = (row + t) * D + d, at_z = (row + t) * ld_z + d;
+                            const vec raw = load_vec(dt + at, block.count) + block.dt_bias;
+                            const vec d_raw = (steps.u[t] * dh_B[t] + kLn2 * dh_A[t]) * (raw > 20 ? 1 : sigmoid(raw));
+                            const vec z_t = load_vec(z + at_z, block.count), gate = sigmoid(z_t);
+                            d_params[N] += g[t] * steps.u[t];
+                            d_params[N + 1] += d_raw;
+                            store_ahead(d_dt + at, d_raw, block.count);
+                            store_ahead(d_u + at, block.skip * g[t] + steps.delta[t] * dh_B[t], block.count);
+                            const vec d_silu = gate * (1 + z_t * (1 - gate));
+                            store_ahead(d_z + at_z, load_vec(d_out + at, block.count) * y[t] * d_silu, block.count);
+                        }
+                    }
+                    real* to = s.d_BC + (int64_t(group) * B * T + row) * 2 * N;
+                    for (int t = 0; t < count; t++)
+                        for (int n = 0; n < N; n++)
+                            for (int of : {0, 1}) to[(2 * t + of) * N + n] = sum_lanes(d_BC[(n * kScanChunk + t) * 2 + of]);
+                }
+            }
+
+    const int64_t rows = int64_t(B) * T;
+#pragma omp parallel for if (worth_threads(rows * 2 * N * s.groups))
+    for (int64_t row = 0; row < rows; row++)
+        for (int n = 0; n < N; n++) {
+            real d_b = 0, d_c = 0;
+            for (int group = 0; group < s.groups; group++) {
+                const real* from = s.d_BC + (group * rows + row) * 2 * N;
+                d_b += from[n];
+                d_c += from[N + n];
+            }
+            store(d_B_t[row * ld_bc + n], d_b);
+            store(d_C_t[row * ld_bc + n], d_c);
+        }
+#pragma omp parallel for if (parallel)
+    for (int i = 0; i < s.blocks; i++)
+        for (int n = 0; n < N + 2; n++) {
+            vec sum = {};
+            for (int64_t segment = 0; segment < int64_t(B) * s.segments; segment++)
+                sum += s.d_params[(segment * s.blocks + i) * (N + 2) + n];
+            for (int lane = 0; lane < std::min(kLanes, D - i * kLanes); lane++) {
+                const int64_t d = i * kLanes + lane;
+                if (n < N) d_A_log[d * N + n] -= sum[lane] * std::exp(A_log[d * N + n]);  // dA/dA_log = A
+                else (n == N ? d_skip : d_dt_bias)[d] += sum[lane];
+            }
+        }
+}
+
+// ------------------------------------------------------------------------------------------------------------------
+// Softmax of a row, in place or not; returns log(sum(exp(in))). With scale: of scale * in.
+template <class In>
+real softmax_row(real* out, const In* in, int count, real scale = 1) {
+    real largest = -INFINITY, sum = 0;
+#pragma omp simd reduction(max : largest)
+    for (int i = 0; i < count; i++) largest = std::max(largest, load(in[i]) * scale);
+#pragma omp simd reduction(+ : sum)
+    for (int i = 0; i < count; i++) {
+        const real e = exp(load(in[i]) * scale - largest);
+        out[i] = e;
+        sum += e;
+    }
+#pragma omp simd
+    for (int i = 0; i < count; i++) out[i] /= sum;
+    return largest + std::log(sum);
+}
+
+// ------------------------------------------------------------------------------------------------------------------
+// Router
+void router_forward(real* probs, real* lse, int* experts, real* gates, const floatX* x, const real* weight, void*, int rows, int C, int E,
+                    int K, bool renormalize, cudaStream_t) {
+    multiply(probs, E, x, C, weight, rows, C, E, false);
+#pragma omp parallel for if (worth_threads(int64_t(rows) * E))
+    for (int r = 0; r < rows; r++) {
+        real* p = probs + int64_t(r) * E;
+        int* chosen = experts + int64_t(r) * K;
+        real* gate = gates + int64_t(r) * K;
+        lse[r] = softmax_row(p, p, E);
+        real total = 0;
+        for (int k = 0; k < K; k++) {
+            int best = -1;  // always found, even among NaNs
+            for (int e = 0; e < E; e++)
+                if (std::find(chosen, chosen + k, e) == chosen + k && (best < 0 || p[e] > p[best])) best = e;
+            chosen[k] = best;
+            gate[k] = p[best];
+            total += p[best];
+        }
+        for (int k = 0; k < K && renormalize; k++) gate[k] /= total;
+    }
+}
+void router_losses(real* losses, const real* probs, const real* lse, const int* load, void*, int rows, int E, cudaStream_t) {
+    double balance = 0, z = 0;
+    for (int64_t r = 0; r < rows; r++) {
+        for (int e = 0; e < E; e++) balance += double(load[e]) * probs[r * E + e];
+        z += double(lse[r]) * lse[r];
+    }
+    losses[0] += real(balance * E / (double(rows) * rows));
+    losses[1] += real(z / rows);
+}
+
+struct RouterScratch {
+    real* d_logits;  // (rows, E)
+    size_t bytes;
+    RouterScratch(void* scratch, int rows, int E) {
+        Cutter cutter(scratch);
+        d_logits = cutter.cut<real>(int64_t(rows) * E);
+        bytes = cutter.bytes();
+    }
+};
+void router_backward(floatX* d_x, real* d_weight, const real* d_gates, const real* probs, const real* lse, const int* experts,
+                     const real* gates, const int* load, const floatX* x, const real* weight, void* scratch, int rows, int C, int E,
+                     int K, bool renormalize, real balance_weight, real z_weight, cudaStream_t) {
+    const RouterScratch s(scratch, rows, E);
+#pragma omp parallel for if (worth_threads(int64_t(rows) * E))
+    for (int r = 0; r < rows; r++) {
+        const int64_t row = int64_t(r) * E, choices = int64_t(r) * K;
+        const real* p = probs + row;
+        real* d = s.d_logits + row;  // first d_probs
+        for (int e = 0; e < E; e++) d[e] = balance_weight * E * load[e] / (real(rows) * rows);
+        real total = 0, mean = 0;  // of a renormalised gate: p_k / total
+        for (int k = 0; k < K; k++) {
+            total += p[experts[choices + k]];
+            mean += d_gates[choices + k] * gates[choices + k];
+        }
+        for (int k = 0; k < K; k++)
+            d[experts[choices + k]] += renormalize ? (d_gates[choices + k] - mean) / total : d_gates[choices + k];
+        real dot = 0;
+        for (int e = 0; e < E; e++) dot += p[e] * d[e];
+        for (int e = 0; e < E; e++) d[e] = p[e] * (d[e] - dot + z_weight * 2 * lse[r] / rows);
+    }
+    multiply_backward(d_x, C, d_weight, s.d_logits, E, x, C, weight, rows, C, E, true);
+}
+
+// ------------------------------------------------------------------------------------------------------------------
+// Dispatch and combine
+void dispatch_plan(int* slot, int* choice, int* load, int* offset, const int* experts, void*, int rows, int E, int K, int capacity,
+                   cudaStream_t) {
+    const int choices = rows * K;
+    std::fill_n(load, E, 0);
+    for (int i = 0; i < choices; i++) load[experts[i]]++;
+    offset[0] = 0;
+    for (int e = 0; e < E; e++) offset[e + 1] = offset[e] + (capacity > 0 ? capacity : load[e]);
+    std::fill_n(choice, expert_slots(rows, E, K, capacity), -1);
+    std::fill_n(load, E, 0);
+    for (int i = 0; i < choices; i++) {
+        const int e = experts[i], place = offset[e] + load[e]++;
+        slot[i] = place < offset[e + 1] ? place : -1;
+        if (slot[i] >= 0) choice[place] = i;
+    }
+}
+void dispatch_forward(floatX* out, const floatX* x, const int* choice, int slots, int C, int K, cudaStream_t) {
+#pragma omp parallel for if (worth_threads(int64_t(slots) * C))
+    for (int s = 0; s < slots; s++) {
+        floatX* to = out + int64_t(s) * C;
+        if (choice[s] < 0) std::fill_n(to, C, floatX(0));
+        else std::copy_n(x + int64_t(choice[s] / K) * C, C, to);
+    }
+}
+
+// out[r] = sum over k of weight(r, k) * in[slot[r, k]] (+ out)
+template <class F>
+void gather(floatX* out, const floatX* in, const int* slot, int rows, int C, int K, bool accumulate, F weight) {
+#pragma omp parallel for if (worth_threads(int64_t(rows) * C * K))
+    for (int r = 0; r < rows; r++) {
+        constexpr int kTile = 256;  // the sum of a tile is kept in real over all k, and rounded once
+        for (int begin = 0; begin < C; begin += kTile) {
+            const int count = std::min(kTile, C - begin);
+            floatX* to = out + int64_t(r) * C + begin;
+            real sum[kTile];
+#pragma omp simd
+            for (int c = 0; c < count; c++) sum[c] = accumulate ? load(to[c]) : 0;
+            for (int k = 0; k < K; k++) {
+                const int64_t i = int64_t(r) * K + k;
+                if (slot[i] < 0) continue;
+                const floatX* from = in + int64_t(slot[i]) * C + begin;
+                const real scale = weight(i);
+#pragma omp simd
+                for (int c = 0; c < count; c++) sum[c] += scale * load(from[c]);
+            }
+#pragma omp simd
+            for (int c = 0; c < count; c++) store(to[c], sum[c]);
+        }
+    }
+}
+void dispatch_backward(floatX* d_x, const floatX* d_out, const int* slot, int rows, int C, int K, bool accumulate, cudaStream_t) {
+    gather(d_x, d_out, slot, rows, C, K, accumulate, [](int64_t) { return real(1); });
+}
+void combine_forward(floatX* out, const floatX* y, const real* gates, const int* slot, int rows, int C, int K, bool accumulate,
+                     cudaStream_t) {
+    gather(out, y, slot, rows, C, K, accumulate, [=](int64_t i) { return gates[i]; });
+}
+void combine_backward(floatX* d_y, real* d_gates, const floatX* d_out, const floatX* y, const real* gates, const int* slot,
+                      const int* choice, int rows, int slots, int C, int K, cudaStream_t) {
+    const int choices = rows * K;
+#pragma omp parallel for if (worth_threads(int64_t(choices) * C))
+    for (int i = 0; i < choices; i++)
+        if (slot[i] < 0) d_gates[i] = 0;
+#pragma omp parallel for if (worth_threads(int64_t(slots) * C))
+    for (int s = 0; s < slots; s++) {
+        floatX* to = d_y + int64_t(s) * C;
+        if (choice[s] < 0) {
+            std::fill_n(to, C, floatX(0));
+            continue;
+        }
+        const floatX *from = d_out + int64_t(choice[s] / K) * C, *output = y + int64_t(s) * C;
+        const real gate = gates[choice[s]];
+        real dot = 0;
+#pragma omp simd reduction(+ : dot)
+        for (int c = 0; c < C; c++) {
+            const real d = load(from[c]);
+            dot += d * load(output[c]);
+            store(to[c], gate * d);
+        }
+        d_gates[choice[s]] = dot;
+    }
+}
+
+// ------------------------------------------------------------------------------------------------------------------
+// Experts. The products are small and many: threads share pieces of them, each of which BLAS computes on one thread. Which thread
+// takes a piece does not change its result.
+struct ExpertPiece {
+    int expert, row, rows, out, outs;
+};
+// Cuts every expert's product into ranges of its rows, or into ranges of its outputs: in all, a few pieces for each thread.
+void add_pieces(std::vector<ExpertPiece>& pieces, const int* host_offset, int capacity, int E, int O, bool by_rows) {
+    auto first = [&](int e) { return capacity > 0 ? e * capacity : host_offset[e]; };
+    int64_t total = 0;
+    for (int e = 0; e < E; e++) total += by_rows ? first(e + 1) - first(e) : first(e + 1) > first(e) ? O : 0;
+    const int64_t size = std::max<int64_t>(ceil_div(total, 4 * omp_get_max_threads()), 64);
+    for (int e = 0; e < E; e++) {
+        const int rows = first(e + 1) - first(e);
+        const int row_parts = by_rows ? ceil_div(rows, size) : rows > 0, out_parts = by_rows ? 1 : ceil_div(O, size);
+        for (int i = 0; i < row_parts * out_parts; i++) {
+            const Range r(rows, by_rows ? i : 0, row_parts), o(O, by_rows ? 0 : i, out_parts, 32);
+            pieces.push_back({e, first(e) + int(r.begin), int(r.end - r.begin), int(o.begin), int(o.end - o.begin)});
+        }
+    }
+}
+void experts_forward(floatX* out, const floatX* in, const floatX* weight, const int* host_offset, int slots, int I, int O, int E,
+                     int capacity, cudaStream_t) {
+    std::vector<ExpertPiece> pieces;
+    add_pieces(pieces, host_offset, capacity, E, O, slots > E * kFewRows);
+#pragma omp parallel for schedule(dynamic) if (worth_threads(int64_t(slots) * I * O))
+    for (const ExpertPiece& p : pieces)
+        multiply(out + int64_t(p.row) * O + p.out, O, in + int64_t(p.row) * I, I, weight + (int64_t(p.expert) * O + p.out) * I, p.rows,
+                 I, p.outs, false);
+}
+void experts_backward(floatX* d_in, real* d_weight, const floatX* d_out, const floatX* in, const floatX* weight, const int* host_offset,
+                      int slots, int I, int O, int E, int capacity, cudaStream_t) {
+    std::vector<ExpertPiece> pieces;
+    add_pieces(pieces, host_offset, capacity, E, O, true);
+    const size_t d_in_pieces = pieces.size();
+    add_pieces(pieces, host_offset, capacity, E, O, false);
+#pragma omp parallel for schedule(dynamic) if (worth_threads(int64_t(slots) * I * O))
+    for (size_t i = 0; i < pieces.size(); i++) {
+        const ExpertPiece& p = pieces[i];
+        const bool for_d_in = i < d_in_pieces;
+        const int64_t w = (int64_t(p.expert) * O + p.out) * I;
+        multiply_backward(for_d_in ? d_in + int64_t(p.row) * I : nullptr, I, for_d_in ? nullptr : d_weight + w,
+                          d_out + int64_t(p.row) * O + p.out, O, in + int64_t(p.row) * I, I, weight + w, p.rows, I, p.outs, false);
+    }
+}
+
+// ------------------------------------------------------------------------------------------------------------------
+// Activations
+void swiglu_forward(floatX* out, const floatX* gate_up, int rows, int F, cudaStream_t) {
+#pragma omp parallel for if (worth_threads(int64_t(rows) * F))
+    for (int r = 0; r < rows; r++) {
+        const floatX *gate = gate_up + int64_t(r) * 2 * F, *up = gate + F;
+        floatX* to = out + int64_t(r) * F;
+#pragma omp simd
+        for (int f = 0; f < F; f++) {
+            const real g = load(gate[f]);
+            store(to[f], g * sigmoid(g) * load(up[f]));
+        }
+    }
+}
+void swiglu_backward(floatX* d_gate_up, const floatX* d_out, const floatX* gate_up, int rows, int F, cudaStream_t) {
+#pragma omp parallel for if (worth_threads(int64_t(rows) * F))
+    for (int r = 0; r < rows; r++) {
+        const floatX *gate = gate_up + int64_t(r) * 2 * F, *up = gate + F, *d = d_out + int64_t(r) * F;
+        floatX *d_gate = d_gate_up + int64_t(r) * 2 * F, *d_up = d_gate + F;
+#pragma omp simd
+        for (int f = 0; f < F; f++) {
+            const real g = load(gate[f]), s = sigmoid(g), d_f = load(d[f]);
+            store(d_gate[f], d_f * load(up[f]) * s * (1 + g * (1 - s)));
+            store(d_up[f], d_f * g * s);
+        }
+    }
+}
+// Written so that a NaN stays one.
+void relu_forward(floatX* out, const floatX* in, int64_t count, cudaStream_t) {
+#pragma omp parallel for simd if (parallel : worth_threads(count))
+    for (int64_t i = 0; i < count; i++) {
+        const real x = load(in[i]);
+        store(out[i], x < 0 ? 0 : x);
+    }
+}
+void relu_backward(floatX* d_in, const floatX* d_out, const floatX* in, int64_t count, cudaStream_t) {
+#pragma omp parallel for simd if (parallel : worth_threads(count))
+    for (int64_t i = 0; i < count; i++) store(d_in[i], load(in[i]) <= 0 ? 0 : load(d_out[i]));
+}
+
+// ------------------------------------------------------------------------------------------------------------------
+// Classifier and softmax
+void classifier(real* losses, floatX* logits, const int* targets, int rows, int V, int ld, real d_loss, cudaStream_t) {
+#pragma omp parallel for if (worth_threads(int64_t(rows) * V))
+    for (int r = 0; r < rows; r++) {
+        floatX* row = logits + int64_t(r) * ld;
+        const int target = targets[r];
+        if (target < 0) {
+            losses[r] = 0;
+            if (d_loss != 0) std::fill_n(row, ld, floatX(0));
+            continue;
+        }
+        real largest = -INFINITY, sum = 0;
+#pragma omp simd reduction(max : largest)
+        for (int v = 0; v < V; v++) largest = std::max(largest, load(row[v]));
+#pragma omp simd reduction(+ : sum)
+        for (int v = 0; v < V; v++) sum += exp(load(row[v]) - largest);
+        const real of_target = load(row[target]) - largest;
+        losses[r] = std::log(sum) - of_target;
+        if (d_loss == 0) continue;
+        const real scale = d_loss / sum;
+#pragma omp simd
+        for (int v = 0; v < V; v++) store(row[v], scale * exp(load(row[v]) - largest));
+        store(row[target], scale * exp(of_target) - d_loss);
+        std::fill_n(row + V, ld - V, floatX(0));
+    }
+}
+void softmax_forward(real* probs, const floatX* logits, int rows, int V, int ld, real temperature, cudaStream_t) {
+#pragma omp parallel for if (worth_threads(int64_t(rows) * V))
+    for (int r = 0; r < rows; r++) softmax_row(probs + int64_t(r) * V, logits + int64_t(r) * ld, V, 1 / temperature);
+}
+
+// ------------------------------------------------------------------------------------------------------------------
+// Reductions, in double, over a fixed number of parts: the result does not depend on the number of threads.
+struct SumScratch {
+    static constexpr int kParts = 1024;
+    double* partial;  // (kParts)
+    size_t bytes;
+    explicit SumScratch(void* scratch) {
+        Cutter cutter(scratch);
+        partial = cutter.cut<double>(kParts);
+        bytes = cutter.bytes();
+    }
+};
+template <class F>
+void add_sum(real* out, const real* in, void* scratch, int64_t count, F term) {
+    const SumScratch s(scratch);
+#pragma omp parallel for if (worth_threads(count))
+    for (int part = 0; part < s.kParts; part++) {
+        const Range range(count, part, s.kParts, kLine / sizeof(real));
+        constexpr int kSums = 32;  // in four vectors: one alone would wait for its additions, not for memory
+        double sums[kSums] = {};
+        int64_t i = range.begin;
+        for (; i + kSums <= range.end; i += kSums)
+#pragma omp simd
+            for (int j = 0; j < kSums; j++) sums[j] += term(double(in[i + j]));
+        for (; i < range.end; i++) sums[0] += term(double(in[i]));
+        s.partial[part] = std::accumulate(sums, sums + kSums, 0.0);
+    }
+    double sum = 0;
+    for (int part = 0; part < s.kParts; part++) sum += s.partial[part];
+    out[0] = real(out[0] + sum);
+}
+void sum(real* out, const real* in, void* scratch, int64_t count, cudaStream_t) {
+    add_sum(out, in, scratch, count, [](double x) { return x; });
+}
+void sum_of_squares(real* out, const real* in, void* scratch, int64_t count, cudaStream_t) {
+    add_sum(out, in, scratch, count, [](double x) { return x * x; });
+}
+
+// AdamW
+void adamw(real* master, floatX* weight, real* m, real* v, const real* grad, int64_t count, real lr, real beta1, real beta2, real eps,
+           real weight_decay, real grad_scale, int step, cudaStream_t) {
+    const real m_scale = real(1 / (1 - std::pow(double(beta1), step))), v_scale = real(1 / (1 - std::pow(double(beta2), step)));
+#pragma omp parallel for simd if (parallel : worth_threads(count))
+    for (int64_t i = 0; i < count; i++) {
+        const real g = grad_scale * grad[i];
+        m[i] = beta1 * m[i] + (1 - beta1) * g;
+        v[i] = beta2 * v[i] + (1 - beta2) * g * g;
+        master[i] -= lr * (m[i] * m_scale / (std::sqrt(v[i] * v_scale) + eps) + weight_decay * master[i]);
+        if (weight) store(weight[i], master[i]);
+    }
+}
+
+size_t scratch_bytes(const Config& c, int B, int T) {
+    return std::max({RmsnormScratch(nullptr, c.d_model).bytes, ConvScratch(nullptr, B, c.d_inner, c.d_conv).bytes,
+                     ScanScratch(nullptr, B, T, c.d_inner, c.d_state, false).bytes,
+                     ScanScratch(nullptr, B, T, c.d_inner, c.d_state, true).bytes, RouterScratch(nullptr, B * T, c.experts).bytes,
+                     SumScratch(nullptr).bytes});
+}
+
+}  // namespace
+
+const Layers layers = {
+    .device = "cpu",
+    .allocate = allocate,
+    .release = release,
+    .zero = zero,
+    .upload = upload,
+    .download = download,
+    .synchronize = synchronize,
+    .scratch_bytes = scratch_bytes,
+    .embedding_forward = embedding_forward,
+    .embedding_backward = embedding_backward,
+    .rmsnorm_forward = rmsnorm_forward,
+    .rmsnorm_backward = rmsnorm_backward,
+    .linear_forward = linear_forward,
+    .linear_backward = linear_backward,
+    .conv_forward = conv_forward,
+    .conv_backward = conv_backward,
+    .scan_forward = scan_forward,
+    .scan_backward = scan_backward,
+    .router_forward = router_forward,
+    .router_losses = router_losses,
+    .router_backward = router_backward,
+    .dispatch_plan = dispatch_plan,
+    .dispatch_forward = dispatch_forward,
+    .dispatch_backward = dispatch_backward,
+    .combine_forward = combine_forward,
+    .combine_backward = combine_backward,
+    .experts_forward = experts_forward,
+    .experts_backward = experts_backward,
+    .swiglu_forward = swiglu_forward,
+    .swiglu_backward = swiglu_backward,
+    .relu_forward = relu_forward,
+    .relu_backward = relu_backward,
+    .classifier = classifier,
+    .softmax_forward = softmax_forward,
+    .sum = sum,
+    .sum_of_squares = sum_of_squares,
+    .adamw = adamw,
+};
+
+}  // namespace cpu
