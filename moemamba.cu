@@ -1,0 +1,3296 @@
+// The layers on a GPU, and the Model on top of them.
+//
+// namespace gpu holds the kernels and launchers of struct Layers (moemamba.h), in its order, forward beside backward; the functions
+// in cpu/layers.cpp have the same names and arguments, and say in plain loops what is computed here. What all kernels have in common:
+//  - floatX in memory, real in registers. Rows are read 16 bytes at a time where alignment allows (kWidth elements), else one by one:
+//    the same kernel, instantiated for both widths.
+//  - No float atomics. Where many blocks add to one sum, each writes its part to scratch and reduce_partials adds the parts in order,
+//    so that a result depends on the sizes and the device alone, never on timing.
+//  - Long dimensions lie in gridDim.x; offsets into tensors are 64-bit.
+// The Model, after it, is host code only: it calls the layers of whichever device it was given.
+#include "moemamba.h"
+
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <chrono>
+#include <cmath>
+#include <cstdarg>
+#include <cstring>
+#include <limits>
+#include <nlohmann/json.hpp>
+#include <type_traits>
+
+namespace gpu {
+namespace {
+
+// ------------------------------------------------------------------------------------------------------------------
+// Common parts
+#ifdef USE_CUDA
+#define UNROLL _Pragma("unroll")
+#define NO_UNROLL _Pragma("unroll 1")  // where a longer body would cost registers
+#else
+#define UNROLL
+#define NO_UNROLL
+#endif
+
+constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr int kWarp = 32;
+constexpr int kThreads = 256;                            // per block, where nothing speaks for another number
+constexpr int kWidth = 16 / sizeof(floatX);              // elements in the widest load or store
+constexpr size_t kMaxShared = 99 << 10;                  // bytes of shared memory that a block may have on every GPU since 2020
+constexpr real kLowest = std::numeric_limits<real>::lowest();  // finite, so that kLowest - kLowest is 0
+
+void check_cuda(cudaError_t status, const char* file, int line) {
+    if (status == cudaSuccess) return;
+    fail("CUDA: %s (%s) at %s:%d. Errors of kernels are reported late: run again with CUDA_LAUNCH_BLOCKING=1, or under compute-sanitizer, "
+         "to see which one it was.", cudaGetErrorString(status), cudaGetErrorName(status), file, line);
+}
+void check_cublas(cublasStatus_t status, const char* file, int line) {
+    if (status == CUBLAS_STATUS_SUCCESS) return;
+    fail("cuBLAS: %s at %s:%d. Run again with CUBLAS_LOGDEST_DBG=stderr CUBLAS_LOGINFO_DBG=1 to see the call.",
+         cublasGetStatusString(status), file, line);
+}
+#define CUDA_CHECK(call) check_cuda(call, __FILE__, __LINE__)
+#define CUBLAS_CHECK(call) check_cublas(call, __FILE__, __LINE__)
+#define CHECK_LAUNCH() CUDA_CHECK(cudaGetLastError())
+
+// Sizes of scratch depend on this number, and --dry-run plans for a GPU where there is none: then it is an H100's.
+int multiprocessors() {
+    static const int count = [] {
+        int device = 0, n = 0;
+        const bool known = cudaGetDevice(&device) == cudaSuccess &&
+                           cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, device) == cudaSuccess;
+        return known && n > 0 ? n : 132;
+    }();
+    return count;
+}
+
+__host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+unsigned blocks_for(int64_t work, int per_block) {
+    const int64_t blocks = ceil_div(work, per_block);
+    if (blocks > std::numeric_limits<int>::max()) fail("a launch of %lld blocks is too large: use a smaller batch", (long long)blocks);
+    return unsigned(blocks);
+}
+// Threads for a row of so many vectors: whole warps, as few as one.
+int row_threads(int64_t vectors, int most = kThreads) { return int(std::min<int64_t>(ceil_div(vectors, kWarp) * kWarp, most)); }
+
+// Carves scratch memory into arrays. With a null base it only counts, so that one layout serves scratch_bytes and the launch.
+struct Scratch {
+    char* base;
+    size_t used = 0;
+    explicit Scratch(void* memory) : base(static_cast<char*>(memory)) {}
+    template <class T>
+    T* take(int64_t count) {
+        T* array = base ? reinterpret_cast<T*>(base + used) : nullptr;
+        used += (size_t(count) * sizeof(T) + 255) / 256 * 256;
+        return array;
+    }
+};
+
+bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+// Calls f with a compile-time width: kWidth if all these sizes (in elements) and addresses allow 16-byte accesses, else 1.
+template <int wide = kWidth, class F>
+void with_width(std::initializer_list<int64_t> sizes, std::initializer_list<const void*> addresses, F&& f) {
+    const bool fits = std::all_of(sizes.begin(), sizes.end(), [](int64_t n) { return n % kWidth == 0; }) &&
+                      std::all_of(addresses.begin(), addresses.end(), aligned);
+    if (fits) f(std::integral_constant<int, wide>());
+    else f(std::integral_constant<int, 1>());
+}
+
+// Elements as they lie in memory, moved in one access, and as numbers to calculate with.
+template <class T, int count>
+struct alignas(sizeof(T) * count) Packed {
+    T v[count];
+};
+using Vector = Packed<floatX, kWidth>;
+template <int width>
+struct Lanes {
+    real v[width];
+};
+
+template <int width, class T>
+__device__ __forceinline__ Lanes<width> load(const T* p) {
+    constexpr int piece = width * sizeof(T) <= 16 ? width : 16 / sizeof(T);
+    Lanes<width> x;
+    UNROLL for (int i = 0; i < width; i += piece) {
+        const Packed<T, piece> part = *reinterpret_cast<const Packed<T, piece>*>(p + i);
+        UNROLL for (int j = 0; j < piece; j++) x.v[i + j] = real(part.v[j]);
+    }
+    return x;
+}
+template <int width, class T>
+__device__ __forceinline__ void store(T* p, const Lanes<width>& x) {
+    constexpr int piece = width * sizeof(T) <= 16 ? width : 16 / sizeof(T);
+    UNROLL for (int i = 0; i < width; i += piece) {
+        Packed<T, piece> part;
+        UNROLL for (int j = 0; j < piece; j++) part.v[j] = T(x.v[i + j]);
+        *reinterpret_cast<Packed<T, piece>*>(p + i) = part;
+    }
+}
+
+// One spelling of the mathematics for both types of real; the accurate functions, not the fast ones.
+__device__ __forceinline__ real exp_(real x) { return sizeof(real) == 8 ? real(exp(double(x))) : real(expf(float(x))); }
+__device__ __forceinline__ real expm1_(real x) { return sizeof(real) == 8 ? real(expm1(double(x))) : real(expm1f(float(x))); }
+__device__ __forceinline__ real log_(real x) { return sizeof(real) == 8 ? real(log(double(x))) : real(logf(float(x))); }
+__device__ __forceinline__ real log1p_(real x) { return sizeof(real) == 8 ? real(log1p(double(x))) : real(log1pf(float(x))); }
+__device__ __forceinline__ real sqrt_(real x) { return sizeof(real) == 8 ? real(sqrt(double(x))) : real(sqrtf(float(x))); }
+// The quick quotient is good to 2 units in the last place here, and gives 0 where the exponential overflows.
+__device__ __forceinline__ real sigmoid(real x) {
+    return sizeof(real) == 8 ? 1 / (1 + exp_(-x)) : real(__fdividef(1.0f, float(1 + exp_(-x))));
+}
+__device__ __forceinline__ real softplus(real x) { return x <= 20 ? log1p_(exp_(x)) : x; }
+
+// Sums and maxima over a warp or a block. The order is fixed, and every thread gets the same bits.
+__device__ __forceinline__ int lane_id() { return int(threadIdx.x % kWarp); }
+__device__ __forceinline__ int warp_id() { return int(threadIdx.x / kWarp); }
+__device__ __forceinline__ real warp_sum(real x) {
+    UNROLL for (int mask = kWarp / 2; mask > 0; mask /= 2) x += __shfl_xor_sync(kAllLanes, x, mask);
+    return x;
+}
+__device__ __forceinline__ real warp_max(real x) {
+    UNROLL for (int mask = kWarp / 2; mask > 0; mask /= 2) {
+        const real other = __shfl_xor_sync(kAllLanes, x, mask);
+        x = other > x ? other : x;
+    }
+    return x;
+}
+template <bool maximum>
+__device__ __forceinline__ real block_combine(real x) {
+    SHARED(real[kWarp], of_warp);
+    x = maximum ? warp_max(x) : warp_sum(x);
+    if (lane_id() == 0) of_warp[warp_id()] = x;
+    __syncthreads();
+    x = lane_id() < int(blockDim.x) / kWarp ? of_warp[lane_id()] : maximum ? kLowest : 0;
+    x = maximum ? warp_max(x) : warp_sum(x);
+    __syncthreads();  // of_warp may be needed again
+    return x;
+}
+__device__ __forceinline__ real block_sum(real x) { return block_combine<false>(x); }
+__device__ __forceinline__ real block_max(real x) { return block_combine<true>(x); }
+
+// The second stage of every sum over blocks:  out[i] += sum over p of partials[p, i], for partials (parts, count).
+// 16 threads share the parts of one i; each adds its own in order, then the first adds the 16.
+constexpr int kReduceRows = 16;
+__global__ void reduce_partials_kernel(real* out, const real* partials, int parts, int64_t count) {
+    SHARED(real[kReduceRows][kWarp], sums);
+    const int64_t i = int64_t(blockIdx.x) * kWarp + threadIdx.x;
+    real sum = 0;
+    if (i < count)
+        for (int p = threadIdx.y; p < parts; p += kReduceRows) sum += partials[p * count + i];
+    sums[threadIdx.y][threadIdx.x] = sum;
+    __syncthreads();
+    if (threadIdx.y > 0 || i >= count) return;
+    for (int y = 1; y < kReduceRows; y++) sum += sums[y][threadIdx.x];
+    out[i] += sum;
+}
+void reduce_partials(real* out, const real* partials, int parts, int64_t count, cudaStream_t stream) {
+    LAUNCH(reduce_partials_kernel, blocks_for(count, kWarp), dim3(kWarp, kReduceRows), 0, stream)(out, partials, parts, count);
+    CHECK_LAUNCH();
+}
+
+// ------------------------------------------------------------------------------------------------------------------
+// Stable counting sort into at most 256 buckets: embedding_backward sorts rows by token with it, 8 bits at a time, and
+// dispatch_plan rows by expert. Three kernels: count per tile of items; first position of each tile in each bucket; place the
+// items, each behind those of its bucket that came before it.
+constexpr int kBuckets = 256, kSortTile = 16 * kBuckets;  // items per block
+static_assert(kBuckets == kThreads, "a thread for every bucket");
+
+__device__ __forceinline__ int bucket_of(const int* keys, const int* items, int64_t i, int shift) {
+    return (keys[items ? items[i] : int(i)] >> shift) & (kBuckets - 1);
+}
+
+// counts (blocks, kBuckets)
+__global__ void sort_count_kernel(int* counts, const int* keys, const int* items, int shift, int count) {
+    SHARED(int[kBuckets], found);
+    const int t = threadIdx.x;
+    found[t] = 0;
+    __syncthreads();
+    const int64_t first = int64_t(blockIdx.x) * kSortTile;
+    for (int64_t i = first + t; i < min(first + kSortTile, int64_t(count)); i += kThreads)
+        atomicAdd(&found[bucket_of(keys, items, i, shift)], 1);  // integers: the order does not matter
+    __syncthreads();
+    counts[int64_t(blockIdx.x) * kBuckets + t] = found[t];
+}
+
+// One block. counts become the number of items of the same bucket in earlier tiles. load (buckets) or null; offset (buckets + 1):
+// where each bucket starts, the running sum of load, or e * capacity if there is one.
+__global__ void sort_scan_kernel(int* counts, int* load, int* offset, int tiles, int buckets, int capacity) {
+    SHARED(int[kBuckets / kWarp], of_warp);
+    const int t = threadIdx.x;
+    int total = 0;
+    for (int tile = 0; tile < tiles; tile++) {
+        const int n = counts[int64_t(tile) * kBuckets + t];
+        counts[int64_t(tile) * kBuckets + t] = total;
+        total += n;
+    }
+    int upto = total;  // of this bucket and those before it
+    for (int distance = 1; distance < kWarp; distance *= 2) {
+        const int before = __shfl_up_sync(kAllLanes, upto, distance);
+        if (lane_id() >= distance) upto += before;
+    }
+    if (lane_id() == kWarp - 1) of_warp[warp_id()] = upto;
+    __syncthreads();
+    for (int w = 0; w < warp_id(); w++) upto += of_warp[w];
+    if (t >= buckets) return;
+    if (load) load[t] = total;
+    if (t == 0) offset[0] = 0;
+    offset[t + 1] = capacity > 0 ? (t + 1) * capacity : upto;
+}
+
+// placed[position] = item, and position_of[item] = position, or -1 past the bucket's capacity; position_of or null
+__global__ void sort_place_kernel(int* position_of, int* placed, const int* counts, const int* offset, const int* keys, const int* items,
+                                  int shift, int count, int capacity) {
+    constexpr int warps = kThreads / kWarp;
+    SHARED(int[warps][kBuckets], rank_of);  // of each warp's first item in each bucket
+    SHARED(int[kBuckets], next);            // rank of each bucket's next item
+    const int t = threadIdx.x;
+    const int64_t first = int64_t(blockIdx.x) * kSortTile, last = min(first + kSortTile, int64_t(count));
+    next[t] = counts[int64_t(blockIdx.x) * kBuckets + t];
+    for (int64_t round = first; round < last; round += kThreads) {
+        const int64_t i = round + t;
+        const bool here = i < last;
+        const int bucket = here ? bucket_of(keys, items, i, shift) : 0;
+        unsigned peers = __ballot_sync(kAllLanes, here);  // lanes whose item goes to the same bucket
+        for (int bit = 1; bit < kBuckets; bit *= 2) {
+            const unsigned set = __ballot_sync(kAllLanes, (bucket & bit) != 0);
+            peers &= (bucket & bit) != 0 ? set : ~set;
+        }
+        const int earlier = __popc(peers & ((1u << lane_id()) - 1));
+        for (int w = 0; w < warps; w++) rank_of[w][t] = 0;
+        __syncthreads();
+        if (here && earlier == 0) rank_of[warp_id()][bucket] = __popc(peers);
+        __syncthreads();
+        int rank = next[t];
+        for (int w = 0; w < warps; w++) {
+            const int n = rank_of[w][t];
+            rank_of[w][t] = rank;
+            rank += n;
+        }
+        next[t] = rank;
+        __syncthreads();
+        if (here) {
+            const int item = items ? items[i] : int(i), in_bucket = rank_of[warp_id()][bucket] + earlier;
+            const bool fits = capacity == 0 || in_bucket < capacity;
+            const int position = fits ? offset[bucket] + in_bucket : -1;
+            if (position_of) position_of[item] = position;
+            if (fits) placed[position] = item;
+        }
+        __syncthreads();
+    }
+}
+
+int sort_tiles(int64_t count) { return int(ceil_div(count, kSortTile)); }
+void counting_sort(int* position_of, int* placed, int* load, int* offset, int* counts, const int* keys, const int* items, int shift,
+                   int count, int buckets, int capacity, cudaStream_t stream) {
+    const int tiles = sort_tiles(count);
+    LAUNCH(sort_count_kernel, tiles, kThreads, 0, stream)(counts, keys, items, shift, count);
+    LAUNCH(sort_scan_kernel, 1, kThreads, 0, stream)(counts, load, offset, tiles, buckets, capacity);
+    LAUNCH(sort_place_kernel, tiles, kThreads, 0, stream)(position_of, placed, counts, offset, keys, items, shift, count, capacity);
+    CHECK_LAUNCH();
+}
+
+// ------------------------------------------------------------------------------------------------------------------
+// Matrix products by cuBLAS, which is column-major: a row-major matrix is its transpose there, so C^T = B^T A^T.
+template <class T>
+constexpr cudaDataType_t data_type() {
+    return sizeof(T) == 2 ? CUDA_R_16BF : sizeof(T) == 4 ? CUDA_R_32F : CUDA_R_64F;
+}
+// Products in float32 are float32: no TF32. The fast build is the bf16 one.
+constexpr cublasComputeType_t kCompute = sizeof(real) == 8 ? CUBLAS_COMPUTE_64F : CUBLAS_COMPUTE_32F;
+
+cublasHandle_t cublas(cudaStream_t stream) {
+    static const cublasHandle_t handle = [] {
+        cublasHandle_t created;
+        CUBLAS_CHECK(cublasCreate(&created));
+        return created;
+    }();
+    CUBLAS_CHECK(cublasSetStream(handle, stream));  // this takes the workspace away: set it again
+    // With a workspace of our own, results do not depend on what else ran.
+    constexpr size_t workspace_bytes = 32 << 20;
+    static void* const workspace = [] {
+        void* memory;
+        CUDA_CHECK(cudaMalloc(&memory, workspace_bytes));
+        return memory;
+    }();
+    CUBLAS_CHECK(cublasSetWorkspace(handle, workspace, workspace_bytes));
+    return handle;
+}
+
+template <class T>
+struct Matrix {  // row-major
+    T* data;
+    int ld;
+    int64_t stride = 0;  // to the next one of a batch
+    bool transposed = false;
+    Matrix t() const { return {data, ld, stride, true}; }  // the same memory, read as its transpose
+};
+using In = Matrix<const floatX>;
+using Out = Matrix<floatX>;
+using Gradient = Matrix<real>;
+using RealIn = Matrix<const real>;
+
+// c (m, n) = a (m, k) b (k, n), plus what c was if accumulate
+template <class C, class AB>
+void matmul(Matrix<C> c, Matrix<const AB> a, Matrix<const AB> b, int m, int n, int k, bool accumulate, cudaStream_t stream,
+            int batch = 1) {
+    const cublasHandle_t handle = cublas(stream);
+    const real one = 1, keep = accumulate ? 1 : 0;
+    const auto op = [](bool transposed) { return transposed ? CUBLAS_OP_T : CUBLAS_OP_N; };
+    constexpr cudaDataType_t in = data_type<AB>(), out = data_type<C>();
+    if (batch == 1)
+        CUBLAS_CHECK(cublasGemmEx(handle, op(b.transposed), op(a.transposed), n, m, k, &one, b.data, in, b.ld, a.data, in, a.ld, &keep,
+                                  c.data, out, c.ld, kCompute, CUBLAS_GEMM_DEFAULT));
+    else
+        CUBLAS_CHECK(cublasGemmStridedBatchedEx(handle, op(b.transposed), op(a.transposed), n, m, k, &one, b.data, in, b.ld, b.stride,
+                                                a.data, in, a.ld, a.stride, &keep, c.data, out, c.ld, c.stride, batch, kCompute,
+                                                CUBLAS_GEMM_DEFAULT));
+}
+
+// ------------------------------------------------------------------------------------------------------------------
+// Memory
+void* allocate(size_t bytes, const char* name) {
+    if (bytes == 0) return nullptr;
+    void* memory = nullptr;
+    if (cudaMalloc(&memory, bytes) != cudaSuccess) {
+        cudaGetLastError();  // it is reported here, and must not be reported again at the next launch
+        size_t unused = 0, total = 0;
+        if (cudaMemGetInfo(&unused, &total) != cudaSuccess) cudaGetLastError();
+        fail("%s: cannot allocate %.1f MiB of device memory (%.1f of %.1f MiB are free). Use a smaller batch, sequence or model.", name,
+             bytes / 1048576.0, unused / 1048576.0, total / 1048576.0);
+    }
+#ifndef USE_CUDA
+    simt::name_allocation(memory, name);
+#endif
+    return memory;
+}
+void release(void* memory) { CUDA_CHECK(cudaFree(memory)); }
+void zero(void* memory, size_t bytes, cudaStream_t stream) {
+    if (bytes > 0) CUDA_CHECK(cudaMemsetAsync(memory, 0, bytes, stream));
+}
+void upload(void* to_device, const void* from_host, size_t bytes, cudaStream_t stream) {
+    if (bytes > 0) CUDA_CHECK(cudaMemcpyAsync(to_device, from_host, bytes, cudaMemcpyHostToDevice, stream));
+}
+void synchronize(cudaStream_t stream) { CUDA_CHECK(cudaStreamSynchronize(stream)); }
+void download(void* to_host, const void* from_device, size_t bytes, cudaStream_t stream) {
+    if (bytes > 0) CUDA_CHECK(cudaMemcpyAsync(to_host, from_device, bytes, cudaMemcpyDeviceToHost, stream));
+    synchronize(stream);
+}
+
+// ------------------------------------------------------------------------------------------------------------------
+// Embedding
+template <int width>
+__global__ void embedding_forward_kernel(real* out, const int* tokens, const floatX* table, int C) {
+    const int64_t row = blockIdx.x;
+    const floatX* from = table + int64_t(tokens[row]) * C;
+    for (int c = threadIdx.x * width; c < C; c += blockDim.x * width) store(out + row * C + c, load<width>(from + c));
+}
+void embedding_forward(real* out, const int* tokens, const floatX* table, int rows, int C, cudaStream_t stream) {
+    if (rows == 0) return;
+    with_width({C}, {out, table}, [&](auto width) {
+        LAUNCH(embedding_forward_kernel<width>, rows, row_threads(ceil_div(C, width)), 0, stream)(out, tokens, table, C);
+    });
+    CHECK_LAUNCH();
+}
+
+// A block per position in the sorted order; the block at the head of a run of equal tokens adds up the run.
+template <int width>
+__global__ void embedding_backward_kernel(real* d_table, const real* d_out, const int* tokens, const int* sorted, int rows, int C) {
+    const int first = blockIdx.x, token = tokens[sorted[first]];
+    if (first > 0 && tokens[sorted[first - 1]] == token) return;
+    int last = first + 1, same;
+    do {
+        const int candidate = last + threadIdx.x;
+        same = __syncthreads_count(candidate < rows && tokens[sorted[min(candidate, rows - 1)]] == token);
+        last += same;
+    } while (same == int(blockDim.x));
+    for (int c = threadIdx.x * width; c < C; c += blockDim.x * width) {
+        Lanes<width> sum = {};
+        for (int i = first; i < last; i++) {
+            const auto x = load<width>(d_out + int64_t(sorted[i]) * C + c);
+            UNROLL for (int j = 0; j < width; j++) sum.v[j] += x.v[j];
+        }
+        real* to = d_table + int64_t(token) * C + c;
+        const auto old = load<width>(to);
+        UNROLL for (int j = 0; j < width; j++) sum.v[j] += old.v[j];
+        store(to, sum);
+    }
+}
+struct EmbeddingScratch : Scratch {
+    int *sorted[2], *counts, *offset;
+    EmbeddingScratch(void* memory, int64_t rows) : Scratch(memory) {
+        for (int*& array : sorted) array = take<int>(rows);
+        counts = take<int>(int64_t(sort_tiles(rows)) * kBuckets);
+        offset = take<int>(kBuckets + 1);
+    }
+};
+void embedding_backward(real* d_table, const real* d_out, const int* tokens, void* scratch, int rows, int V, int C, cudaStream_t stream) {
+    if (rows == 0) return;
+    const EmbeddingScratch s(scratch, rows);
+    const int* sorted = nullptr;  // in the order of the rows, until the first pass
+    for (int shift = 0, pass = 0; shift == 0 || (shift < 32 && (V - 1) >> shift > 0); shift += 8, pass ^= 1) {
+        counting_sort(nullptr, s.sorted[pass], nullptr, s.offset, s.counts, tokens, sorted, shift, rows, kBuckets, 0, stream);
+        sorted = s.sorted[pass];
+    }
+    with_width({C}, {d_table, d_out}, [&](auto width) {
+        LAUNCH(embedding_backward_kernel<width>, rows, row_threads(ceil_div(C, width)), 0, stream)(d_table, d_out, tokens, sorted, rows, C);
+    });
+    CHECK_LAUNCH();
+}
+
+// ------------------------------------------------------------------------------------------------------------------
+// RMSNorm fused with the residual add: a warp per row
+constexpr int kNormWarps = 4;
+template <int width>
+__global__ void rmsnorm_forward_kernel(floatX* out, real* sum, real* rstd, const real* residual, const floatX* branch, const real* weight,
+                                       int rows, int C, real eps) {
+    const int64_t row = int64_t(blockIdx.x) * kNormWarps + warp_id();
+    if (row >= rows) return;
+    real squares = 0;
+    for (int c = lane_id() * width; c < C; c += kWarp * width) {
+        auto x = load<width>(residual + row * C + c);
+        if (branch) {
+            const auto add = load<width>(branch + row * C + c);
+            UNROLL for (int j = 0; j < width; j++) x.v[j] += add.v[j];
+        }
+        UNROLL for (int j = 0; j < width; j++) squares += x.v[j] * x.v[j];
+        store(sum + row * C + c, x);
+    }
+    const real scale = 1 / sqrt_(warp_sum(squares) / C + eps);
+    if (lane_id() == 0) rstd[row] = scale;
+    for (int c = lane_id() * width; c < C; c += kWarp * width) {
+        auto x = load<width>(sum + row * C + c);
+        const auto w = load<width>(weight + c);
+        UNROLL for (int j = 0; j < width; j++) x.v[j] *= scale * w.v[j];
+        store(out + row * C + c, x);
+    }
+}
+void rmsnorm_forward(floatX* out, real* sum, real* rstd, const real* residual, const floatX* branch, const real* weight, int rows, int C,
+                     real eps, cudaStream_t stream) {
+    if (rows == 0) return;
+    with_width({C}, {out, sum, residual, branch, weight}, [&](auto width) {
+        LAUNCH(rmsnorm_forward_kernel<width>, blocks_for(rows, kNormWarps), kNormWarps * kWarp, 0, stream)
+        (out, sum, rstd, residual, branch, weight, rows, C, eps);
+    });
+    CHECK_LAUNCH();
+}
+
+// d_x = rstd (g - x rstd^2 mean(g x)), g = weight d_out. The weight's gradient is a sum over rows: each warp keeps that of its rows
+// in shared memory, each block writes one part.   partials (blocks, C)
+template <int width>
+__global__ void rmsnorm_backward_kernel(real* d_sum, floatX* d_branch, real* partials, const floatX* d_out, const real* sum,
+                                        const real* rstd, const real* weight, int rows, int C) {
+    DYNAMIC_SHARED(real, d_weight);  // (warps, C)
+    const int warps = blockDim.x / kWarp;
+    real* mine = d_weight + warp_id() * C;
+    for (int c = lane_id() * width; c < C; c += kWarp * width)
+        UNROLL for (int j = 0; j < width; j++) mine[c + j] = 0;
+    for (int64_t row = int64_t(blockIdx.x) * warps + warp_id(); row < rows; row += int64_t(gridDim.x) * warps) {
+        real dot = 0;
+        for (int c = lane_id() * width; c < C; c += kWarp * width) {
+            const auto x = load<width>(sum + row * C + c), w = load<width>(weight + c), d = load<width>(d_out + row * C + c);
+            UNROLL for (int j = 0; j < width; j++) dot += w.v[j] * d.v[j] * x.v[j];
+        }
+        const real scale = rstd[row], pull = warp_sum(dot) / C * scale * scale;
+        for (int c = lane_id() * width; c < C; c += kWarp * width) {
+            const auto x = load<width>(sum + row * C + c), w = load<width>(weight + c), d = load<width>(d_out + row * C + c);
+            auto total = load<width>(d_sum + row * C + c);
+            UNROLL for (int j = 0; j < width; j++) {
+                mine[c + j] += d.v[j] * x.v[j] * scale;
+                total.v[j] += scale * (w.v[j] * d.v[j] - x.v[j] * pull);
+            }
+            store(d_sum + row * C + c, total);
+            if (d_branch) store(d_branch + row * C + c, total);
+        }
+    }
+    __syncthreads();
+    for (int c = threadIdx.x; c < C; c += blockDim.x) {
+        real total = 0;
+        for (int w = 0; w < warps; w++) total += d_weight[w * C + c];
+        partials[int64_t(blockIdx.x) * C + c] = total;
+    }
+}
+int rmsnorm_backward_warps(int C) {
+    const int64_t most = (48 << 10) / (int64_t(C) * sizeof(real));
+    if (most == 0) fail("rmsnorm_backward: rows of %d are too long for shared memory, which holds %d", C, int((48 << 10) / sizeof(real)));
+    return int(std::min<int64_t>(most, 8));
+}
+int rmsnorm_backward_blocks(int rows, int C) {
+    return int(std::min<int64_t>(ceil_div(rows, rmsnorm_backward_warps(C)), 2 * multiprocessors()));
+}
+struct NormScratch : Scratch {
+    real* partials;
+    NormScratch(void* memory, int rows, int C) : Scratch(memory) { partials = take<real>(int64_t(rmsnorm_backward_blocks(rows, C)) * C); }
+};
+void rmsnorm_backward(real* d_sum, floatX* d_branch, real* d_weight, const floatX* d_out, const real* sum, const real* rstd,
+                      const real* weight, void* scratch, int rows, int C, cudaStream_t stream) {
+    if (rows == 0) return;
+    const NormScratch s(scratch, rows, C);
+    const int blocks = rmsnorm_backward_blocks(rows, C), warps = rmsnorm_backward_warps(C);
+    with_width({C}, {d_sum, d_branch, d_out, sum, weight}, [&](auto width) {
+        LAUNCH(rmsnorm_backward_kernel<width>, blocks, warps * kWarp, warps * C * sizeof(real), stream)
+        (d_sum, d_branch, s.partials, d_out, sum, rstd, weight, rows, C);
+    });
+    reduce_partials(d_weight, s.partials, blocks, C, stream);
+}
+
+// ------------------------------------------------------------------------------------------------------------------
+// Linear
+void linear_forward(floatX* out, int ld_out, const floatX* in, int ld_in, const floatX* weight, int rows, int I, int O, bool accumulate,
+                    cudaStream_t stream) {
+    if (rows == 0) return;
+    matmul(Out{out, ld_out}, In{in, ld_in}, In{weight, I}.t(), rows, O, I, accumulate, stream);
+}
+void linear_backward(floatX* d_in, int ld_d_in, real* d_weight, const floatX* d_out, int ld_d_out, const floatX* in, int ld_in,
+                     const floatX* weight, int rows, int I, int O, bool accumulate, cudaStream_t stream) {
+    if (rows == 0) return;
+    if (d_in) matmul(Out{d_in, ld_d_in}, In{d_out, ld_d_out}, In{weight, I}, rows, I, O, accumulate, stream);
+    matmul(Gradient{d_weight, I}, In{d_out, ld_d_out}.t(), In{in, ld_in}, O, I, rows, true, stream);
+}
+
+// ------------------------------------------------------------------------------------------------------------------
+// Causal depthwise convolution and SiLU. A thread owns some channels of a segment of time and slides a window of the last `taps`
+// inputs through its registers, so that an input is read once, and taps - 1 of them again where a segment starts.
+// Two instances: taps = 4 with vectors, which is every published model, and one that takes whatever comes.
+// Weights lie by lag: w[k] multiplies the input of k steps ago; window[i] is the input of taps - 1 - i steps ago.
+constexpr int kConvWidth = kWidth < 4 ? kWidth : 4;  // channels per thread: with more, the backward pass has no registers for them
+constexpr int kConvTaps = 4, kMaxConvTaps = 8;
+constexpr int kConvSegments = 8;  // threads of a block along time; kWarp along channels
+constexpr int kConvBatch = 4;     // steps whose loads are under way together
+
+struct ConvShape {
+    int T, D, W, ld_in, segment_steps, segment_blocks, channel_blocks;
+};
+template <int width>
+ConvShape conv_shape(int B, int T, int D, int W, int ld_in) {
+    // Segments as long as can be while there are a thousand threads for each multiprocessor: short ones read more of their past.
+    const int64_t columns = B * ceil_div(D, width), wanted = std::max<int64_t>(1, int64_t(multiprocessors()) * 1024 / columns);
+    const int steps = int(std::clamp<int64_t>(ceil_div(ceil_div(T, wanted), kConvBatch) * kConvBatch, 16, 128));
+    return {T, D, W, ld_in, steps, int(ceil_div(T, int64_t(steps) * kConvSegments)), int(ceil_div(D, kWarp * width))};
+}
+struct ConvThread {
+    int64_t b;
+    int d, begin, end, part;
+    bool active;
+};
+template <int width>
+__device__ __forceinline__ ConvThread conv_thread(const ConvShape& shape) {
+    ConvThread t;
+    const int channel_block = blockIdx.x % shape.channel_blocks;
+    t.part = blockIdx.x / shape.channel_blocks;  // b * segment_blocks + block of segments
+    t.b = t.part / shape.segment_blocks;
+    t.d = (channel_block * kWarp + threadIdx.x) * width;
+    const int64_t begin = (int64_t(t.part % shape.segment_blocks) * kConvSegments + threadIdx.y) * shape.segment_steps;
+    t.active = t.d < shape.D && begin < shape.T;
+    t.begin = t.active ? int(begin) : 0;
+    t.end = t.active ? int(min(begin + shape.segment_steps, int64_t(shape.T))) : 0;
+    return t;
+}
+// Inputs before the first come from the state, which holds the last W - 1 of them.
+template <int width>
+__device__ __forceinline__ Lanes<width> conv_input(const ConvShape& shape, const ConvThread& thread, const floatX* in, const real* state,
+                                                   int t) {
+    if (t >= 0) return load<width>(in + (thread.b * shape.T + t) * shape.ld_in + thread.d);
+    if (state && t >= 1 - shape.W) return load<width>(state + (thread.b * (shape.W - 1) + shape.W - 1 + t) * shape.D + thread.d);
+    return {};
+}
+template <int width, int taps>
+struct ConvWindow {
+    Lanes<width> w[taps], x[taps];
+    __device__ __forceinline__ void start(const ConvShape& shape, const ConvThread& thread, const floatX* in, const real* weight,
+                                          const real* state) {
+        UNROLL for (int k = 0; k < taps; k++) {
+            UNROLL for (int j = 0; j < width; j++) w[k].v[j] = k < shape.W ? weight[int64_t(thread.d + j) * shape.W + shape.W - 1 - k] : 0;
+            x[k] = k > 0 && k > taps - shape.W ? conv_input<width>(shape, thread, in, state, thread.begin - taps + k) : Lanes<width>{};
+        }
+    }
+    __device__ __forceinline__ void push(const Lanes<width>& next) {
+        UNROLL for (int i = 1; i < taps; i++) x[i - 1] = x[i];
+        x[taps - 1] = next;
+    }
+    __device__ __forceinline__ real sum(int W, int j, real bias) const {  // tests k < W, as 0 * infinity is not 0
+        UNROLL for (int k = 0; k < taps; k++)
+            if (k < W) bias += w[k].v[j] * x[taps - 1 - k].v[j];
+        return bias;
+    }
+};
+
+template <int width, int taps>
+__global__ void conv_forward_kernel(floatX* out, real* final_state, const floatX* in, const real* weight, const real* bias,
+                                    const real* initial_state, ConvShape shape) {
+    const ConvThread thread = conv_thread<width>(shape);
+    if (!thread.active) return;
+    const int D = shape.D, W = shape.W;
+    ConvWindow<width, taps> window;
+    window.start(shape, thread, in, weight, initial_state);
+    const auto b = load<width>(bias + thread.d);
+    for (int first = thread.begin; first < thread.end; first += kConvBatch) {
+        Lanes<width> x[kConvBatch];
+        UNROLL for (int i = 0; i < kConvBatch; i++)
+            if (first + i < thread.end) x[i] = conv_input<width>(shape, thread, in, initial_state, first + i);
+        UNROLL for (int i = 0; i < kConvBatch; i++) {
+            const int t = first + i;
+            if (t >= thread.end) break;
+            window.push(x[i]);
+            Lanes<width> y;
+            UNROLL for (int j = 0; j < width; j++) {
+                const real a = window.sum(W, j, b.v[j]);
+                y.v[j] = a * sigmoid(a);
+            }
+            store(out + (thread.b * shape.T + t) * D + thread.d, y);
+        }
+    }
+    if (final_state && thread.end == shape.T)
+        UNROLL for (int i = 0; i < taps; i++)
+            if (i > taps - W) store(final_state + (thread.b * (W - 1) + i - (taps - W + 1)) * D + thread.d, window.x[i]);
+}
+template <class F>
+void with_conv_width(int W, std::initializer_list<int64_t> sizes, std::initializer_list<const void*> addresses, F&& f) {
+    if (W < 1 || W > kMaxConvTaps) fail("the convolution's width is %d: 1 to %d are supported", W, kMaxConvTaps);
+    with_width<kConvWidth>(sizes, addresses, [&](auto width) {
+        if constexpr (width > 1)
+            if (W <= kConvTaps) return f(width, std::integral_constant<int, kConvTaps>());
+        f(std::integral_constant<int, 1>(), std::integral_constant<int, kMaxConvTaps>());
+    });
+}
+void conv_forward(floatX* out, real* final_state, const floatX* in, int ld_in, const real* weight, const real* bias,
+                  const real* initial_state, int B, int T, int D, int W, cudaStream_t stream) {
+    if (B == 0 || T == 0) return;
+    with_conv_width(W, {D, ld_in}, {out, final_state, in, bias, initial_state}, [&](auto width, auto taps) {
+        const ConvShape shape = conv_shape<width>(B, T, D, W, ld_in);
+        LAUNCH((conv_forward_kernel<width, taps>), blocks_for(int64_t(B) * shape.segment_blocks * shape.channel_blocks, 1),
+               dim3(kWarp, kConvSegments), 0, stream)(out, final_state, in, weight, bias, initial_state, shape);
+    });
+    CHECK_LAUNCH();
+}
+
+// Forward in time as well: at step t the window gives a[t] and so its gradient d_a[t], and the last `taps` of those give
+// d_in[t - (taps - 1)] = sum_k w[k] d_a[t - (taps - 1) + k]. A segment runs on past its end until its own inputs are done, without
+// adding to the weights there. Before the first input lies the initial state, behind the last the final state's gradient.
+// weight_parts (B segment_blocks, D, W), bias_parts (B segment_blocks, D)
+template <int width, int taps>
+__global__ void conv_backward_kernel(floatX* d_in, int ld_d_in, real* weight_parts, real* bias_parts, real* d_initial_state,
+                                     const floatX* d_out, const real* d_final_state, const floatX* in, const real* weight, const real* bias,
+                                     const real* initial_state, ConvShape shape) {
+    SHARED(real[kConvSegments][kWarp * width], sums);
+    const ConvThread thread = conv_thread<width>(shape);
+    const int T = shape.T, D = shape.D, W = shape.W;
+    Lanes<width> d_w[taps] = {}, d_b = {};
+    if (thread.active) {
+        ConvWindow<width, taps> window;
+        window.start(shape, thread, in, weight, initial_state);
+        const auto b = load<width>(bias + thread.d);
+        Lanes<width> d_a[taps] = {};
+        const int known = min(thread.end + W - 1, T);  // steps from here on add nothing
+        for (int first = thread.begin; first < thread.end + taps - 1; first += kConvBatch) {
+            Lanes<width> x[kConvBatch] = {}, d[kConvBatch] = {};
+            UNROLL for (int i = 0; i < kConvBatch; i++)
+                if (first + i < known) {
+                    x[i] = conv_input<width>(shape, thread, in, initial_state, first + i);
+                    d[i] = load<width>(d_out + (thread.b * T + first + i) * D + thread.d);
+                }
+            UNROLL for (int i = 0; i < kConvBatch; i++) {
+                const int t = first + i, s = t - (taps - 1);
+                if (t >= thread.end + taps - 1) break;
+                window.push(x[i]);
+                UNROLL for (int k = 1; k < taps; k++) d_a[k - 1] = d_a[k];
+                UNROLL for (int j = 0; j < width; j++) {
+                    const real a = window.sum(W, j, b.v[j]), gate = sigmoid(a);
+                    d_a[taps - 1].v[j] = t < known ? d[i].v[j] * gate * (1 + a * (1 - gate)) : 0;
+                    if (t < thread.end) {
+                        d_b.v[j] += d_a[taps - 1].v[j];
+                        UNROLL for (int k = 0; k < taps; k++)
+                            if (k < W) d_w[k].v[j] += d_a[taps - 1].v[j] * window.x[taps - 1 - k].v[j];
+                    }
+                }
+                if (s < thread.begin && !(thread.begin == 0 && s >= 1 - W && d_initial_state)) continue;
+                Lanes<width> g = {};
+                if (d_final_state && s > T - W) g = load<width>(d_final_state + (thread.b * (W - 1) + s - (T - W + 1)) * D + thread.d);
+                UNROLL for (int k = 0; k < taps; k++)
+                    if (k < W)
+                        UNROLL for (int j = 0; j < width; j++) g.v[j] += window.w[k].v[j] * d_a[k].v[j];
+                if (s >= 0) store(d_in + (thread.b * T + s) * ld_d_in + thread.d, g);
+                else store(d_initial_state + (thread.b * (W - 1) + s + W - 1) * D + thread.d, g);
+            }
+        }
+    }
+    // Add up the block's segments, earliest first: the bias (k = -1), then each weight.
+    UNROLL for (int k = -1; k < taps; k++) {
+        if (k >= W) break;
+        UNROLL for (int j = 0; j < width; j++) sums[threadIdx.y][threadIdx.x * width + j] = k < 0 ? d_b.v[j] : d_w[k < 0 ? 0 : k].v[j];
+        __syncthreads();
+        if (threadIdx.y == 0 && thread.d < D)
+            UNROLL for (int j = 0; j < width; j++) {
+                real total = 0;
+                for (int y = 0; y < kConvSegments; y++) total += sums[y][threadIdx.x * width + j];
+                const int64_t channel = int64_t(thread.part) * D + thread.d + j;
+                if (k < 0) bias_parts[channel] = total;
+                else weight_parts[channel * W + W - 1 - k] = total;
+            }
+        __syncthreads();
+    }
+}
+struct ConvScratch : Scratch {
+    real *weight_parts, *bias_parts;
+    ConvScratch(void* memory, const ConvShape& shape, int B) : Scratch(memory) {
+        weight_parts = take<real>(int64_t(B) * shape.segment_blocks * shape.D * shape.W);
+        bias_parts = take<real>(int64_t(B) * shape.segment_blocks * shape.D);
+    }
+};
+void conv_backward(floatX* d_in, int ld_d_in, real* d_weight, real* d_bias, real* d_initial_state, const floatX* d_out,
+                   const real* d_final_state, const floatX* in, int ld_in, const real* weight, const real* bias, const real* initial_state,
+                   void* scratch, int B, int T, int D, int W, cudaStream_t stream) {
+    if (B == 0 || T == 0) return;
+    const std::initializer_list<const void*> addresses = {d_in, d_initial_state, d_out, d_final_state, in, bias, initial_state};
+    with_conv_width(W, {D, ld_in, ld_d_in}, addresses, [&](auto width, auto taps) {
+        const ConvShape shape = conv_shape<width>(B, T, D, W, ld_in);
+        const ConvScratch s(scratch, shape, B);
+        const int parts = B * shape.segment_blocks;
+        LAUNCH((conv_backward_kernel<width, taps>), blocks_for(int64_t(parts) * shape.channel_blocks, 1), dim3(kWarp, kConvSegments), 0,
+               stream)
+        (d_in, ld_d_in, s.weight_parts, s.bias_parts, d_initial_state, d_out, d_final_state, in, weight, bias, initial_state, shape);
+        reduce_partials(d_weight, s.weight_parts, parts, int64_t(D) * W, stream);
+        reduce_partials(d_bias, s.bias_parts, parts, D, stream);
+    });
+}
+
+// ------------------------------------------------------------------------------------------------------------------
+// Selective scan
+//
+// Mapping. A thread holds 4 of a channel's states, a group of `lanes` threads a channel (4 lanes for N <= 16; four instances serve any
+// N <= 128, states past N are zero). The group lies in one warp with channels in the low bits of the lane number: the warp's threads
+// then read the same few B_t and C_t, and neighbouring channels of everything else. A block has 1024 / sizeof(floatX) threads: for
+// N <= 16 its rows of channels are 256 bytes long. B_t and C_t are loaded once per block for all its channels.
+//
+// Time passes in tiles. Tiles come to shared memory by 16-byte loads, every element once, with the softplus done on the way; the
+// recurrence reads shared memory; what it gives overwrites what it no longer needs, and leaves by 16-byte stores. Time steps past T
+// have delta = 0, and a step with delta = 0 leaves every state as it is.
+//
+// The sums over a channel's lanes are done four steps at a time, which leaves each of four lanes with one step's sum (sum_lanes): 3
+// shuffles instead of 8, and the gates of the four steps are then computed by four lanes, not four times.
+//
+// Parallel over time. Where batch and channels do not fill the chip, time is cut into segments of whole chunks. A first pass finds what
+// each segment makes of a zero state, a scan over segments turns that into the state that enters each one, and the final pass does the
+// work. Its own input enters through the state, so that both passes are one kernel. Backward is the same, right to left.
+//
+// Backward. The forward pass leaves one state per kScanChunk = 64 steps. From it the chunk is run again, down a tree with branches of 4:
+// keeping the states at the start of each 16 steps, then of each 4 steps, then of each step together with its exp(delta A). What is
+// kept is 12 + 12 + 32 numbers, all in registers, and an exponential is computed 48/64 + 12/16 + 1 = 2.5 times. (Two levels, of 8 and 8
+// steps, would do with 1.9, but keep 28 + 64, and 512 threads have 128 registers each. The arithmetic around it, 24 instructions for
+// each state, takes longer than the exponentials either way.) dA and d delta use a_t h_{t-1} itself, never h_t - delta B u.
+//
+// Bytes from and to device memory, per token and channel, N = 16, one segment, D a multiple of the block's channels:
+//                                        bf16                              float
+//   forward   u dt z out                 8                                 16
+//             chunk_states               1    (4 N / 64)                    1
+//             B_t C_t                    0.5  (2 N 2 / 128 channels)        2    (2 N 4 / 64 channels)
+//             in all / least             9.5 / 8 = 1.19                    19 / 16 = 1.19
+//   backward  u dt z d_out; du d_dt dz   14                                28
+//             chunk_states, B_t C_t      1.5                                3
+//             parts of d_B_t d_C_t       2    (2 N 4, written and read)     4
+//             in all / least             17.5 / 14 = 1.25                  35 / 28 = 1.25
+// Sums over time (dA, d_skip, d_dt_bias) are parts per sequence and segment, (N + 2) 8 / T bytes. With segments, the first pass adds
+// u and dt (forward: 4 or 8 bytes) or dt, z and d_out (backward: 6 or 12).
+struct ScanInput {
+    const floatX *u, *dt, *B_t, *C_t, *z;
+    int ld_bc, ld_z;
+    const real *A_log, *skip, *dt_bias;
+    int T, D, N;
+    int chunks, channel_blocks, segments, segment_steps;
+    bool vectors, state_vectors;  // whether rows of activations, and of states, may be accessed 16 bytes at a time
+};
+constexpr int kStates = 4;     // per thread
+constexpr int kScanSteps = 4;  // that sum_lanes sums together
+constexpr int kMaxStates = 128;
+constexpr real kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
+
+template <int lanes>
+struct ScanBlock {
+    static constexpr int threads = 1024 / sizeof(floatX), warps = threads / kWarp;
+    static constexpr int channels = threads / lanes, warp_channels = kWarp / lanes;
+    static constexpr int row_vectors = channels / kWidth;
+    static constexpr int columns = 2 * kStates * lanes;  // of B_t and C_t, padded with zeros
+    // Forward: a tile has at most one vector per thread and array, so that the next one can wait in registers.
+    static constexpr int tile = std::min({32, threads / row_vectors, 128 / lanes});
+    static constexpr int tile_columns = tile * columns / threads;  // elements of B_t and C_t per thread
+    static constexpr size_t forward_bytes =
+        tile * channels * (sizeof(real) + 2 * sizeof(floatX)) + (tile * columns + 2 * channels) * sizeof(real);
+    // Blocks that share a multiprocessor's registers: as many as leave no thread with too few.
+    static constexpr int forward_blocks = lanes == 32 || sizeof(real) == 8 ? 1 : sizeof(floatX) == 4 ? 3 : 2;
+    // Backward: the whole chunk for N <= 32. For more states, B_t and C_t leave no room for that: then what lies before a tile in its
+    // chunk is read once more for each tile.
+    static constexpr int chunk_tile = std::min(kScanChunk, 512 / lanes);
+    static constexpr int sums = kScanSteps * columns;  // of d_B_t and d_C_t, by each warp
+    static constexpr size_t backward_bytes =
+        chunk_tile * channels * (sizeof(real) + 3 * sizeof(floatX)) + (chunk_tile * columns + 2 * channels + warps * sums) * sizeof(real);
+    static_assert(tile % kScanSteps == 0 && kScanChunk % tile == 0 && tile * columns % threads == 0);
+    static_assert(forward_bytes <= kMaxShared && backward_bytes <= kMaxShared);
+};
+
+// Hides where a value comes from: what follows from it is computed again each time, instead of waiting in registers while the
+// recurrence needs them.
+__device__ __forceinline__ unsigned opaque(unsigned x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
+// Where a thread stands.
+template <int lanes>
+struct ScanThread {
+    int begin, end;        // of the block's segment
+    int lane, n, channel;  // lane of the channel's group; its first state; channel in the block
+    __device__ __forceinline__ explicit ScanThread(const ScanInput& in) {
+        using Block = ScanBlock<lanes>;
+        begin = blockIdx.z * in.segment_steps;
+        end = min(begin + in.segment_steps, in.T);
+        lane = lane_id() / Block::warp_channels;
+        n = lane * kStates;
+        channel = warp_id() * Block::warp_channels + lane_id() % Block::warp_channels;
+    }
+    __device__ __forceinline__ int64_t b() const { return opaque(blockIdx.x); }
+    __device__ __forceinline__ int d() const { return opaque(blockIdx.y) * ScanBlock<lanes>::channels + channel; }
+    // Rows of (B, D, N), (B, segments, D, N) and (B, chunks, D, N) tensors.
+    __device__ __forceinline__ int64_t state_row(const ScanInput& in) const { return b() * in.D + d(); }
+    __device__ __forceinline__ int64_t segment_row(const ScanInput& in) const { return (b() * in.segments + blockIdx.z) * in.D + d(); }
+    __device__ __forceinline__ int64_t chunk_row(const ScanInput& in, int chunk) const { return (b() * in.chunks + chunk) * in.D + d(); }
+};
+
+// Where vector i of the tile that starts at `first` lies: the tile has row_vectors of them in a row.
+template <int lanes>
+struct ScanPlace {
+    int at, column;  // in the tile, in its row
+    int d, channels;  // first channel; how many of its channels exist, 0 from `end` on
+    int64_t row;          // of (B, T, ...) tensors
+    __device__ __forceinline__ ScanPlace(const ScanInput& in, unsigned i, int first, int end) {
+        using Block = ScanBlock<lanes>;
+        const int step = i / Block::row_vectors;
+        column = i % Block::row_vectors * kWidth;
+        at = step * Block::channels + column;
+        d = opaque(blockIdx.y) * Block::channels + column;
+        channels = first + step < end ? max(0, min(in.D - d, kWidth)) : 0;
+        row = int64_t(opaque(blockIdx.x)) * in.T + first + step;
+    }
+};
+
+// Sixteen bytes of a row, of which `valid` elements exist; the others are zero. As words, since two bf16 share a register only then.
+struct alignas(16) Words {
+    unsigned v[4];
+    __device__ __forceinline__ Vector vector() const {
+        Vector x;
+        memcpy(&x, v, sizeof x);
+        return x;
+    }
+};
+__device__ __forceinline__ Words load_part(const floatX* p, int valid, bool vectors) {
+    Vector x;
+    if (vectors && valid == kWidth) x = *reinterpret_cast<const Vector*>(p);
+    else UNROLL for (int i = 0; i < kWidth; i++) x.v[i] = i < valid ? p[i] : floatX(real(0));
+    Words words;
+    memcpy(words.v, &x, sizeof x);
+    return words;
+}
+__device__ __forceinline__ void store_part(floatX* p, const Vector& x, int valid, bool vectors) {
+    if (vectors && valid == kWidth) *reinterpret_cast<Vector*>(p) = x;
+    else UNROLL for (int i = 0; i < kWidth; i++)
+        if (i < valid) p[i] = x.v[i];
+}
+// A thread's states of the row that starts at p, or zeros if p is null.
+__device__ __forceinline__ Lanes<kStates> load_states(const real* p, int n, int N, bool vectors) {
+    Lanes<kStates> x = {};
+    if (p && vectors && n < N) x = load<kStates>(p + n);
+    else if (p)
+        UNROLL for (int j = 0; j < kStates; j++)
+            if (n + j < N) x.v[j] = p[n + j];
+    return x;
+}
+__device__ __forceinline__ void store_states(real* p, const Lanes<kStates>& x, int n, int N, bool vectors) {
+    if (vectors && n < N) store(p + n, x);
+    else UNROLL for (int j = 0; j < kStates; j++)
+        if (n + j < N) p[n + j] = x.v[j];
+}
+// log2(e) A, so that exp(delta A) is one power of two.
+__device__ __forceinline__ Lanes<kStates> load_decay(const real* A_log, int64_t row, int n, int N, bool valid) {
+    Lanes<kStates> x = {};
+    UNROLL for (int j = 0; j < kStates; j++)
+        if (valid && n + j < N) x.v[j] = -kLog2e * exp_(A_log[row * N + n + j]);
+    return x;
+}
+// 2^x for x <= 0. The instruction's relative error is 2^-22.5; its results below 1e-38 are zero, which is all the same for a decay.
+__device__ __forceinline__ real power_of_two(real x) {
+#if defined(USE_CUDA) && !defined(PRECISION_DOUBLE)
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#else
+    return sizeof(real) == 8 ? real(exp2(double(x))) : real(exp2f(float(x)));
+#endif
+}
+
+// A step of summing two values over lanes at once: lanes with this bit go on with the second, their partners with the first.
+__device__ __forceinline__ real exchange(real first, real second, int bit) {
+    const bool upper = lane_id() & bit;
+    return (upper ? second : first) + __shfl_xor_sync(kAllLanes, upper ? first : second, bit);
+}
+// Sums each of 4 values over a channel's lanes. Lane n gets the sum of value n % 4.
+template <int lanes>
+__device__ __forceinline__ real sum_lanes(const real (&x)[kScanSteps]) {
+    constexpr int stride = ScanBlock<lanes>::warp_channels;  // lanes of a channel lie that far apart
+    real sum = exchange(exchange(x[0], x[1], stride), exchange(x[2], x[3], stride), 2 * stride);
+    UNROLL for (int bit = 4; bit < lanes; bit *= 2) sum += __shfl_xor_sync(kAllLanes, sum, bit * stride);
+    return sum;
+}
+
+// local: from a zero state, for the state that the segment leaves behind (segment_states) and the sum of its deltas (delta_sums), both
+// (B, segments, ...). Else the final pass: the state enters from segment_states if there are segments, else from initial_state.
+template <int lanes, bool local>
+__global__ void __launch_bounds__(ScanBlock<lanes>::threads, local ? 1 : ScanBlock<lanes>::forward_blocks)
+scan_forward_kernel(floatX* out, real* final_state, real* chunk_states, real* segment_states, real* delta_sums, ScanInput in,
+                    const real* initial_state) {
+    using Block = ScanBlock<lanes>;
+    DYNAMIC_SHARED(real, delta);                                    // (tile, channels)
+    real* const bc = delta + Block::tile * Block::channels;         // (tile, 2, states)
+    real* const bias = bc + Block::tile * Block::columns;           // (channels)
+    real* const skip = bias + Block::channels;                      // (channels)
+    floatX* const u = reinterpret_cast<floatX*>(skip + Block::channels);  // (tile, channels)
+    floatX* const z = u + Block::tile * Block::channels;            // (tile, channels); then out
+    const ScanThread<lanes> thread(in);
+    const bool valid_channel = thread.d() < in.D;
+
+    // The part of a tile that this thread brings in: a vector of one row, and some of the row's B_t and C_t.
+    struct {
+        Words u, dt, z;
+        unsigned bc[Block::tile_columns * sizeof(floatX) / sizeof(unsigned)];  // words too
+    } next;
+    const auto brings = [] { return opaque(threadIdx.x) < Block::tile * Block::row_vectors; };
+    const auto fetch = [&](int first) {
+        const ScanPlace<lanes> p(in, opaque(threadIdx.x), first, brings() ? thread.end : 0);
+        next.u = load_part(in.u + p.row * in.D + p.d, p.channels, in.vectors);
+        next.dt = load_part(in.dt + p.row * in.D + p.d, p.channels, in.vectors);
+        if (!local) next.z = load_part(in.z + p.row * in.ld_z + p.d, p.channels, in.vectors);
+        floatX columns[Block::tile_columns];
+        UNROLL for (int i = 0; i < Block::tile_columns; i++) {
+            const unsigned k = opaque(threadIdx.x) + i * Block::threads;
+            const int t = first + int(k / Block::columns), n = k % (Block::columns / 2);
+            const bool is_c = k % Block::columns >= Block::columns / 2, wanted = t < thread.end && n < in.N && !(local && is_c);
+            columns[i] = wanted ? (is_c ? in.C_t : in.B_t)[(thread.b() * in.T + t) * in.ld_bc + n] : floatX(real(0));
+        }
+        memcpy(next.bc, columns, sizeof columns);
+    };
+    const auto put = [&](int first) {
+        const ScanPlace<lanes> p(in, opaque(threadIdx.x), first, thread.end);
+        if (brings()) {
+            const Vector dt = next.dt.vector();
+            Lanes<kWidth> x;
+            UNROLL for (int i = 0; i < kWidth; i++) x.v[i] = i < p.channels ? softplus(real(dt.v[i]) + bias[p.column + i]) : 0;
+            store(delta + p.at, x);
+            *reinterpret_cast<Vector*>(u + p.at) = next.u.vector();
+            if (!local) *reinterpret_cast<Vector*>(z + p.at) = next.z.vector();
+        }
+        floatX columns[Block::tile_columns];
+        memcpy(columns, next.bc, sizeof columns);
+        UNROLL for (int i = 0; i < Block::tile_columns; i++) bc[threadIdx.x + i * Block::threads] = real(columns[i]);
+    };
+    const auto store_out = [&](int first) {
+        const ScanPlace<lanes> p(in, opaque(threadIdx.x), first, thread.end);
+        if (brings()) store_part(out + p.row * in.D + p.d, *reinterpret_cast<const Vector*>(z + p.at), p.channels, in.vectors);
+    };
+
+    if (threadIdx.x < Block::channels) {
+        const int d = blockIdx.y * Block::channels + threadIdx.x;
+        bias[threadIdx.x] = d < in.D ? in.dt_bias[d] : 0;
+        skip[threadIdx.x] = d < in.D ? in.skip[d] : 0;
+    }
+    fetch(thread.begin);
+    const Lanes<kStates> decay = load_decay(in.A_log, thread.d(), thread.n, in.N, valid_channel);
+    Lanes<kStates> h = {};
+    if (!local && valid_channel) {
+        const real* enters = in.segments > 1 ? segment_states + thread.segment_row(in) * in.N
+                           : initial_state   ? initial_state + thread.state_row(in) * in.N : nullptr;
+        h = load_states(enters, thread.n, in.N, in.state_vectors);
+    }
+    real delta_sum = 0;
+    __syncthreads();  // bias, skip
+    put(thread.begin);
+    __syncthreads();
+    for (int first = thread.begin; first < thread.end; first += Block::tile) {
+        if (!local && chunk_states && unsigned(first) % kScanChunk == 0 && valid_channel)
+            store_states(chunk_states + thread.chunk_row(in, first / kScanChunk) * in.N, h, thread.n, in.N,
+                         in.state_vectors);
+        const bool more = first + Block::tile < thread.end;
+        if (more) fetch(first + Block::tile);  // on its way while this tile is computed
+        NO_UNROLL for (int sub = 0; sub < min(Block::tile, thread.end - first); sub += kScanSteps) {
+            real y[kScanSteps] = {};
+            UNROLL for (int s = 0; s < kScanSteps; s++) {
+                const int at = (sub + s) * Block::channels + thread.channel;
+                const real dt = delta[at], du = dt * real(u[at]);
+                const auto b = load<kStates>(bc + (sub + s) * Block::columns + thread.n);
+                UNROLL for (int j = 0; j < kStates; j++) h.v[j] = power_of_two(dt * decay.v[j]) * h.v[j] + du * b.v[j];
+                if (local) delta_sum += dt;
+                else {
+                    const auto c = load<kStates>(bc + (sub + s) * Block::columns + Block::columns / 2 + thread.n);
+                    UNROLL for (int j = 0; j < kStates; j++) y[s] += c.v[j] * h.v[j];
+                }
+            }
+            if (local) continue;
+            const real sum = sum_lanes<lanes>(y);
+            if (thread.lane < kScanSteps) {
+                const int at = (sub + thread.lane) * Block::channels + thread.channel;
+                const real gate = real(z[at]);
+                z[at] = floatX((sum + skip[thread.channel] * real(u[at])) * gate * sigmoid(gate));
+            }
+        }
+        __syncthreads();
+        if (!local) store_out(first);
+        if (more) put(first + Block::tile);
+        __syncthreads();
+    }
+    if (!valid_channel) return;
+    if (local) {
+        const int64_t at = thread.segment_row(in);
+        store_states(segment_states + at * in.N, h, thread.n, in.N, in.state_vectors);
+        if (thread.lane == 0) delta_sums[at] = delta_sum;
+    } else if (final_state && thread.end == in.T) {
+        store_states(final_state + thread.state_row(in) * in.N, h, thread.n, in.N, in.state_vectors);
+    }
+}
+
+// The same for gradients, right to left: what a segment adds to the gradient of the state that enters it, if that of the state it
+// leaves is zero.
+template <int lanes>
+__global__ void __launch_bounds__(ScanBlock<lanes>::threads, 1)
+scan_backward_local_kernel(real* segment_grads, real* delta_sums, const floatX* d_out, ScanInput in) {
+    using Block = ScanBlock<lanes>;
+    SHARED(real[Block::tile * Block::channels], delta);
+    SHARED(real[Block::tile * Block::channels], g);
+    SHARED(real[Block::tile * Block::columns / 2], c);
+    const ScanThread<lanes> thread(in);
+    const bool valid_channel = thread.d() < in.D;
+    const Lanes<kStates> decay = load_decay(in.A_log, thread.d(), thread.n, in.N, valid_channel);
+    Lanes<kStates> dh = {};  // of the state before the step
+    real delta_sum = 0;
+    for (int first = thread.begin + int(ceil_div(thread.end - thread.begin, Block::tile) - 1) * Block::tile; first >= thread.begin;
+         first -= Block::tile) {
+        if (threadIdx.x < Block::tile * Block::row_vectors) {
+            const ScanPlace<lanes> p(in, threadIdx.x, first, thread.end);
+            const Vector dt = load_part(in.dt + p.row * in.D + p.d, p.channels, in.vectors).vector();
+            const Vector d = load_part(d_out + p.row * in.D + p.d, p.channels, in.vectors).vector();
+            const Vector z = load_part(in.z + p.row * in.ld_z + p.d, p.channels, in.vectors).vector();
+            Lanes<kWidth> delta_part = {}, g_part = {};
+            UNROLL for (int i = 0; i < kWidth; i++)
+                if (i < p.channels) {
+                    delta_part.v[i] = softplus(real(dt.v[i]) + in.dt_bias[p.d + i]);
+                    g_part.v[i] = real(d.v[i]) * real(z.v[i]) * sigmoid(real(z.v[i]));
+                }
+            store(delta + p.at, delta_part);
+            store(g + p.at, g_part);
+        }
+        for (unsigned k = threadIdx.x; k < Block::tile * Block::columns / 2; k += Block::threads) {
+            const int t = first + int(k / (Block::columns / 2)), n = k % (Block::columns / 2);
+            c[k] = t < thread.end && n < in.N ? real(in.C_t[(thread.b() * in.T + t) * in.ld_bc + n]) : 0;
+        }
+        __syncthreads();
+        UNROLL for (int s = Block::tile - 1; s >= 0; s--) {
+            const real dt = delta[s * Block::channels + thread.channel], gs = g[s * Block::channels + thread.channel];
+            const auto cs = load<kStates>(c + s * (Block::columns / 2) + thread.n);
+            UNROLL for (int j = 0; j < kStates; j++) dh.v[j] = power_of_two(dt * decay.v[j]) * (dh.v[j] + gs * cs.v[j]);
+            delta_sum += dt;
+        }
+        __syncthreads();
+    }
+    if (!valid_channel) return;
+    const int64_t at = thread.segment_row(in);
+    store_states(segment_grads + at * in.N, dh, thread.n, in.N, in.state_vectors);
+    if (thread.lane == 0) delta_sums[at] = delta_sum;
+}
+
+// Turns what each segment makes of zero (states) into what enters it, from the first segment on, or from the last if reverse:
+//   next = exp(A sum of delta) enters + states.     entry (B, D, N): what enters the first one, or null (zeros)
+__global__ void scan_carry_kernel(real* states, const real* delta_sums, const real* A_log, const real* entry, int64_t count, int64_t DN,
+                                  int N, int segments, bool reverse) {
+    const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+    if (i >= count) return;
+    const int64_t b = i / DN, dn = i % DN;
+    const real A = -exp_(A_log[dn]);
+    real enters = entry ? entry[i] : 0;
+    for (int k = 0; k < segments; k++) {
+        const int64_t at = (b * segments + (reverse ? segments - 1 - k : k)) * DN + dn;
+        const real made = states[at];
+        states[at] = enters;
+        enters = exp_(A * delta_sums[at / N]) * enters + made;
+    }
+}
+
+// One step, as in decoding: the states are read and written once, and nothing else counts. `lanes` neighbours share a channel.
+constexpr int kStepThreads = 128;
+__global__ void scan_step_kernel(floatX* out, real* final_state, real* chunk_states, ScanInput in, const real* initial_state,
+                                 int64_t channels, int lanes) {
+    const int64_t group = (int64_t(blockIdx.x) * kStepThreads + threadIdx.x) / lanes;
+    const bool valid = group < channels;
+    const int64_t i = valid ? group : 0, b = i / in.D, d = i % in.D;
+    const int lane = threadIdx.x % lanes, n = lane * kStates;
+    const real dt = softplus(real(in.dt[i]) + in.dt_bias[d]), du = dt * real(in.u[i]);
+    const Lanes<kStates> decay = load_decay(in.A_log, d, n, in.N, true);
+    Lanes<kStates> h = load_states(initial_state ? initial_state + i * in.N : nullptr, n, in.N, in.state_vectors);
+    if (chunk_states && valid) store_states(chunk_states + i * in.N, h, n, in.N, in.state_vectors);
+    real y = 0;
+    UNROLL for (int j = 0; j < kStates; j++)
+        if (n + j < in.N) {
+            h.v[j] = power_of_two(dt * decay.v[j]) * h.v[j] + du * real(in.B_t[b * in.ld_bc + n + j]);
+            y += real(in.C_t[b * in.ld_bc + n + j]) * h.v[j];
+        }
+    for (int mask = lanes / 2; mask > 0; mask /= 2) y += __shfl_xor_sync(kAllLanes, y, mask);
+    if (!valid) return;
+    if (final_state) store_states(final_state + i * in.N, h, n, in.N, in.state_vectors);
+    if (lane == 0) {
+        const real z = real(in.z[b * in.ld_z + d]);
+        out[i] = floatX((y + in.skip[d] * real(in.u[i])) * z * sigmoid(z));
+    }
+}
+
+// Calls f with the number of lanes for N states.
+template <class F>
+void with_lanes(int N, F&& f) {
+    if (N < 1 || N > kMaxStates) fail("the scan has %d states per channel: 1 to %d are supported", N, kMaxStates);
+    if (N <= 16) f(std::integral_constant<int, 4>());
+    else if (N <= 32) f(std::integral_constant<int, 8>());
+    else if (N <= 64) f(std::integral_constant<int, 16>());
+    else f(std::integral_constant<int, 32>());
+}
+// Sets chunks, channel_blocks, segments and segment_steps. Segments cost a first pass, so there are at least two or none.
+void scan_split(ScanInput& in, int B) {
+    with_lanes(in.N, [&](auto lanes) { in.channel_blocks = int(ceil_div(in.D, ScanBlock<lanes>::channels)); });
+    in.chunks = int(scan_chunks(in.T));
+    const int wanted = int(std::clamp<int64_t>(2 * multiprocessors() / (int64_t(B) * in.channel_blocks), 1, in.chunks));
+    const int segment_chunks = int(ceil_div(in.chunks, wanted));
+    in.segments = int(ceil_div(in.chunks, segment_chunks));
+    in.segment_steps = segment_chunks * kScanChunk;
+}
+ScanInput scan_input(const floatX* u, const floatX* dt, const floatX* B_t, const floatX* C_t, int ld_bc, const floatX* z, int ld_z,
+                     const real* A_log, const real* skip, const real* dt_bias, int B, int T, int D, int N,
+                     std::initializer_list<const void*> activations, std::initializer_list<const void*> states) {
+    ScanInput in = {u, dt, B_t, C_t, z, ld_bc, ld_z, A_log, skip, dt_bias, T, D, N, 0, 0, 0, 0, false, false};
+    in.vectors = D % kWidth == 0 && ld_z % kWidth == 0 && aligned(u) && aligned(dt) && aligned(z) &&
+                 std::all_of(activations.begin(), activations.end(), aligned);
+    in.state_vectors = N % kStates == 0 && std::all_of(states.begin(), states.end(), aligned);
+    scan_split(in, B);
+    return in;
+}
+template <class Kernel>
+void allow_shared(Kernel* kernel, size_t bytes) {
+    if (bytes > (48 << 10)) CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
+}
+void scan_carry(real* states, const real* delta_sums, const real* entry, const ScanInput& in, int B, bool reverse, cudaStream_t stream) {
+    const int64_t DN = int64_t(in.D) * in.N, count = B * DN;
+    LAUNCH(scan_carry_kernel, blocks_for(count, kThreads), kThreads, 0, stream)
+    (states, delta_sums, in.A_log, entry, count, DN, in.N, in.segments, reverse);
+    CHECK_LAUNCH();
+}
+
+struct ScanScratch : Scratch {
+    real *segment_states = nullptr, *delta_sums = nullptr;
+    ScanScratch(void* memory, const ScanInput& in, int B) : Scratch(memory) {
+        if (in.segments == 1) return;
+        segment_states = take<real>(int64_t(B) * in.segments * in.D * in.N);
+        delta_sums = take<real>(int64_t(B) * in.segments * in.D);
+    }
+};
+void scan_forward(floatX* out, real* final_state, real* chunk_states, const floatX* u, const floatX* dt, const floatX* B_t,
+                  const floatX* C_t, int ld_bc, const floatX* z, int ld_z, const real* A_log, const real* skip, const real* dt_bias,
+                  const real* initial_state, void* scratch, int B, int T, int D, int N, cudaStream_t stream) {
+    if (B == 0 || T == 0) return;
+    const ScanInput in = scan_input(u, dt, B_t, C_t, ld_bc, z, ld_z, A_log, skip, dt_bias, B, T, D, N, {out},
+                                    {final_state, chunk_states, initial_state});
+    if (T == 1) {
+        int lanes = 1;
+        while (lanes * kStates < N) lanes *= 2;
+        const int64_t channels = int64_t(B) * D;
+        LAUNCH(scan_step_kernel, blocks_for(channels * lanes, kStepThreads), kStepThreads, 0, stream)
+        (out, final_state, chunk_states, in, initial_state, channels, lanes);
+        CHECK_LAUNCH();
+        return;
+    }
+    const ScanScratch s(scratch, in, B);
+    with_lanes(N, [&](auto lanes) {
+        using Block = ScanBlock<lanes>;
+        const dim3 blocks(B, in.channel_blocks, in.segments);
+        if (in.segments > 1) {
+            allow_shared(scan_forward_kernel<lanes, true>, Block::forward_bytes);
+            LAUNCH((scan_forward_kernel<lanes, true>), blocks, Block::threads, Block::forward_bytes, stream)
+            (nullptr, nullptr, nullptr, s.segment_states, s.delta_sums, in, nullptr);
+            scan_carry(s.segment_states, s.delta_sums, initial_state, in, B, false, stream);
+        }
+        allow_shared(scan_forward_kernel<lanes, false>, Block::forward_bytes);
+        LAUNCH((scan_forward_kernel<lanes, false>), blocks, Block::threads, Block::forward_bytes, stream)
+        (out, final_state, chunk_states, s.segment_states, nullptr, in, initial_state);
+    });
+    CHECK_LAUNCH();
+}
+
+// The last few states in registers: a stack whose indices are constants, since registers have no addresses.
+template <int depth>
+struct StateStack {
+    Lanes<kStates> x[depth] = {};
+    __device__ __forceinline__ void push(const Lanes<kStates>& h) {
+        UNROLL for (int i = 1; i < depth; i++) x[i - 1] = x[i];
+        x[depth - 1] = h;
+    }
+    __device__ __forceinline__ Lanes<kStates> pop() {
+        const Lanes<kStates> h = x[depth - 1];
+        UNROLL for (int i = depth - 1; i > 0; i--) x[i] = x[i - 1];
+        return h;
+    }
+};
+
+// bc_parts (channel_blocks, B, T, 2N); A_parts (B, segments, D, N); skip_parts, bias_parts (B, segments, D).
+// segment_grads: the gradient of the state that each segment leaves, or null if there is one segment, which takes d_final_state.
+template <int lanes>
+__global__ void __launch_bounds__(ScanBlock<lanes>::threads, 1)
+scan_backward_kernel(floatX* d_u, floatX* d_dt, floatX* d_z, real* bc_parts, real* A_parts, real* skip_parts, real* bias_parts,
+                     real* d_initial_state, const floatX* d_out, const real* d_final_state, const real* segment_grads, ScanInput in,
+                     const real* chunk_states, int B) {
+    using Block = ScanBlock<lanes>;
+    constexpr int kGroup = kScanSteps * kScanSteps;
+    DYNAMIC_SHARED(real, delta);                                         // (tile, channels); then d_dt
+    real* const bc = delta + Block::chunk_tile * Block::channels;        // (tile, 2, states)
+    real* const bias = bc + Block::chunk_tile * Block::columns;          // (channels)
+    real* const skip = bias + Block::channels;                           // (channels)
+    real* const bc_sums = skip + Block::channels;                        // (warps, steps, 2, states)
+    floatX* const u = reinterpret_cast<floatX*>(bc_sums + Block::warps * Block::sums);  // (tile, channels); then d_u
+    floatX* const z = u + Block::chunk_tile * Block::channels;           // (tile, channels); then d_z
+    floatX* const dy = z + Block::chunk_tile * Block::channels;          // (tile, channels): d_out
+    const ScanThread<lanes> thread(in);
+    const bool valid_channel = thread.d() < in.D;
+    const int own = thread.lane % kScanSteps;            // the step whose sums this lane gets
+    const bool owner = thread.lane < kScanSteps;
+
+    const auto load_tile = [&](int first, bool all) {
+        NO_UNROLL for (unsigned i = opaque(threadIdx.x); i < Block::chunk_tile * Block::row_vectors; i += Block::threads) {
+            const ScanPlace<lanes> p(in, i, first, thread.end);
+            const Vector dt = load_part(in.dt + p.row * in.D + p.d, p.channels, in.vectors).vector();
+            *reinterpret_cast<Vector*>(u + p.at) = load_part(in.u + p.row * in.D + p.d, p.channels, in.vectors).vector();
+            if (all) {
+                *reinterpret_cast<Vector*>(z + p.at) = load_part(in.z + p.row * in.ld_z + p.d, p.channels, in.vectors).vector();
+                *reinterpret_cast<Vector*>(dy + p.at) = load_part(d_out + p.row * in.D + p.d, p.channels, in.vectors).vector();
+            }
+            Lanes<kWidth> x;
+            UNROLL for (int j = 0; j < kWidth; j++) x.v[j] = j < p.channels ? softplus(real(dt.v[j]) + bias[p.column + j]) : 0;
+            store(delta + p.at, x);
+        }
+        for (unsigned k = opaque(threadIdx.x); k < Block::chunk_tile * Block::columns; k += Block::threads) {
+            const int t = first + int(k / Block::columns), n = k % (Block::columns / 2);
+            const floatX* from = k % Block::columns < Block::columns / 2 ? in.B_t : in.C_t;
+            bc[k] = t < thread.end && n < in.N ? real(from[(thread.b() * in.T + t) * in.ld_bc + n]) : 0;
+        }
+    };
+    const auto store_tile = [&](int first) {
+        NO_UNROLL for (unsigned i = opaque(threadIdx.x); i < Block::chunk_tile * Block::row_vectors; i += Block::threads) {
+            const ScanPlace<lanes> p(in, i, first, thread.end);
+            const auto x = load<kWidth>(delta + p.at);
+            Vector narrow;
+            UNROLL for (int j = 0; j < kWidth; j++) narrow.v[j] = floatX(x.v[j]);
+            store_part(d_dt + p.row * in.D + p.d, narrow, p.channels, in.vectors);
+            store_part(d_u + p.row * in.D + p.d, *reinterpret_cast<const Vector*>(u + p.at), p.channels, in.vectors);
+            store_part(d_z + p.row * in.ld_z + p.d, *reinterpret_cast<const Vector*>(z + p.at), p.channels, in.vectors);
+        }
+    };
+
+    if (threadIdx.x < Block::channels) {
+        const int d = blockIdx.y * Block::channels + threadIdx.x;
+        bias[threadIdx.x] = d < in.D ? in.dt_bias[d] : 0;
+        skip[threadIdx.x] = d < in.D ? in.skip[d] : 0;
+    }
+    __syncthreads();
+    const Lanes<kStates> decay = load_decay(in.A_log, thread.d(), thread.n, in.N, valid_channel);
+    Lanes<kStates> dh = {}, dA = {};  // gradient of the state after the step, but for what the step's own output adds; of A
+    if (valid_channel) {
+        const real* arrives = in.segments > 1 ? segment_grads + thread.segment_row(in) * in.N
+                            : d_final_state   ? d_final_state + thread.state_row(in) * in.N : nullptr;
+        dh = load_states(arrives, thread.n, in.N, in.state_vectors);
+    }
+    real d_skip = 0, d_bias = 0;
+
+    const auto advance = [&](Lanes<kStates>& h, int first) {  // by four steps
+        UNROLL for (int s = 0; s < kScanSteps; s++) {
+            const int at = (first + s) * Block::channels + thread.channel;
+            const real dt = delta[at], du = dt * real(u[at]);
+            const auto b = load<kStates>(bc + (first + s) * Block::columns + thread.n);
+            UNROLL for (int j = 0; j < kStates; j++) h.v[j] = power_of_two(dt * decay.v[j]) * h.v[j] + du * b.v[j];
+        }
+    };
+
+    for (int tile = (thread.end - 1) / Block::chunk_tile * Block::chunk_tile; tile >= thread.begin; tile -= Block::chunk_tile) {
+        const int chunk = tile / kScanChunk;
+        Lanes<kStates> h = load_states(valid_channel ? chunk_states + thread.chunk_row(in, chunk) * in.N : nullptr, thread.n, in.N,
+                                       in.state_vectors);
+        if constexpr (Block::chunk_tile < kScanChunk)
+            for (int earlier = chunk * kScanChunk; earlier < tile; earlier += Block::chunk_tile) {
+                load_tile(earlier, false);
+                __syncthreads();
+                NO_UNROLL for (int s = 0; s < Block::chunk_tile; s += kScanSteps) advance(h, s);
+                __syncthreads();
+            }
+        load_tile(tile, true);
+        __syncthreads();
+        StateStack<kScanSteps - 1> group_starts;
+        NO_UNROLL for (int group = 0; group < Block::chunk_tile - kGroup; group += kGroup) {
+            group_starts.push(h);
+            NO_UNROLL for (int s = 0; s < kGroup; s += kScanSteps) advance(h, group + s);
+        }
+        NO_UNROLL for (int group = Block::chunk_tile - kGroup; group >= 0; group -= kGroup) {
+            StateStack<kScanSteps - 1> starts;
+            NO_UNROLL for (int s = 0; s < kGroup - kScanSteps; s += kScanSteps) {
+                starts.push(h);
+                advance(h, group + s);
+            }
+            NO_UNROLL for (int first = group + kGroup - kScanSteps; first >= group; first -= kScanSteps) {
+                const int own_at = (first + own) * Block::channels + thread.channel;
+                // Forward through the four steps, keeping the state before each one and its decay.
+                Lanes<kStates> before[kScanSteps + 1], a[kScanSteps];
+                real y[kScanSteps] = {};
+                before[0] = h;
+                UNROLL for (int s = 0; s < kScanSteps; s++) {
+                    const int at = (first + s) * Block::channels + thread.channel;
+                    const real dt = delta[at], du = dt * real(u[at]);
+                    const auto b = load<kStates>(bc + (first + s) * Block::columns + thread.n);
+                    const auto c = load<kStates>(bc + (first + s) * Block::columns + Block::columns / 2 + thread.n);
+                    UNROLL for (int j = 0; j < kStates; j++) {
+                        a[s].v[j] = power_of_two(dt * decay.v[j]);
+                        before[s + 1].v[j] = a[s].v[j] * before[s].v[j] + du * b.v[j];
+                        y[s] += c.v[j] * before[s + 1].v[j];
+                    }
+                }
+                // out = (y + skip u) silu(z): each of four lanes does its own step, and tells the others g = d (y + skip u).
+                const real y_own = sum_lanes<lanes>(y);
+                const real dt_own = delta[own_at], u_own = real(u[own_at]);
+                real g_own = 0;
+                if (owner) {
+                    const real z_own = real(z[own_at]), d_own = real(dy[own_at]), gate = sigmoid(z_own);
+                    g_own = d_own * z_own * gate;
+                    z[own_at] = floatX(d_own * (y_own + skip[thread.channel] * u_own) * gate * (1 + z_own * (1 - gate)));
+                    d_skip += g_own * u_own;
+                }
+                // Backward through them.
+                real dh_b[kScanSteps], dh_ah[kScanSteps];  // sums over states: dh B; dh a h A log2(e)
+                __syncthreads();                           // bc_sums of the steps done before have been read
+                UNROLL for (int s = kScanSteps - 1; s >= 0; s--) {
+                    const int at = (first + s) * Block::channels + thread.channel;
+                    const real dt = delta[at], du = dt * real(u[at]);
+                    const real g = __shfl_sync(kAllLanes, g_own, s * Block::warp_channels + lane_id() % Block::warp_channels);
+                    const auto b = load<kStates>(bc + (first + s) * Block::columns + thread.n);
+                    const auto c = load<kStates>(bc + (first + s) * Block::columns + Block::columns / 2 + thread.n);
+                    // d_B_t and d_C_t of 4 states, summed over the warp's channels: a channel's lane ends up with lanes / 4 of the 8.
+                    real d_bc[2 * kStates];
+                    dh_b[s] = dh_ah[s] = 0;
+                    UNROLL for (int j = 0; j < kStates; j++) {
+                        dh.v[j] += g * c.v[j];
+                        const real dh_a = dh.v[j] * a[s].v[j], decayed = dh_a * before[s].v[j];
+                        dh_b[s] += dh.v[j] * b.v[j];
+                        dh_ah[s] += decayed * decay.v[j];
+                        dA.v[j] += decayed * dt;
+                        const real d_b = dh.v[j] * du, d_c = g * before[s + 1].v[j];
+                        if constexpr (Block::warp_channels > 1) d_bc[j] = exchange(d_b, d_c, Block::warp_channels / 2);
+                        else d_bc[j] = d_b, d_bc[kStates + j] = d_c;
+                        dh.v[j] = dh_a;
+                    }
+                    UNROLL for (int bit = Block::warp_channels / 4, half = kStates / 2; bit > 0; bit /= 2, half /= 2)
+                        UNROLL for (int i = 0; i < half; i++) d_bc[i] = exchange(d_bc[i], d_bc[i + half], bit);
+                    UNROLL for (int i = 0; i < lanes / 4; i++) {
+                        const int k = lane_id() % Block::warp_channels * (lanes / 4) + i;  // 0..3: d_B_t, 4..7: d_C_t of the 4 states
+                        const int column = k < kStates ? thread.n + k : Block::columns / 2 + thread.n + k - kStates;
+                        bc_sums[warp_id() * Block::sums + s * Block::columns + column] = d_bc[i];
+                    }
+                }
+                const real dh_b_own = sum_lanes<lanes>(dh_b), dh_ah_own = sum_lanes<lanes>(dh_ah);
+                __syncwarp();  // all lanes have read delta and u
+                if (owner) {
+                    // The derivative of softplus at raw is sigmoid(raw) = 1 - exp(-softplus(raw)).
+                    const real slope = dt_own > 20 ? 1 : -expm1_(-dt_own);
+                    const real d_dt_own = (u_own * dh_b_own + kLn2 * dh_ah_own) * slope;
+                    u[own_at] = floatX(dt_own * dh_b_own + skip[thread.channel] * g_own);
+                    delta[own_at] = d_dt_own;
+                    d_bias += d_dt_own;
+                }
+                __syncthreads();  // bc_sums
+                for (unsigned k = opaque(threadIdx.x); k < Block::sums; k += Block::threads) {
+                    real sum = 0;
+                    UNROLL for (int w = 0; w < Block::warps; w++) sum += bc_sums[w * Block::sums + k];
+                    const int t = tile + first + int(k / Block::columns), half = k / (Block::columns / 2) % 2, n = k % (Block::columns / 2);
+                    if (t < thread.end && n < in.N)
+                        bc_parts[((int64_t(opaque(blockIdx.y)) * B + thread.b()) * in.T + t) * 2 * in.N + half * in.N + n] = sum;
+                }
+                h = starts.pop();
+            }
+            h = group_starts.pop();
+        }
+        __syncthreads();
+        store_tile(tile);
+    }
+    UNROLL for (int bit = 1; bit < kScanSteps; bit *= 2) {
+        d_skip += __shfl_xor_sync(kAllLanes, d_skip, bit * Block::warp_channels);
+        d_bias += __shfl_xor_sync(kAllLanes, d_bias, bit * Block::warp_channels);
+    }
+    if (!valid_channel) return;
+    if (d_initial_state && blockIdx.z == 0)
+        store_states(d_initial_state + thread.state_row(in) * in.N, dh, thread.n, in.N, in.state_vectors);
+    UNROLL for (int j = 0; j < kStates; j++) dA.v[j] *= decay.v[j] * kLn2;  // A is its own derivative by A_log
+    const int64_t at = thread.segment_row(in);
+    store_states(A_parts + at * in.N, dA, thread.n, in.N, in.state_vectors);
+    if (thread.lane > 0) return;
+    skip_parts[at] = d_skip;
+    bias_parts[at] = d_bias;
+}
+
+// d_B_t and d_C_t: sums over channel blocks, in their order.   parts (channel_blocks, rows, 2N)
+__global__ void scan_backward_bc_kernel(floatX* d_B_t, floatX* d_C_t, int ld_bc, const real* parts, int channel_blocks, int64_t rows,
+                                        int N) {
+    const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x, count = rows * 2 * N;
+    if (i >= count) return;
+    real sum = 0;
+    for (int p = 0; p < channel_blocks; p++) sum += parts[p * count + i];
+    const int64_t row = i / (2 * N);
+    const int n = int(i % (2 * N));
+    (n < N ? d_B_t + n : d_C_t + n - N)[row * ld_bc] = floatX(sum);
+}
+struct ScanBackwardScratch : ScanScratch {
+    real *bc_parts, *A_parts, *skip_parts, *bias_parts;
+    ScanBackwardScratch(void* memory, const ScanInput& in, int B) : ScanScratch(memory, in, B) {
+        bc_parts = take<real>(int64_t(in.channel_blocks) * B * in.T * 2 * in.N);
+        A_parts = take<real>(int64_t(B) * in.segments * in.D * in.N);
+        skip_parts = take<real>(int64_t(B) * in.segments * in.D);
+        bias_parts = take<real>(int64_t(B) * in.segments * in.D);
+    }
+};
+void scan_backward(floatX* d_u, floatX* d_dt, floatX* d_B_t, floatX* d_C_t, floatX* d_z, real* d_A_log, real* d_skip, real* d_dt_bias,
+                   real* d_initial_state, const floatX* d_out, const real* d_final_state, const floatX* u, const floatX* dt,
+                   const floatX* B_t, const floatX* C_t, int ld_bc, const floatX* z, int ld_z, const real* A_log, const real* skip,
+                   const real* dt_bias, const real* chunk_states, void* scratch, int B, int T, int D, int N, cudaStream_t stream) {
+    if (B == 0 || T == 0) return;
+    const ScanInput in = scan_input(u, dt, B_t, C_t, ld_bc, z, ld_z, A_log, skip, dt_bias, B, T, D, N, {d_u, d_dt, d_z, d_out},
+                                    {d_initial_state, d_final_state, chunk_states});
+    const ScanBackwardScratch s(scratch, in, B);
+    with_lanes(N, [&](auto lanes) {
+        using Block = ScanBlock<lanes>;
+        const dim3 blocks(B, in.channel_blocks, in.segments);
+        if (in.segments > 1) {
+            LAUNCH(scan_backward_local_kernel<lanes>, blocks, Block::threads, 0, stream)(s.segment_states, s.delta_sums, d_out, in);
+            scan_carry(s.segment_states, s.delta_sums, d_final_state, in, B, true, stream);
+        }
+        allow_shared(scan_backward_kernel<lanes>, Block::backward_bytes);
+        LAUNCH(scan_backward_kernel<lanes>, blocks, Block::threads, Block::backward_bytes, stream)
+        (d_u, d_dt, d_z, s.bc_parts, s.A_parts, s.skip_parts, s.bias_parts, d_initial_state, d_out, d_final_state, s.segment_states, in,
+         chunk_states, B);
+    });
+    const int64_t rows = int64_t(B) * T;
+    LAUNCH(scan_backward_bc_kernel, blocks_for(rows * 2 * N, kThreads), kThreads, 0, stream)
+    (d_B_t, d_C_t, ld_bc, s.bc_parts, in.channel_blocks, rows, N);
+    reduce_partials(d_A_log, s.A_parts, B * in.segments, int64_t(D) * N, stream);
+    reduce_partials(d_skip, s.skip_parts, B * in.segments, D, stream);
+    reduce_partials(d_dt_bias, s.bias_parts, B * in.segments, D, stream);
+}
+
+// ------------------------------------------------------------------------------------------------------------------
+// Router: a warp per row; lane l holds the values of experts l, l + 32, ...
+constexpr int kMaxExperts = kBuckets, kRouterWarps = 4, kLaneExperts = kMaxExperts / kWarp;
+void check_experts(int E, int K) {
+    if (E < 1 || E > kMaxExperts) fail("%d experts: this build supports 1 to %d", E, kMaxExperts);
+    if (K < 1 || K > E) fail("%d experts per token out of %d", K, E);
+}
+
+template <int width>
+__global__ void to_real_kernel(real* out, const floatX* in, int64_t count) {
+    const int64_t i = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * width;
+    if (i < count) store(out + i, load<width>(in + i));
+}
+// x in real: itself where it is, else a copy in `copy`.
+template <class T>
+const real* to_real(real* copy, const T* x, int64_t count, cudaStream_t stream) {
+    if constexpr (std::is_same_v<T, real>) return x;
+    else {
+        with_width({count}, {copy, x}, [&](auto width) {
+            LAUNCH(to_real_kernel<width>, blocks_for(count, kThreads * width), kThreads, 0, stream)(copy, x, count);
+        });
+        CHECK_LAUNCH();
+        return copy;
+    }
+}
+
+// probs: in, the logits; out, their softmax
+__global__ void router_forward_kernel(real* probs, real* lse, int* experts, real* gates, int rows, int E, int K, bool renormalize) {
+    const int64_t row = int64_t(blockIdx.x) * kRouterWarps + warp_id();
+    if (row >= rows) return;
+    const int lane = lane_id();
+    real p[kLaneExperts], most = kLowest, sum = 0;
+    UNROLL for (int i = 0; i < kLaneExperts; i++) {
+        const int e = lane + i * kWarp;
+        p[i] = e < E ? probs[row * E + e] : kLowest;
+        most = p[i] > most ? p[i] : most;
+    }
+    most = warp_max(most);
+    UNROLL for (int i = 0; i < kLaneExperts; i++) {
+        p[i] = lane + i * kWarp < E ? exp_(p[i] - most) : 0;
+        sum += p[i];
+    }
+    sum = warp_sum(sum);
+    UNROLL for (int i = 0; i < kLaneExperts; i++) {
+        p[i] /= sum;
+        if (lane + i * kWarp < E) probs[row * E + lane + i * kWarp] = p[i];
+    }
+    if (lane == 0) lse[row] = most + log_(sum);
+
+    unsigned taken = 0;  // bit i: this lane's expert lane + 32 i was chosen
+    real chosen_sum = 0;
+    for (int k = 0; k < K; k++) {
+        real best = -1;
+        int expert = E;  // none yet; a NaN is taken when nothing else is left, and always some expert is
+        UNROLL for (int i = 0; i < kLaneExperts; i++) {
+            const int e = lane + i * kWarp;
+            if (e < E && !(taken >> i & 1) && (expert == E || p[i] > best)) best = p[i], expert = e;
+        }
+        UNROLL for (int mask = kWarp / 2; mask > 0; mask /= 2) {
+            const real other = __shfl_xor_sync(kAllLanes, best, mask);
+            const int other_expert = __shfl_xor_sync(kAllLanes, expert, mask);
+            if (other_expert < E && (expert == E || other > best || (other == best && other_expert < expert)))
+                best = other, expert = other_expert;
+        }
+        // With NaN the lanes may disagree: they follow the first.
+        expert = __shfl_sync(kAllLanes, expert, 0);
+        best = __shfl_sync(kAllLanes, best, 0);
+        if (lane == expert % kWarp) taken |= 1u << expert / kWarp;
+        chosen_sum += best;
+        if (lane == k % kWarp) {
+            experts[row * K + k] = expert;
+            gates[row * K + k] = best;
+        }
+    }
+    if (renormalize)
+        for (int k = lane; k < K; k += kWarp) gates[row * K + k] /= chosen_sum;
+}
+struct RouterScratch : Scratch {
+    real *x = nullptr, *d_logits;
+    RouterScratch(void* memory, int rows, int C, int E) : Scratch(memory) {
+        if (kMixedPrecision) x = take<real>(int64_t(rows) * C);
+        d_logits = take<real>(int64_t(rows) * E);
+    }
+};
+void router_forward(real* probs, real* lse, int* experts, real* gates, const floatX* x, const real* weight, void* scratch, int rows, int C,
+                    int E, int K, bool renormalize, cudaStream_t stream) {
+    check_experts(E, K);
+    if (rows == 0) return;
+    const RouterScratch s(scratch, rows, C, E);
+    matmul(Matrix<real>{probs, E}, RealIn{to_real(s.x, x, int64_t(rows) * C, stream), C}, RealIn{weight, C}.t(), rows, E, C, false, stream);
+    LAUNCH(router_forward_kernel, blocks_for(rows, kRouterWarps), kRouterWarps * kWarp, 0, stream)
+    (probs, lse, experts, gates, rows, E, K, renormalize);
+    CHECK_LAUNCH();
+}
+
+// parts (2, blocks): sums of f_e p[r, e] over the block's rows, and of lse^2
+__global__ void router_losses_kernel(real* parts, const real* probs, const real* lse, const int* load, int rows, int E) {
+    real balance = 0, squares = 0;
+    const int64_t stride = int64_t(gridDim.x) * kThreads, first = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+    for (int64_t i = first; i < int64_t(rows) * E; i += stride) balance += probs[i] * (real(load[i % E]) / rows);
+    for (int64_t i = first; i < rows; i += stride) squares += lse[i] * lse[i];
+    balance = block_sum(balance);
+    squares = block_sum(squares);
+    if (threadIdx.x > 0) return;
+    parts[blockIdx.x] = balance;
+    parts[gridDim.x + blockIdx.x] = squares;
+}
+// One block: out[i] += scale[i] * sum of parts[i, :], i < 2
+__global__ void router_losses_sum_kernel(real* losses, const real* parts, int count, real balance_scale, real z_scale) {
+    for (int i = 0; i < 2; i++) {
+        real sum = 0;
+        for (int p = threadIdx.x; p < count; p += kThreads) sum += parts[i * count + p];
+        sum = block_sum(sum);
+        if (threadIdx.x == 0) losses[i] += sum * (i == 0 ? balance_scale : z_scale);
+    }
+}
+constexpr int kSumParts = 1024;  // at most, of a sum over everything: enough threads for any GPU
+int sum_parts(int64_t work) { return int(std::clamp<int64_t>(ceil_div(work, 4 * kThreads), 1, kSumParts)); }
+void router_losses(real* losses, const real* probs, const real* lse, const int* load, void* scratch, int rows, int E, cudaStream_t stream) {
+    if (rows == 0) return;
+    real* const parts = static_cast<real*>(scratch);
+    const int blocks = sum_parts(int64_t(rows) * E);
+    LAUNCH(router_losses_kernel, blocks, kThreads, 0, stream)(parts, probs, lse, load, rows, E);
+    LAUNCH(router_losses_sum_kernel, 1, kThreads, 0, stream)(losses, parts, blocks, real(E) / rows, real(1) / rows);
+    CHECK_LAUNCH();
+}
+
+__global__ void router_backward_kernel(real* d_logits, const real* d_gates, const real* probs, const real* lse, const int* experts,
+                                       const real* gates, const int* load, int rows, int E, int K, bool renormalize, real balance_weight,
+                                       real z_weight) {
+    const int64_t row = int64_t(blockIdx.x) * kRouterWarps + warp_id();
+    if (row >= rows) return;
+    const int lane = lane_id();
+    real p[kLaneExperts], d_p[kLaneExperts];
+    UNROLL for (int i = 0; i < kLaneExperts; i++) {
+        const int e = lane + i * kWarp;
+        p[i] = e < E ? probs[row * E + e] : 0;
+        d_p[i] = e < E ? balance_weight * E * (real(load[e]) / rows) / rows : 0;
+    }
+    // gate = p / S with S the sum of the K chosen p:  d_p = (d_gate - sum of d_gate gate) / S
+    real pull = 0, chosen_sum = 1;
+    if (renormalize) {
+        chosen_sum = 0;
+        for (int k = 0; k < K; k++) {
+            pull += d_gates[row * K + k] * gates[row * K + k];
+            chosen_sum += probs[row * E + experts[row * K + k]];
+        }
+    }
+    for (int k = 0; k < K; k++) {
+        const int expert = experts[row * K + k];
+        const real d = (d_gates[row * K + k] - pull) / chosen_sum;
+        UNROLL for (int i = 0; i < kLaneExperts; i++)
+            if (lane + i * kWarp == expert) d_p[i] += d;
+    }
+    real dot = 0;
+    UNROLL for (int i = 0; i < kLaneExperts; i++) dot += p[i] * d_p[i];
+    dot = warp_sum(dot);
+    const real d_lse = z_weight * 2 * lse[row] / rows;
+    UNROLL for (int i = 0; i < kLaneExperts; i++)
+        if (lane + i * kWarp < E) d_logits[row * E + lane + i * kWarp] = p[i] * (d_p[i] - dot + d_lse);
+}
+template <int width>
+__global__ void add_kernel(floatX* out, const real* in, int64_t count) {
+    const int64_t i = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * width;
+    if (i >= count) return;
+    auto x = load<width>(out + i);
+    const auto y = load<width>(in + i);
+    UNROLL for (int j = 0; j < width; j++) x.v[j] += y.v[j];
+    store(out + i, x);
+}
+// d_x += d_logits weight; room (rows, C) where d_x is not real
+template <class T>
+void router_backward_input(T* d_x, real* room, const real* d_logits, const real* weight, int rows, int C, int E, cudaStream_t stream) {
+    if constexpr (std::is_same_v<T, real>) {
+        matmul(Matrix<real>{d_x, C}, RealIn{d_logits, E}, RealIn{weight, C}, rows, C, E, true, stream);
+    } else {
+        matmul(Matrix<real>{room, C}, RealIn{d_logits, E}, RealIn{weight, C}, rows, C, E, false, stream);
+        const int64_t count = int64_t(rows) * C;
+        with_width({count}, {d_x, room}, [&](auto width) {
+            LAUNCH(add_kernel<width>, blocks_for(count, kThreads * width), kThreads, 0, stream)(d_x, room, count);
+        });
+        CHECK_LAUNCH();
+    }
+}
+void router_backward(floatX* d_x, real* d_weight, const real* d_gates, const real* probs, const real* lse, const int* experts,
+                     const real* gates, const int* load, const floatX* x, const real* weight, void* scratch, int rows, int C, int E, int K,
+                     bool renormalize, real balance_weight, real z_weight, cudaStream_t stream) {
+    check_experts(E, K);
+    if (rows == 0) return;
+    const RouterScratch s(scratch, rows, C, E);
+    LAUNCH(router_backward_kernel, blocks_for(rows, kRouterWarps), kRouterWarps * kWarp, 0, stream)
+    (s.d_logits, d_gates, probs, lse, experts, gates, load, rows, E, K, renormalize, balance_weight, z_weight);
+    CHECK_LAUNCH();
+    const real* const x_real = to_real(s.x, x, int64_t(rows) * C, stream);
+    matmul(Gradient{d_weight, C}, RealIn{s.d_logits, E}.t(), RealIn{x_real, C}, E, C, rows, true, stream);
+    router_backward_input(d_x, s.x, s.d_logits, weight, rows, C, E, stream);  // x is no longer needed
+}
+
+// ------------------------------------------------------------------------------------------------------------------
+// Dispatch and combine
+struct PlanScratch : Scratch {
+    int* counts;
+    PlanScratch(void* memory, int64_t choices) : Scratch(memory) { counts = take<int>(int64_t(sort_tiles(choices)) * kBuckets); }
+};
+void dispatch_plan(int* slot, int* choice, int* load, int* offset, const int* experts, void* scratch, int rows, int E, int K, int capacity,
+                   cudaStream_t stream) {
+    check_experts(E, K);
+    const int64_t choices = int64_t(rows) * K, slots = capacity > 0 ? int64_t(E) * capacity : choices;
+    if (std::max(choices, slots) > std::numeric_limits<int>::max()) fail("%d rows of %d choices: over 2^31; use a smaller batch", rows, K);
+    if (slots > 0) CUDA_CHECK(cudaMemsetAsync(choice, 0xff, slots * sizeof(int), stream));  // -1: empty
+    if (choices == 0) {
+        zero(load, E * sizeof(int), stream);
+        zero(offset, (E + 1) * sizeof(int), stream);
+        return;
+    }
+    const PlanScratch s(scratch, choices);
+    counting_sort(slot, choice, load, offset, s.counts, experts, nullptr, 0, int(choices), E, capacity, stream);
+}
+
+template <int width>
+__global__ void dispatch_forward_kernel(floatX* out, const floatX* x, const int* choice, int C, int K) {
+    const int64_t s = blockIdx.x;
+    const int from = choice[s];
+    for (int c = threadIdx.x * width; c < C; c += blockDim.x * width)
+        store(out + s * C + c, from < 0 ? Lanes<width>{} : load<width>(x + int64_t(from / K) * C + c));
+}
+void dispatch_forward(floatX* out, const floatX* x, const int* choice, int slots, int C, int K, cudaStream_t stream) {
+    if (slots == 0) return;
+    with_width({C}, {out, x}, [&](auto width) {
+        LAUNCH(dispatch_forward_kernel<width>, slots, row_threads(ceil_div(C, width)), 0, stream)(out, x, choice, C, K);
+    });
+    CHECK_LAUNCH();
+}
+
+// out[r] = sum over k of gates[r, k] in[slot[r, k]], with gates of 1 if null: combine forward, and dispatch backward
+template <int width>
+__global__ void gather_kernel(floatX* out, const floatX* in, const real* gates, const int* slot, int C, int K, bool accumulate) {
+    const int64_t row = blockIdx.x;
+    for (int c = threadIdx.x * width; c < C; c += blockDim.x * width) {
+        Lanes<width> sum = {};
+        if (accumulate) sum = load<width>(out + row * C + c);
+        for (int k = 0; k < K; k++) {
+            const int s = slot[row * K + k];
+            if (s < 0) continue;
+            const auto x = load<width>(in + int64_t(s) * C + c);
+            const real gate = gates ? gates[row * K + k] : 1;
+            UNROLL for (int j = 0; j < width; j++) sum.v[j] += gate * x.v[j];
+        }
+        store(out + row * C + c, sum);
+    }
+}
+void gather(floatX* out, const floatX* in, const real* gates, const int* slot, int rows, int C, int K, bool accumulate,
+            cudaStream_t stream) {
+    if (rows == 0) return;
+    with_width({C}, {out, in}, [&](auto width) {
+        LAUNCH(gather_kernel<width>, rows, row_threads(ceil_div(C, width)), 0, stream)(out, in, gates, slot, C, K, accumulate);
+    });
+    CHECK_LAUNCH();
+}
+void dispatch_backward(floatX* d_x, const floatX* d_out, const int* slot, int rows, int C, int K, bool accumulate, cudaStream_t stream) {
+    gather(d_x, d_out, nullptr, slot, rows, C, K, accumulate, stream);
+}
+void combine_forward(floatX* out, const floatX* y, const real* gates, const int* slot, int rows, int C, int K, bool accumulate,
+                     cudaStream_t stream) {
+    gather(out, y, gates, slot, rows, C, K, accumulate, stream);
+}
+
+// A block per slot writes d_y and, from the same two rows, the gradient of the gate that goes with it.
+template <int width>
+__global__ void combine_backward_kernel(floatX* d_y, real* d_gates, const floatX* d_out, const floatX* y, const real* gates,
+                                        const int* choice, int C, int K) {
+    const int64_t s = blockIdx.x;
+    const int from = choice[s];
+    const int64_t row = from / K;
+    const real gate = from < 0 ? 0 : gates[from];
+    real dot = 0;
+    for (int c = threadIdx.x * width; c < C; c += blockDim.x * width) {
+        Lanes<width> d = {};
+        if (from >= 0) {
+            d = load<width>(d_out + row * C + c);
+            const auto x = load<width>(y + s * C + c);
+            UNROLL for (int j = 0; j < width; j++) {
+                dot += d.v[j] * x.v[j];
+                d.v[j] *= gate;
+            }
+        }
+        store(d_y + s * C + c, d);
+    }
+    dot = block_sum(dot);
+    if (threadIdx.x == 0 && from >= 0) d_gates[from] = dot;
+}
+void combine_backward(floatX* d_y, real* d_gates, const floatX* d_out, const floatX* y, const real* gates, [[maybe_unused]] const int* slot,
+                      const int* choice, int rows, int slots, int C, int K, cudaStream_t stream) {
+    zero(d_gates, int64_t(rows) * K * sizeof(real), stream);  // dropped choices have no slot
+    if (slots == 0) return;
+    with_width({C}, {d_y, d_out, y}, [&](auto width) {
+        LAUNCH(combine_backward_kernel<width>, slots, row_threads(ceil_div(C, width)), 0, stream)
+        (d_y, d_gates, d_out, y, gates, choice, C, K);
+    });
+    CHECK_LAUNCH();
+}
+
+// ------------------------------------------------------------------------------------------------------------------
+// Experts
+// Calls f(expert, first slot, slots) for every expert that has some.
+template <class F>
+void each_expert(const int* host_offset, int E, F&& f) {
+    for (int e = 0; e < E; e++)
+        if (host_offset[e + 1] > host_offset[e]) f(e, int64_t(host_offset[e]), host_offset[e + 1] - host_offset[e]);
+}
+void experts_forward(floatX* out, const floatX* in, const floatX* weight, const int* host_offset, int slots, int I, int O, int E,
+                     int capacity, cudaStream_t stream) {
+    if (slots == 0) return;
+    const int64_t one = int64_t(O) * I;  // expert's weights
+    if (capacity > 0) {
+        matmul(Out{out, O, int64_t(capacity) * O}, In{in, I, int64_t(capacity) * I}, In{weight, I, one}.t(), capacity, O, I, false,
+               stream, E);
+        return;
+    }
+    each_expert(host_offset, E, [&](int e, int64_t first, int rows) {
+        matmul(Out{out + first * O, O}, In{in + first * I, I}, In{weight + e * one, I}.t(), rows, O, I, false, stream);
+    });
+}
+void experts_backward(floatX* d_in, real* d_weight, const floatX* d_out, const floatX* in, const floatX* weight, const int* host_offset,
+                      int slots, int I, int O, int E, int capacity, cudaStream_t stream) {
+    if (slots == 0) return;
+    const int64_t one = int64_t(O) * I;  // expert's weights
+    if (capacity > 0) {
+        const In d{d_out, O, int64_t(capacity) * O};
+        matmul(Out{d_in, I, int64_t(capacity) * I}, d, In{weight, I, one}, capacity, I, O, false, stream, E);
+        matmul(Gradient{d_weight, I, one}, d.t(), In{in, I, int64_t(capacity) * I}, O, I, capacity, true, stream, E);
+        return;
+    }
+    each_expert(host_offset, E, [&](int e, int64_t first, int rows) {
+        const In d{d_out + first * O, O};
+        matmul(Out{d_in + first * I, I}, d, In{weight + e * one, I}, rows, I, O, false, stream);
+        matmul(Gradient{d_weight + e * one, I}, d.t(), In{in + first * I, I}, O, I, rows, true, stream);
+    });
+}
+
+// ------------------------------------------------------------------------------------------------------------------
+// Activations
+template <int width>
+__global__ void swiglu_forward_kernel(floatX* out, const floatX* gate_up, int F) {
+    const int64_t row = blockIdx.x;
+    for (int f = threadIdx.x * width; f < F; f += blockDim.x * width) {
+        auto gate = load<width>(gate_up + row * 2 * F + f);
+        const auto up = load<width>(gate_up + row * 2 * F + F + f);
+        UNROLL for (int j = 0; j < width; j++) gate.v[j] *= sigmoid(gate.v[j]) * up.v[j];
+        store(out + row * F + f, gate);
+    }
+}
+void swiglu_forward(floatX* out, const floatX* gate_up, int rows, int F, cudaStream_t stream) {
+    if (rows == 0) return;
+    with_width({F}, {out, gate_up}, [&](auto width) {
+        LAUNCH(swiglu_forward_kernel<width>, rows, row_threads(ceil_div(F, width)), 0, stream)(out, gate_up, F);
+    });
+    CHECK_LAUNCH();
+}
+template <int width>
+__global__ void swiglu_backward_kernel(floatX* d_gate_up, const floatX* d_out, const floatX* gate_up, int F) {
+    const int64_t row = blockIdx.x;
+    for (int f = threadIdx.x * width; f < F; f += blockDim.x * width) {
+        auto gate = load<width>(gate_up + row * 2 * F + f), up = load<width>(gate_up + row * 2 * F + F + f);
+        const auto d = load<width>(d_out + row * F + f);
+        UNROLL for (int j = 0; j < width; j++) {
+            const real g = gate.v[j], s = sigmoid(g);
+            gate.v[j] = d.v[j] * up.v[j] * s * (1 + g * (1 - s));
+            up.v[j] = d.v[j] * g * s;
+        }
+        store(d_gate_up + row * 2 * F + f, gate);
+        store(d_gate_up + row * 2 * F + F + f, up);
+    }
+}
+void swiglu_backward(floatX* d_gate_up, const floatX* d_out, const floatX* gate_up, int rows, int F, cudaStream_t stream) {
+    if (rows == 0) return;
+    with_width({F}, {d_gate_up, d_out, gate_up}, [&](auto width) {
+        LAUNCH(swiglu_backward_kernel<width>, rows, row_threads(ceil_div(F, width)), 0, stream)(d_gate_up, d_out, gate_up, F);
+    });
+    CHECK_LAUNCH();
+}
+
+template <int width>
+__global__ void relu_forward_kernel(floatX* out, const floatX* in, int64_t count) {
+    const int64_t i = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * width;
+    if (i >= count) return;
+    auto x = load<width>(in + i);
+    UNROLL for (int j = 0; j < width; j++) x.v[j] = x.v[j] <= 0 ? 0 : x.v[j];  // so that NaN stays NaN
+    store(out + i, x);
+}
+void relu_forward(floatX* out, const floatX* in, int64_t count, cudaStream_t stream) {
+    if (count == 0) return;
+    with_width({count}, {out, in}, [&](auto width) {
+        LAUNCH(relu_forward_kernel<width>, blocks_for(count, kThreads * width), kThreads, 0, stream)(out, in, count);
+    });
+    CHECK_LAUNCH();
+}
+template <int width>
+__global__ void relu_backward_kernel(floatX* d_in, const floatX* d_out, const floatX* in, int64_t count) {
+    const int64_t i = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * width;
+    if (i >= count) return;
+    const auto x = load<width>(in + i);
+    auto d = load<width>(d_out + i);
+    UNROLL for (int j = 0; j < width; j++) d.v[j] = x.v[j] <= 0 ? 0 : d.v[j];
+    store(d_in + i, d);
+}
+void relu_backward(floatX* d_in, const floatX* d_out, const floatX* in, int64_t count, cudaStream_t stream) {
+    if (count == 0) return;
+    with_width({count}, {d_in, d_out, in}, [&](auto width) {
+        LAUNCH(relu_backward_kernel<width>, blocks_for(count, kThreads * width), kThreads, 0, stream)(d_in, d_out, in, count);
+    });
+    CHECK_LAUNCH();
+}
+
+// ------------------------------------------------------------------------------------------------------------------
+// Classifier: a block per row. The maximum and the sum of exponentials come from one pass over the logits: when a larger maximum turns
+// up, the sum so far is scaled down to it.
+constexpr int kClassifierThreads = 512;
+
+// Elements c .. c + width of a row of V, kLowest past its end.
+template <int width>
+__device__ __forceinline__ Lanes<width> load_logits(const floatX* row, int c, int V) {
+    if (c + width <= V) return load<width>(row + c);
+    Lanes<width> x;
+    UNROLL for (int j = 0; j < width; j++) x.v[j] = c + j < V ? real(row[c + j]) : kLowest;
+    return x;
+}
+struct Softmax {
+    real most, sum;  // of logits * scale: the largest; the sum of exp(x - most)
+};
+template <int width>
+__device__ __forceinline__ Softmax softmax_of_row(const floatX* row, int V, real scale) {
+    real most = kLowest, sum = 0;
+    for (int c = threadIdx.x * width; c < V; c += blockDim.x * width) {
+        const auto x = load_logits<width>(row, c, V);
+        real larger = most;
+        UNROLL for (int j = 0; j < width; j++) larger = max(larger, c + j < V ? x.v[j] * scale : kLowest);
+        sum *= exp_(most - larger);
+        UNROLL for (int j = 0; j < width; j++)
+            if (c + j < V) sum += exp_(x.v[j] * scale - larger);
+        most = larger;
+    }
+    const real of_all = block_max(most);
+    return {of_all, block_sum(sum * exp_(most - of_all))};
+}
+
+template <int width>
+__global__ void classifier_kernel(real* losses, floatX* logits, const int* targets, int V, int ld, real d_loss) {
+    const int64_t r = blockIdx.x;
+    floatX* const row = logits + r * ld;
+    const int target = targets[r];
+    if (target < 0) {
+        if (threadIdx.x == 0) losses[r] = 0;
+        if (d_loss != 0)
+            for (int c = threadIdx.x * width; c < ld; c += blockDim.x * width) store(row + c, Lanes<width>{});
+        return;
+    }
+    const real at_target = real(row[target]);  // read by all before block_max, written by one after it
+    const Softmax s = softmax_of_row<width>(row, V, 1);
+    if (threadIdx.x == 0) losses[r] = s.most + log_(s.sum) - at_target;
+    if (d_loss == 0) return;
+    const real scale = d_loss / s.sum;
+    for (int c = threadIdx.x * width; c < ld; c += blockDim.x * width) {
+        auto x = load_logits<width>(row, c, V);
+        UNROLL for (int j = 0; j < width; j++)
+            x.v[j] = c + j < V ? exp_(x.v[j] - s.most) * scale - (c + j == target ? d_loss : 0) : 0;
+        store(row + c, x);
+    }
+}
+void classifier(real* losses, floatX* logits, const int* targets, int rows, int V, int ld, real d_loss, cudaStream_t stream) {
+    if (rows == 0) return;
+    with_width({ld}, {logits}, [&](auto width) {
+        LAUNCH(classifier_kernel<width>, rows, row_threads(ceil_div(ld, width), kClassifierThreads), 0, stream)
+        (losses, logits, targets, V, ld, d_loss);
+    });
+    CHECK_LAUNCH();
+}
+
+template <int width>
+__global__ void softmax_forward_kernel(real* probs, const floatX* logits, int V, int ld, real scale) {
+    const int64_t r = blockIdx.x;
+    const floatX* const row = logits + r * ld;
+    const Softmax s = softmax_of_row<width>(row, V, scale);
+    for (int c = threadIdx.x; c < V; c += blockDim.x) probs[r * V + c] = exp_(real(row[c]) * scale - s.most) / s.sum;
+}
+void softmax_forward(real* probs, const floatX* logits, int rows, int V, int ld, real temperature, cudaStream_t stream) {
+    if (rows == 0) return;
+    with_width({ld}, {logits}, [&](auto width) {
+        LAUNCH(softmax_forward_kernel<width>, rows, row_threads(ceil_div(V, width), kClassifierThreads), 0, stream)
+        (probs, logits, V, ld, 1 / temperature);
+    });
+    CHECK_LAUNCH();
+}
+
+// ------------------------------------------------------------------------------------------------------------------
+// Sums over everything, and the optimizer
+// A thread has a sum for each element of its vectors: none grows long, so that little is lost to rounding.   parts (blocks)
+template <int width, bool squares>
+__global__ void sum_kernel(real* parts, const real* in, int64_t count) {
+    Lanes<width> sums = {};
+    for (int64_t i = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * width; i < count; i += int64_t(gridDim.x) * kThreads * width) {
+        const auto x = load<width>(in + i);
+        UNROLL for (int j = 0; j < width; j++) sums.v[j] += squares ? x.v[j] * x.v[j] : x.v[j];
+    }
+    real sum = 0;
+    UNROLL for (int j = 0; j < width; j++) sum += sums.v[j];
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) parts[blockIdx.x] = sum;
+}
+template <bool squares>
+void sum_all(real* out, const real* in, void* scratch, int64_t count, cudaStream_t stream) {
+    if (count == 0) return;
+    real* const parts = static_cast<real*>(scratch);
+    const int blocks = sum_parts(count);
+    with_width({count}, {in}, [&](auto width) {
+        LAUNCH((sum_kernel<width, squares>), blocks, kThreads, 0, stream)(parts, in, count);
+    });
+    reduce_partials(out, parts, blocks, 1, stream);
+}
+void sum(real* out, const real* in, void* scratch, int64_t count, cudaStream_t stream) { sum_all<false>(out, in, scratch, count, stream); }
+void sum_of_squares(real* out, const real* in, void* scratch, int64_t count, cudaStream_t stream) {
+    sum_all<true>(out, in, scratch, count, stream);
+}
+
+struct AdamWFactors {
+    real lr, beta1, beta2, eps, weight_decay, grad_scale, m_scale, v_scale;  // the scales correct for moments that started at zero
+};
+template <int width>
+__global__ void adamw_kernel(real* master, floatX* weight, real* m, real* v, const real* grad, int64_t count, AdamWFactors f) {
+    const int64_t i = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * width;
+    if (i >= count) return;
+    auto w = load<width>(master + i), m_i = load<width>(m + i), v_i = load<width>(v + i);
+    const auto g_i = load<width>(grad + i);
+    UNROLL for (int j = 0; j < width; j++) {
+        const real g = f.grad_scale * g_i.v[j];
+        m_i.v[j] = f.beta1 * m_i.v[j] + (1 - f.beta1) * g;
+        v_i.v[j] = f.beta2 * v_i.v[j] + (1 - f.beta2) * g * g;
+        w.v[j] -= f.lr * (m_i.v[j] * f.m_scale / (sqrt_(v_i.v[j] * f.v_scale) + f.eps) + f.weight_decay * w.v[j]);
+    }
+    store(m + i, m_i);
+    store(v + i, v_i);
+    store(master + i, w);
+    if (weight) store(weight + i, w);
+}
+void adamw(real* master, floatX* weight, real* m, real* v, const real* grad, int64_t count, real lr, real beta1, real beta2, real eps,
+           real weight_decay, real grad_scale, int step, cudaStream_t stream) {
+    if (count == 0) return;
+    const AdamWFactors factors = {lr, beta1, beta2, eps, weight_decay, grad_scale, real(1 / (1 - std::pow(double(beta1), step))),
+                                  real(1 / (1 - std::pow(double(beta2), step)))};
+    with_width({count}, {master, weight, m, v, grad}, [&](auto width) {
+        LAUNCH(adamw_kernel<width>, blocks_for(count, kThreads * width), kThreads, 0, stream)(master, weight, m, v, grad, count, factors);
+    });
+    CHECK_LAUNCH();
+}
+
+// ------------------------------------------------------------------------------------------------------------------
+// The most scratch that any function needs: each layout is asked for its size.
+size_t scratch_bytes(const Config& c, int B, int T) {
+    const int rows = B * T;
+    size_t most = 2 * kSumParts * sizeof(real);  // sums, router_losses
+    const auto need = [&](const Scratch& layout) { most = std::max(most, layout.used); };
+    if (rows == 0) return most;
+    need(EmbeddingScratch(nullptr, rows));
+    need(NormScratch(nullptr, rows, c.d_model));
+    if (c.count('M') > 0) {
+        need(ConvScratch(nullptr, conv_shape<1>(B, T, c.d_inner, c.d_conv, c.d_inner), B));
+        need(ConvScratch(nullptr, conv_shape<kConvWidth>(B, T, c.d_inner, c.d_conv, c.d_inner), B));
+        ScanInput in = {};
+        in.T = T, in.D = c.d_inner, in.N = c.d_state;
+        scan_split(in, B);
+        need(ScanBackwardScratch(nullptr, in, B));
+    }
+    if (c.count('E') > 0) {
+        need(RouterScratch(nullptr, rows, c.d_model, c.experts));
+        need(PlanScratch(nullptr, int64_t(rows) * c.top_k));
+    }
+    return most;
+}
+
+}  // namespace
+
+const Layers layers = {
+#ifdef USE_CUDA
+    .device = "cuda",
+#else
+    .device = "simt",
+#endif
+    .allocate = allocate,
+    .release = release,
+    .zero = zero,
+    .upload = upload,
+    .download = download,
+    .synchronize = synchronize,
+    .scratch_bytes = scratch_bytes,
+    .embedding_forward = embedding_forward,
+    .embedding_backward = embedding_backward,
+    .rmsnorm_forward = rmsnorm_forward,
+    .rmsnorm_backward = rmsnorm_backward,
+    .linear_forward = linear_forward,
+    .linear_backward = linear_backward,
+    .conv_forward = conv_forward,
+    .conv_backward = conv_backward,
+    .scan_forward = scan_forward,
+    .scan_backward = scan_backward,
+    .router_forward = router_forward,
+    .router_losses = router_losses,
+    .router_backward = router_backward,
+    .dispatch_plan = dispatch_plan,
+    .dispatch_forward = dispatch_forward,
+    .dispatch_backward = dispatch_backward,
+    .combine_forward = combine_forward,
+    .combine_backward = combine_backward,
+    .experts_forward = experts_forward,
+    .experts_backward = experts_backward,
+    .swiglu_forward = swiglu_forward,
+    .swiglu_backward = swiglu_backward,
+    .relu_forward = relu_forward,
+    .relu_backward = relu_backward,
+    .classifier = classifier,
+    .softmax_forward = softmax_forward,
+    .sum = sum,
+    .sum_of_squares = sum_of_squares,
+    .adamw = adamw,
+};
+}  // namespace gpu
+
+// ------------------------------------------------------------------------------------------------------------------
+// Host code only from here on: errors, random numbers, Config, the Model, files. It calls kernels through a table of Layers and does
+// not know which device it has.
+using Json = nlohmann::ordered_json;
+
+void fail(const char* format, ...) {
+    char text[2048];
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(text, sizeof(text), format, arguments);
+    va_end(arguments);
+    throw Error(text);
+}
+
+int run_main(int (*body)(int, char**), int argc, char** argv) {
+    try {
+        return body(argc, argv);
+    } catch (const std::bad_alloc&) {
+        fprintf(stderr, "error: out of memory on the host; use a smaller model, --batch or --seq-len\n");
+    } catch (const std::exception& e) {
+        fprintf(stderr, "error: %s\n", e.what());
+    }
+    return 1;
+}
+
+const Layers& find_device(const std::string& name) {
+    if (name == "cpu") return cpu::layers;
+#ifdef USE_CUDA
+    int count = 0;
+    const cudaError_t status = cudaGetDeviceCount(&count);
+    if (name == "auto") return status == cudaSuccess && count > 0 ? gpu::layers : cpu::layers;
+    if (name == "cuda") {
+        if (status != cudaSuccess || count == 0)
+            fail("--device cuda: no GPU can be used here (%s); use --device cpu", cudaGetErrorString(status));
+        return gpu::layers;
+    }
+    fail("--device %s: this build has auto, cpu and cuda", name.c_str());
+#else
+    if (name == "auto") return cpu::layers;
+    if (name == "simt") return gpu::layers;
+    fail("--device %s: this build has auto, cpu and simt%s", name.c_str(), name == "cuda" ? "; build with nvcc: make CUDA=1" : "");
+#endif
+}
+
+// Median seconds of one call of `work`, which starts something on the device.
+template <class F>
+static double median_seconds(const Layers& layers, int repeats, F&& work) {
+    std::vector<double> seconds;
+    for (int i = -1; i < repeats; i++) {  // the first is a warm-up
+        const auto start = std::chrono::steady_clock::now();
+        work();
+        layers.synchronize(nullptr);
+        if (i >= 0) seconds.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+    }
+    std::nth_element(seconds.begin(), seconds.begin() + repeats / 2, seconds.end());
+    return seconds[repeats / 2];
+}
+
+double measure_matmul_flops(const Layers& layers, int size) {
+    Arena arena("matrix products");
+    floatX *out, *in, *weight;
+    const int64_t count = int64_t(size) * size;
+    for (floatX** matrix : {&out, &in, &weight}) arena.add(matrix, "matrix", count);
+    arena.allocate(layers);
+    const std::vector<floatX> ones(count, floatX(1.0f));
+    for (floatX* matrix : {in, weight}) layers.upload(matrix, ones.data(), count * sizeof(floatX), nullptr);
+    const double seconds = median_seconds(layers, 5, [&] {
+        layers.linear_forward(out, size, in, size, weight, size, size, size, false, nullptr);
+    });
+    return 2.0 * double(count) * size / seconds;
+}
+
+double measure_read_bandwidth(const Layers& layers, size_t bytes) {
+    Config any;
+    any.resolve();
+    Arena arena("bandwidth");
+    real *in, *out;
+    char* scratch;
+    const int64_t count = int64_t(bytes / sizeof(real));
+    arena.add(&in, "input", count);
+    arena.add(&out, "sum", 1);
+    arena.add(&scratch, "scratch", int64_t(layers.scratch_bytes(any, 1, 1)));
+    arena.allocate(layers);
+    layers.zero(in, count * sizeof(real), nullptr);
+    layers.zero(out, sizeof(real), nullptr);
+    return double(count * sizeof(real)) / median_seconds(layers, 7, [&] { layers.sum(out, in, scratch, count, nullptr); });
+}
+
+// ---- random numbers: the finaliser of splitmix64 (Steele, Lea, Flood 2014), applied to each of the three words in turn
+
+static uint64_t mix(uint64_t x) {
+    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
+    x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
+    return x ^ (x >> 31);
+}
+
+uint64_t random_bits(uint64_t seed, uint64_t stream, uint64_t counter) {
+    constexpr uint64_t kStep = 0x9e3779b97f4a7c15u;  // 2^64 / golden ratio: keeps small words apart
+    return mix(mix(mix(seed + kStep) + stream * kStep) + counter * kStep);
+}
+
+double random_uniform(uint64_t seed, uint64_t stream, uint64_t counter) {
+    return double(random_bits(seed, stream, counter) >> 11) * 0x1p-53;
+}
+
+double random_normal(uint64_t seed, uint64_t stream, uint64_t counter) {
+    const uint64_t bits = random_bits(seed, stream, counter);
+    const double u = double((bits >> 32) + 1) * 0x1p-32, v = double(bits & 0xffffffffu) * 0x1p-32;  // u in (0, 1], so that log is finite
+    return std::sqrt(-2 * std::log(u)) * std::cos(2 * M_PI * v);
+}
+
+// ------------------------------------------------------------------------------------------------------------------
+// Config
+
+// Splits "ME(ME)*4" into the steps of one repeat and the number of repeats.
+static std::vector<std::string> parse_layers(const std::string& text) {
+    std::vector<std::string> unit;
+    const char* where = "--layers \"%s\", character %zu: %s";
+    auto bad = [&](size_t i, const std::string& what) { fail(where, text.c_str(), i + 1, what.c_str()); };
+    bool group = false;
+    long repeats = 1;
+    size_t i = 0;
+    for (; i < text.size() && text[i] != '*'; i++) {
+        const char letter = text[i];
+        if (letter == '(') {
+            if (group) bad(i, "'(' inside a group");
+            group = true;
+            unit.emplace_back();
+        } else if (letter == ')') {
+            if (!group) bad(i, "')' without '('");
+            if (unit.back().empty()) bad(i, "an empty group");
+            group = false;
+        } else if (strchr("MFE", letter)) {
+            if (group) unit.back() += letter;
+            else unit.emplace_back(1, letter);
+        } else {
+            bad(i, std::string("'") + letter + "' is no layer; there are M (Mamba), F (feed-forward), E (experts) and (..) for a parallel "
+                                              "group");
+        }
+    }
+    if (group) bad(text.size(), "a '(' is not closed");
+    if (unit.empty()) bad(0, "no layer; for example \"ME*4\"");
+    if (i < text.size()) {
+        char* end = nullptr;
+        errno = 0;
+        repeats = strtol(text.c_str() + i + 1, &end, 10);
+        if (end == text.c_str() + i + 1 || *end || errno || repeats < 1 || repeats > 10000)
+            bad(i, "'*' needs a count of 1 to 10000 after it, at the end");
+    }
+    std::vector<std::string> steps;
+    for (long r = 0; r < repeats; r++) steps.insert(steps.end(), unit.begin(), unit.end());
+    return steps;
+}
+
+std::vector<std::string> Config::steps() const { return parse_layers(layers); }
+
+int Config::count(char letter) const {
+    int n = 0;
+    for (const std::string& step : steps()) n += int(std::count(step.begin(), step.end(), letter));
+    return n;
+}
+
+void Config::resolve() {
+    parse_layers(layers);
+    auto between = [](const char* flag, double value, double low, double high) {
+        if (!(value >= low && value <= high)) fail("--%s %g: must be between %g and %g", flag, value, low, high);
+    };
+    constexpr double kLargest = 1 << 24;  // keeps every product of two sizes far inside 64 bits
+    between("vocab", vocab, 2, kLargest);
+    between("d-model", d_model, 1, kLargest);
+    between("d-inner", d_inner, 0, kLargest);
+    between("d-state", d_state, 1, 128);
+    between("d-conv", d_conv, 1, 8);
+    between("dt-rank", dt_rank, 0, kLargest);
+    between("d-ff", d_ff, 0, kLargest);
+    between("d-expert", d_expert, 0, kLargest);
+    between("experts", experts, 1, 256);
+    between("top-k", top_k, 1, experts);
+    between("capacity", capacity, 0, 1e6);
+    between("balance-loss", balance_loss, 0, 1e6);
+    between("z-loss", z_loss, 0, 1e6);
+    between("norm-eps", norm_eps, 1e-12, 1);
+    between("swiglu-experts", swiglu_experts, 0, 1);
+    between("renormalize", renormalize, 0, 1);
+    between("tied", tied, 0, 1);
+    if (!d_inner) d_inner = 2 * d_model;
+    if (!dt_rank) dt_rank = (d_model + 15) / 16;
+    if (!d_ff) d_ff = 2 * d_model;
+    if (!d_expert) d_expert = (swiglu_experts ? 2 : 3) * d_model;
+}
+
+int Config::capacity_rows(int rows) const {
+    if (capacity == 0) return 0;
+    return std::max(1, int(std::min(double(rows) * top_k, std::floor(capacity * rows * top_k / experts))));
+}
+
+double Config::matmul_flops_per_token(bool training) const {
+    const double C = d_model, D = d_inner, R = dt_rank, N = d_state;
+    const double mamba = C * 2 * D + D * (R + 2 * N) + R * D + D * C;
+    const double feed_forward = 3 * C * d_ff;
+    const double moe = experts * C + top_k * (swiglu_experts ? 3 : 2) * C * d_expert;
+    const double weights = count('M') * mamba + count('F') * feed_forward + count('E') * moe + C * padded_vocab();
+    return 2 * weights * (training ? 3 : 1);
+}
+
+std::string Config::to_json() const {
+    Json json;
+    each_field(*this, [&](const char* flag, const auto& field, const char*) { json[flag] = field; });
+    return json.dump();
+}
+
+Config Config::from_json(const std::string& text, const std::string& where) {
+    Config config;
+    try {
+        const Json json = Json::parse(text);
+        each_field(config, [&](const char* flag, auto& field, const char*) { json.at(flag).get_to(field); });
+    } catch (const Json::exception& e) {
+        fail("%s: the model's config cannot be read (%s)", where.c_str(), e.what());
+    }
+    config.resolve();
+    return config;
+}
+
+const std::vector<Preset>& presets() {
+    static const std::vector<Preset> list = [] {
+        std::vector<Preset> all;
+        struct Size {
+            const char *name, *note;
+            int vocab, d_model, pairs, experts;
+        };
+        // Papers: arXiv 2401.04081 v2 (25m: E = 42, v1: E = 32; 100m: E = 42). CPU sizes: bytes as tokens.
+        const Size sizes[] = {{"tiny", "trains in minutes on a laptop's CPU", 257, 128, 4, 8},
+                              {"10m", "about 10M active parameters, for a CPU", 257, 384, 6, 8},
+                              {"25m", "arXiv 2401.04081v2", 50257, 512, 8, 42},
+                              {"25m-v1", "arXiv 2401.04081v1", 50257, 512, 8, 32},
+                              {"100m", "arXiv 2401.04081v2", 50257, 768, 16, 42}};
+        const struct {
+            const char *name, *unit;
+        } families[] = {{"mamba", "MM"}, {"mamba-mlp", "MF"}, {"moe-mamba", "ME"}, {"moe-mamba-parallel", "(ME)"}};
+        static std::vector<std::string> names;
+        names.reserve(std::size(families) * std::size(sizes));
+        for (const auto& family : families)
+            for (const Size& size : sizes) {
+                Config c;
+                c.layers = std::string(family.unit) + "*" + std::to_string(size.pairs);
+                c.vocab = size.vocab;
+                c.d_model = size.d_model;
+                c.experts = size.experts;
+                names.push_back(std::string(family.name) + "-" + size.name);
+                all.push_back({names.back().c_str(), size.note, c});
+            }
+        Config c;
+        c.layers = "M*24";
+        c.vocab = 50280;
+        c.d_model = 768;
+        c.tied = 1;
+        all.push_back({"mamba-130m", "arXiv 2312.00752, state-spaces/mamba-130m", c});
+        return all;
+    }();
+    return list;
+}
+
+const Preset& find_preset(const std::string& name) {
+    std::string known;
+    for (const Preset& preset : presets()) {
+        if (name == preset.name) return preset;
+        known += std::string(known.empty() ? "" : ", ") + preset.name;
+    }
+    fail("--preset %s: unknown; there are %s", name.c_str(), known.c_str());
+}
+
+// ------------------------------------------------------------------------------------------------------------------
+// Arena
+
+void Arena::add_bytes(void** pointer, const std::string& tensor, size_t size) {
+    constexpr size_t kAlign = 256;  // as cudaMalloc
+    entries.push_back({tensor, pointer, top, size});
+    top += (size + kAlign - 1) / kAlign * kAlign;
+    bytes = std::max(bytes, top);
+}
+
+void Arena::allocate(const Layers& on) {
+    device = &on;
+    // Under simt.h every tensor is an allocation of its own, so that one byte past it is reported with its name.
+    if (std::string(on.device) == "simt")
+        for (Entry& entry : entries) entry.memory = on.allocate(std::max<size_t>(entry.bytes, 1), entry.name.c_str());
+    else {
+        memory = static_cast<char*>(on.allocate(std::max<size_t>(bytes, 1), name.c_str()));
+        for (Entry& entry : entries) entry.memory = memory + entry.offset;
+    }
+    bind();
+}
+
+void Arena::bind() const {
+    for (const Entry& entry : entries) *entry.pointer = entry.memory;
+}
+
+void Arena::release() {
+    if (memory) device->release(memory);
+    else
+        for (Entry& entry : entries)
+            if (entry.memory) device->release(entry.memory);
+    memory = nullptr;
+    entries.clear();
+    top = bytes = 0;
+}
+
+// ------------------------------------------------------------------------------------------------------------------
+// Model: parameters
+
+Model::Model(const Config& given, const Layers& layers) : config(given), layers(layers) {
+    config.resolve();
+    const int64_t C = config.d_model, D = config.d_inner, N = config.d_state, R = config.dt_rank, W = config.d_conv, E = config.experts,
+                  Vp = config.padded_vocab(), kGated = 2;
+    const std::vector<std::string> layout = config.steps();
+    int additions = 0;
+    for (const std::string& step : layout) additions += int(step.size());
+    const double moe_scale = 0.1;  // Switch's small init: deviation sqrt(0.1 / fan_in)
+
+    auto tensor = [&](Tensor& t, const std::string& name, int64_t count, Init init, double scale, bool decay) {
+        t.name = name;
+        t.count = count;
+        t.init = init;
+        t.scale = scale;
+        t.decay = decay;
+        tensors.push_back(&t);
+    };
+    // A tensor that checkpoints know under one name.
+    auto single = [&](Tensor& t, const std::string& name, std::vector<int64_t> shape, Init init, double scale, bool decay) {
+        int64_t count = 1;
+        for (int64_t n : shape) count *= n;
+        tensor(t, name, count, init, scale, decay);
+        parameters.push_back({name, shape, &t, 0, count});
+    };
+    // The next (rows, columns) of a tensor that checkpoints know in parts.
+    auto part = [&](Tensor& t, int64_t& offset, const std::string& name, int64_t rows, int64_t columns) {
+        parameters.push_back({name, {rows, columns}, &t, offset, rows * columns});
+        offset += rows * columns;
+    };
+    auto fan_in = [&](int64_t n) { return std::sqrt(moe_scale / double(n)); };
+
+    single(embedding, "backbone.embeddings.weight", {Vp, C}, Init::normal, 0.02, true);
+    for (size_t s = 0; s < layout.size(); s++) {
+        Step& step = *steps.emplace_back(std::make_unique<Step>());
+        const std::string prefix = "backbone.layers." + std::to_string(s) + ".";
+        single(step.norm, prefix + "norm.weight", {C}, Init::one, 0, false);
+        for (size_t l = 0; l < layout[s].size(); l++) {
+            Layer& layer = *step.layers.emplace_back(std::make_unique<Layer>());
+            layer.kind = layout[s][l];
+            // In a parallel group with two layers of one kind, the second has a number.
+            const auto twins = std::count(layout[s].begin(), layout[s].begin() + l, layer.kind);
+            auto named = [&](const char* what) { return prefix + what + (twins ? "_" + std::to_string(twins) : "") + "."; };
+            if (layer.kind == 'M') {
+                MambaLayer& m = layer.mamba;
+                const std::string p = named("mixer");
+                const double conv = 1 / std::sqrt(double(W)), in = 1 / std::sqrt(double(C)), inner = 1 / std::sqrt(double(D));
+                single(m.A_log, p + "A_log", {D, N}, Init::log_state, 0, false);
+                single(m.skip, p + "D", {D}, Init::one, 0, false);
+                single(m.conv_weight, p + "conv1d.weight", {D, 1, W}, Init::uniform, conv, true);
+                single(m.conv_bias, p + "conv1d.bias", {D}, Init::uniform, conv, false);
+                single(m.in_proj, p + "in_proj.weight", {2 * D, C}, Init::uniform, in, true);
+                single(m.x_proj, p + "x_proj.weight", {R + 2 * N, D}, Init::uniform, inner, true);
+                single(m.dt_proj, p + "dt_proj.weight", {D, R}, Init::uniform, 1 / std::sqrt(double(R)), true);
+                single(m.dt_bias, p + "dt_proj.bias", {D}, Init::dt_bias, 0, false);
+                single(m.out_proj, p + "out_proj.weight", {C, D}, Init::uniform, inner / std::sqrt(double(additions)), true);
+            } else if (layer.kind == 'F') {
+                FeedForwardLayer& f = layer.feed_forward;
+                const int64_t F = config.d_ff;
+                const std::string p = named("feed_forward");
+                tensor(f.gate_up, p + "gate_up", kGated * F * C, Init::normal, fan_in(C), true);
+                int64_t offset = 0;
+                part(f.gate_up, offset, p + "gate_proj.weight", F, C);
+                part(f.gate_up, offset, p + "up_proj.weight", F, C);
+                single(f.down, p + "down_proj.weight", {C, F}, Init::normal, fan_in(F), true);
+            } else {
+                ExpertsLayer& e = layer.experts;
+                const int64_t F = config.d_expert, wide = config.swiglu_experts ? kGated * F : F;
+                const std::string p = named("moe");
+                single(e.router, p + "router.weight", {E, C}, Init::normal, fan_in(C), true);
+                tensor(e.in, p + "experts.in", E * wide * C, Init::normal, fan_in(C), true);
+                tensor(e.out, p + "experts.out", E * C * F, Init::normal, fan_in(F), true);
+                int64_t in_offset = 0, out_offset = 0;
+                for (int64_t i = 0; i < E; i++) {
+                    const std::string q = p + "experts." + std::to_string(i) + ".";
+                    if (config.swiglu_experts) part(e.in, in_offset, q + "gate_proj.weight", F, C);
+                    part(e.in, in_offset, q + "up_proj.weight", F, C);
+                    part(e.out, out_offset, q + "down_proj.weight", C, F);
+                }
+            }
+        }
+    }
+    Step& last = *steps.emplace_back(std::make_unique<Step>());
+    single(last.norm, "backbone.norm_f.weight", {C}, Init::one, 0, false);
+    head = &embedding;
+    if (!config.tied) {
+        head = &head_table;
+        single(head_table, "lm_head.weight", {Vp, C}, Init::normal, fan_in(C), true);
+    }
+}
+
+Model::~Model() = default;
+
+int64_t Model::parameter_count() const {
+    int64_t n = 0;
+    for (const Tensor* t : tensors) n += t->count;
+    return n;
+}
+
+int64_t Model::active_parameter_count() const {
+    int64_t idle = 0;
+    for (const auto& step : steps)
+        for (const auto& layer : step->layers)
+            if (layer->kind == 'E')
+                idle += (layer->experts.in.count + layer->experts.out.count) / config.experts * (config.experts - config.top_k);
+    return parameter_count() - idle;
+}
+
+void Model::plan_weights() {
+    for (Tensor* t : tensors) {
+        masters.add(&t->master, t->name, t->count);
+        if (kMixedPrecision) weights.add(&t->weight, t->name, t->count);
+    }
+}
+
+void Model::allocate_weights() {
+    if (masters.device) return;
+    if (masters.entries.empty()) plan_weights();
+    masters.allocate(layers);
+    if (kMixedPrecision) weights.allocate(layers);
+    else
+        for (Tensor* t : tensors) t->weight = reinterpret_cast<floatX*>(t->master);  // one type, one copy
+}
+
+// Copies `count` values to the master and the rounded weight of a tensor.
+static void set_tensor(const Model& model, const Tensor& t, int64_t offset, const std::vector<real>& values) {
+    model.layers.upload(t.master + offset, values.data(), values.size() * sizeof(real), model.stream);
+    if (kMixedPrecision) {
+        const std::vector<floatX> rounded(values.begin(), values.end());
+        model.layers.upload(t.weight + offset, rounded.data(), rounded.size() * sizeof(floatX), model.stream);
+        model.layers.synchronize(model.stream);
+    }
+}
+
+void Model::initialize(uint64_t seed) {
+    allocate_weights();
+    for (size_t i = 0; i < tensors.size(); i++) {
+        const Tensor& t = *tensors[i];
+        const uint64_t stream = kInitStream + (i << 8);
+        std::vector<real> values(t.count);
+        auto draw = [&](int64_t k) -> double {
+            switch (t.init) {
+                case Init::zero: return 0;
+                case Init::one: return 1;
+                case Init::uniform: return t.scale * (2 * random_uniform(seed, stream, k) - 1);
+                case Init::normal: return t.scale * random_normal(seed, stream, k);
+                case Init::log_state: return std::log(double(k % config.d_state + 1));
+                case Init::dt_bias: {  // the bias at which softplus gives a dt that is log-uniform in [1e-3, 1e-1]
+                    const double dt = std::exp(std::log(1e-3) + random_uniform(seed, stream, k) * std::log(1e-1 / 1e-3));
+                    return dt + std::log(-std::expm1(-dt));
+                }
+            }
+            return 0;
+        };
+#pragma omp parallel for
+        for (int64_t k = 0; k < t.count; k++) values[k] = real(draw(k));
+        set_tensor(*this, t, 0, values);
+    }
+    layers.synchronize(stream);
+}
+
+// ------------------------------------------------------------------------------------------------------------------
+// Model: activations
+
+// The head's logits would be the largest tensor of all (rows, V): they are made, and turned into gradients, this many rows at a time.
+static constexpr int kHeadRows = 1024;
+
+// Training keeps what the backward pass needs. Without it every step works in the same memory.
+void Model::plan_activations(Arena& arena, int B, int T, bool training) {
+    const int64_t C = config.d_model, D = config.d_inner, N = config.d_state, R = config.dt_rank, E = config.experts, K = config.top_k;
+    const int64_t rows = int64_t(B) * T;
+    const int64_t slots = expert_slots(int(rows), int(E), int(K), training ? config.capacity_rows(int(rows)) : 0);
+    auto add = [&](auto** pointer, const std::string& name, int64_t count) { arena.add(pointer, name, count); };
+
+    add(&buffers.tokens, "tokens", rows);
+    add(&buffers.targets, "targets", rows);
+    add(&buffers.losses, "losses", kLossCount);
+    add(&buffers.row_losses, "row losses", rows);
+    add(&buffers.loads, "expert loads", std::max<int64_t>(1, config.count('E') * E));
+    add(&buffers.branch, "branch", rows * C);
+    add(&buffers.logits, "logits", std::min<int64_t>(rows, kHeadRows) * config.padded_vocab());
+    add(&buffers.probs, "probabilities", int64_t(B) * config.vocab);
+    arena.add(&buffers.scratch, "scratch", int64_t(std::max(layers.scratch_bytes(config, B, T), layers.scratch_bytes(config, B, 1))));
+
+    const size_t base = arena.top;
+    int experts_layers = 0;
+    for (size_t s = 0; s < steps.size(); s++) {
+        Step& step = *steps[s];
+        const std::string prefix = "step " + std::to_string(s) + " ";
+        if (!training) arena.rewind(base);
+        add(&step.sum, prefix + "residual", rows * C);
+        add(&step.rstd, prefix + "rstd", rows);
+        add(&step.normed, prefix + "normed", rows * C);
+        const size_t after_norm = arena.top;
+        for (const auto& layer : step.layers) {
+            if (!training) arena.rewind(after_norm);
+            if (layer->kind == 'M') {
+                MambaLayer& m = layer->mamba;
+                add(&m.xz, prefix + "xz", rows * 2 * D);
+                add(&m.u, prefix + "u", rows * D);
+                add(&m.x_dbl, prefix + "dt, B, C", rows * (R + 2 * N));
+                add(&m.dt, prefix + "dt", rows * D);
+                add(&m.y, prefix + "y", rows * D);
+                add(&m.chunk_states, prefix + "chunk states", training ? B * scan_chunks(T) * D * N : 0);
+            } else if (layer->kind == 'F') {
+                FeedForwardLayer& f = layer->feed_forward;
+                add(&f.gate_up_out, prefix + "gate, up", rows * 2 * config.d_ff);
+                add(&f.hidden, prefix + "hidden", rows * config.d_ff);
+            } else {
+                ExpertsLayer& e = layer->experts;
+                const int64_t F = config.d_expert;
+                e.index = experts_layers++;
+                add(&e.probs, prefix + "router probabilities", rows * E);
+                add(&e.lse, prefix + "router logsumexp", rows);
+                add(&e.gates, prefix + "gates", rows * K);
+                add(&e.experts, prefix + "chosen experts", rows * K);
+                add(&e.slot, prefix + "slots of choices", rows * K);
+                add(&e.choice, prefix + "choices of slots", slots);
+                add(&e.offset, prefix + "expert offsets", E + 1);
+                add(&e.dispatched, prefix + "dispatched", slots * C);
+                add(&e.gate_up, prefix + "expert gate, up", config.swiglu_experts ? slots * 2 * F : 0);
+                add(&e.hidden, prefix + "expert hidden", slots * F);
+                add(&e.y, prefix + "expert outputs", slots * C);
+            }
+        }
+    }
+    if (!training) return;
+    add(&buffers.d_sum, "d residual", rows * C);
+    add(&buffers.d_branch, "d branch", rows * C);
+    add(&buffers.d_normed, "d normed", rows * C);
+    const size_t shared = arena.top;  // gradients inside a layer: dead when it is done
+    add(&buffers.d_y, "d y", rows * D);
+    add(&buffers.d_xz, "d xz", rows * 2 * D);
+    add(&buffers.d_u, "d u", rows * D);
+    add(&buffers.d_x_dbl, "d dt, B, C", rows * (R + 2 * N));
+    add(&buffers.d_dt, "d dt", rows * D);
+    arena.rewind(shared);
+    add(&buffers.d_gate_up, "d gate, up", rows * 2 * config.d_ff);
+    add(&buffers.d_hidden, "d hidden", rows * config.d_ff);
+    arena.rewind(shared);
+    add(&buffers.d_gates, "d gates", rows * K);
+    add(&buffers.d_slots, "d expert inputs, outputs", slots * C);
+    add(&buffers.d_expert_gate_up, "d expert gate, up", config.swiglu_experts ? slots * 2 * config.d_expert : 0);
+    add(&buffers.d_expert_hidden, "d expert hidden", slots * config.d_expert);
+}
+
+void Model::plan_training(int B, int T) {
+    if (B < 1 || T < 1 || int64_t(B) * T > (1 << 24))
+        fail("--batch %d --seq-len %d: both must be at least 1, and their product at most 2^24", B, T);
+    batch = B;
+    time = T;
+    if (masters.entries.empty()) plan_weights();
+    for (Tensor* t : tensors) {
+        gradients.add(&t->grad, "gradient of " + t->name, t->count);
+        moments.add(&t->m, "first moment of " + t->name, t->count);
+        moments.add(&t->v, "second moment of " + t->name, t->count);
+    }
+    plan_activations(activations, B, T, true);
+}
+
+void Model::allocate_training(int B, int T) {
+    plan_training(B, T);
+    allocate_weights();
+    gradients.allocate(layers);
+    moments.allocate(layers);
+    activations.allocate(layers);
+    for (Tensor* t : tensors) {
+        layers.zero(t->m, t->count * sizeof(real), stream);
+        layers.zero(t->v, t->count * sizeof(real), stream);
+    }
+    zero_gradients();
+}
+
+// ------------------------------------------------------------------------------------------------------------------
+// Model: forward. Each layer reads `normed` and writes its output to `branch`, or adds it where a parallel group has begun one.
+
+void Model::mamba_forward(MambaLayer& m, const floatX* normed, bool accumulate, int B, int T, DecodeState::Mixer* state, int current) {
+    const int rows = B * T, C = config.d_model, D = config.d_inner, N = config.d_state, R = config.dt_rank, W = config.d_conv,
+        ld = R + 2 * N;
+    const real *conv_in = nullptr, *scan_in = nullptr;
+    real *conv_out = nullptr, *scan_out = nullptr, *chunk_states = m.chunk_states;
+    if (state) {
+        conv_in = state->conv[current], conv_out = state->conv[1 - current];
+        scan_in = state->scan[current], scan_out = state->scan[1 - current];
+    }
+    if (!training_pass) chunk_states = nullptr;
+    layers.linear_forward(m.xz, 2 * D, normed, C, m.in_proj.weight, rows, C, 2 * D, false, stream);
+    layers.conv_forward(m.u, conv_out, m.xz, 2 * D, m.conv_weight.master, m.conv_bias.master, conv_in, B, T, D, W, stream);
+    layers.linear_forward(m.x_dbl, ld, m.u, D, m.x_proj.weight, rows, D, ld, false, stream);
+    layers.linear_forward(m.dt, D, m.x_dbl, ld, m.dt_proj.weight, rows, R, D, false, stream);
+    layers.scan_forward(m.y, scan_out, chunk_states, m.u, m.dt, m.x_dbl + R, m.x_dbl + R + N, ld, m.xz + D, 2 * D, m.A_log.master,
+                        m.skip.master, m.dt_bias.master, scan_in, buffers.scratch, B, T, D, N, stream);
+    layers.linear_forward(buffers.branch, C, m.y, D, m.out_proj.weight, rows, D, C, accumulate, stream);
+}
+
+void Model::mamba_backward(MambaLayer& m, const floatX* normed, bool accumulate) {
+    const int B = batch, T = time, rows = B * T, C = config.d_model, D = config.d_inner, N = config.d_state, R = config.dt_rank,
+              W = config.d_conv, ld = R + 2 * N;
+    Buffers& b = buffers;
+    layers.linear_backward(b.d_y, D, m.out_proj.grad, b.d_branch, C, m.y, D, m.out_proj.weight, rows, D, C, false, stream);
+    layers.scan_backward(b.d_u, b.d_dt, b.d_x_dbl + R, b.d_x_dbl + R + N, b.d_xz + D, m.A_log.grad, m.skip.grad, m.dt_bias.grad, nullptr,
+                         b.d_y, nullptr, m.u, m.dt, m.x_dbl + R, m.x_dbl + R + N, ld, m.xz + D, 2 * D, m.A_log.master, m.skip.master,
+                         m.dt_bias.master, m.chunk_states, b.scratch, B, T, D, N, stream);
+    layers.linear_backward(b.d_x_dbl, ld, m.dt_proj.grad, b.d_dt, D, m.x_dbl, ld, m.dt_proj.weight, rows, R, D, false, stream);
+    layers.linear_backward(b.d_u, D, m.x_proj.grad, b.d_x_dbl, ld, m.u, D, m.x_proj.weight, rows, D, ld, true, stream);
+    layers.conv_backward(b.d_xz, 2 * D, m.conv_weight.grad, m.conv_bias.grad, nullptr, b.d_u, nullptr, m.xz, 2 * D, m.conv_weight.master,
+                         m.conv_bias.master, nullptr, b.scratch, B, T, D, W, stream);
+    layers.linear_backward(b.d_normed, C, m.in_proj.grad, b.d_xz, 2 * D, normed, C, m.in_proj.weight, rows, C, 2 * D, accumulate, stream);
+}
+
+void Model::feed_forward_forward(FeedForwardLayer& f, const floatX* normed, bool accumulate, int rows) {
+    const int C = config.d_model, F = config.d_ff;
+    layers.linear_forward(f.gate_up_out, 2 * F, normed, C, f.gate_up.weight, rows, C, 2 * F, false, stream);
+    layers.swiglu_forward(f.hidden, f.gate_up_out, rows, F, stream);
+    layers.linear_forward(buffers.branch, C, f.hidden, F, f.down.weight, rows, F, C, accumulate, stream);
+}
+
+void Model::feed_forward_backward(FeedForwardLayer& f, const floatX* normed, bool accumulate) {
+    const int rows = batch * time, C = config.d_model, F = config.d_ff;
+    Buffers& b = buffers;
+    layers.linear_backward(b.d_hidden, F, f.down.grad, b.d_branch, C, f.hidden, F, f.down.weight, rows, F, C, false, stream);
+    layers.swiglu_backward(b.d_gate_up, b.d_hidden, f.gate_up_out, rows, F, stream);
+    layers.linear_backward(b.d_normed, C, f.gate_up.grad, b.d_gate_up, 2 * F, normed, C, f.gate_up.weight, rows, C, 2 * F, accumulate,
+                           stream);
+}
+
+void Model::experts_forward(ExpertsLayer& e, const floatX* normed, bool accumulate, int rows, int capacity) {
+    const int C = config.d_model, F = config.d_expert, E = config.experts, K = config.top_k;
+    const int slots = expert_slots(rows, E, K, capacity);
+    int* load = buffers.loads + int64_t(e.index) * E;
+    layers.router_forward(e.probs, e.lse, e.experts, e.gates, normed, e.router.master, buffers.scratch, rows, C, E, K, config.renormalize,
+                          stream);
+    layers.dispatch_plan(e.slot, e.choice, load, e.offset, e.experts, buffers.scratch, rows, E, K, capacity, stream);
+    layers.router_losses(buffers.losses + kBalance, e.probs, e.lse, load, buffers.scratch, rows, E, stream);
+    if (capacity == 0) {  // only then does the host have to know how many rows each expert has
+        e.host_offset.resize(E + 1);
+        layers.download(e.host_offset.data(), e.offset, (E + 1) * sizeof(int), stream);
+    }
+    const int* offset = capacity ? nullptr : e.host_offset.data();
+    layers.dispatch_forward(e.dispatched, normed, e.choice, slots, C, K, stream);
+    if (config.swiglu_experts) {
+        layers.experts_forward(e.gate_up, e.dispatched, e.in.weight, offset, slots, C, 2 * F, E, capacity, stream);
+        layers.swiglu_forward(e.hidden, e.gate_up, slots, F, stream);
+    } else {
+        layers.experts_forward(e.hidden, e.dispatched, e.in.weight, offset, slots, C, F, E, capacity, stream);
+        layers.relu_forward(e.hidden, e.hidden, int64_t(slots) * F, stream);
+    }
+    layers.experts_forward(e.y, e.hidden, e.out.weight, offset, slots, F, C, E, capacity, stream);
+    layers.combine_forward(buffers.branch, e.y, e.gates, e.slot, rows, C, K, accumulate, stream);
+}
+
+void Model::experts_backward(ExpertsLayer& e, const floatX* normed, bool accumulate, int accumulation) {
+    const int rows = batch * time, C = config.d_model, F = config.d_expert, E = config.experts, K = config.top_k;
+    const int capacity = config.capacity_rows(rows), slots = expert_slots(rows, E, K, capacity);
+    const real share = real(1) / real(accumulation * config.count('E'));
+    const int *load = buffers.loads + int64_t(e.index) * E, *offset = capacity ? nullptr : e.host_offset.data();
+    Buffers& b = buffers;
+    layers.combine_backward(b.d_slots, b.d_gates, b.d_branch, e.y, e.gates, e.slot, e.choice, rows, slots, C, K, stream);
+    layers.experts_backward(b.d_expert_hidden, e.out.grad, b.d_slots, e.hidden, e.out.weight, offset, slots, F, C, E, capacity, stream);
+    const floatX* d_in = b.d_expert_hidden;
+    if (config.swiglu_experts) {
+        layers.swiglu_backward(b.d_expert_gate_up, b.d_expert_hidden, e.gate_up, slots, F, stream);
+        d_in = b.d_expert_gate_up;
+    } else {
+        layers.relu_backward(b.d_expert_hidden, b.d_expert_hidden, e.hidden, int64_t(slots) * F, stream);
+    }
+    const int wide = config.swiglu_experts ? 2 * F : F;
+    layers.experts_backward(b.d_slots, e.in.grad, d_in, e.dispatched, e.in.weight, offset, slots, C, wide, E, capacity, stream);
+    layers.dispatch_backward(b.d_normed, b.d_slots, e.slot, rows, C, K, accumulate, stream);
+    layers.router_backward(b.d_normed, e.router.grad, b.d_gates, e.probs, e.lse, e.experts, e.gates, load, normed, e.router.master,
+                           b.scratch, rows, C, E, K, config.renormalize, real(config.balance_loss) * share, real(config.z_loss) * share, stream);
+}
+
+// From tokens (on the host) to the normed residual stream that the head reads.
+void Model::forward(const int* tokens, int B, int T, DecodeState* state) {
+    const int rows = B * T, C = config.d_model;
+    const int capacity = training_pass ? config.capacity_rows(rows) : 0;
+    layers.upload(buffers.tokens, tokens, rows * sizeof(int), stream);
+    layers.embedding_forward(steps[0]->sum, buffers.tokens, embedding.weight, rows, C, stream);
+    const real* residual = steps[0]->sum;
+    const floatX* branch = nullptr;
+    size_t mixer = 0;
+    for (const auto& step : steps) {
+        layers.rmsnorm_forward(step->normed, step->sum, step->rstd, residual, branch, step->norm.master, rows, C, real(config.norm_eps),
+                               stream);
+        for (const auto& layer : step->layers) {
+            const bool accumulate = layer != step->layers.front();
+            switch (layer->kind) {
+                case 'M':
+                    mamba_forward(layer->mamba, step->normed, accumulate, B, T, state ? &state->mixers[mixer] : nullptr,
+                                  state ? state->current : 0);
+                    mixer++;
+                    break;
+                case 'F': feed_forward_forward(layer->feed_forward, step->normed, accumulate, rows); break;
+                case 'E': experts_forward(layer->experts, step->normed, accumulate, rows, capacity); break;
+            }
+        }
+        residual = step->sum;
+        branch = buffers.branch;
+    }
+    if (state) state->current = 1 - state->current;
+}
+
+// Runs the head over `rows` rows of normed, kHeadRows at a time, and calls each(first row, rows) with their logits in buffers.logits.
+template <class F>
+void Model::head_blocks(const floatX* normed, int ld_normed, int rows, F&& each) {
+    const int C = config.d_model, Vp = config.padded_vocab();
+    for (int first = 0; first < rows; first += kHeadRows) {
+        const int block = std::min(kHeadRows, rows - first);
+        layers.linear_forward(buffers.logits, Vp, normed + int64_t(first) * ld_normed, ld_normed, head->weight, block, C, Vp, false,
+                              stream);
+        each(first, block);
+    }
+}
+
+// Adds the sum of the rows' cross-entropies to losses[kCrossEntropy]. d_loss != 0: logits become gradients, `each` uses them.
+template <class F>
+void Model::cross_entropy(const int* targets, int rows, real d_loss, F&& each) {
+    const floatX* normed = steps.back()->normed;
+    layers.upload(buffers.targets, targets, rows * sizeof(int), stream);
+    head_blocks(normed, config.d_model, rows, [&](int first, int block) {
+        layers.classifier(buffers.row_losses + first, buffers.logits, buffers.targets + first, block, config.vocab, config.padded_vocab(),
+                          d_loss, stream);
+        each(first, block);
+    });
+    layers.sum(buffers.losses + kCrossEntropy, buffers.row_losses, buffers.scratch, rows, stream);
+}
+
+void Model::forward_backward(const int* tokens, const int* targets, int accumulation) {
+    const int rows = batch * time, C = config.d_model, Vp = config.padded_vocab();
+    Buffers& b = buffers;
+    activations.bind();
+    training_pass = true;
+    forward(tokens, batch, time, nullptr);
+    const int64_t counted = rows - std::count(targets, targets + rows, -1);
+    parts++;
+    targets_seen += counted;
+    const floatX* normed = steps.back()->normed;
+    cross_entropy(targets, rows, real(1) / real(std::max<int64_t>(1, counted) * accumulation), [&](int first, int block) {
+        const int64_t at = int64_t(first) * C;
+        layers.linear_backward(b.d_normed + at, C, head->grad, b.logits, Vp, normed + at, C, head->weight, block, C, Vp, false, stream);
+    });
+    layers.zero(b.d_sum, size_t(rows) * C * sizeof(real), stream);
+    for (size_t s = steps.size(); s-- > 0;) {
+        Step& step = *steps[s];
+        bool accumulate = false;
+        for (const auto& layer : step.layers) {
+            switch (layer->kind) {
+                case 'M': mamba_backward(layer->mamba, step.normed, accumulate); break;
+                case 'F': feed_forward_backward(layer->feed_forward, step.normed, accumulate); break;
+                case 'E': experts_backward(layer->experts, step.normed, accumulate, accumulation); break;
+            }
+            accumulate = true;
+        }
+        layers.rmsnorm_backward(b.d_sum, b.d_branch, step.norm.grad, b.d_normed, step.sum, step.rstd, step.norm.master, b.scratch, rows,
+                                C, stream);
+    }
+    layers.embedding_backward(embedding.grad, b.d_sum, b.tokens, b.scratch, rows, Vp, C, stream);
+}
+
+void Model::zero_gradients() {
+    activations.bind();
+    for (Tensor* t : tensors) layers.zero(t->grad, t->count * sizeof(real), stream);
+    layers.zero(buffers.losses, kLossCount * sizeof(real), stream);
+    parts = 0;
+    targets_seen = 0;
+}
+
+Losses Model::read_losses() {
+    const int E = config.experts, moe_layers = config.count('E'), rows = batch * time, capacity = config.capacity_rows(rows);
+    for (Tensor* t : tensors) layers.sum_of_squares(buffers.losses + kGradSquares, t->grad, buffers.scratch, t->count, stream);
+    real sums[kLossCount];
+    std::vector<int> loads(int64_t(moe_layers) * E);
+    layers.download(sums, buffers.losses, sizeof(sums), stream);
+    if (moe_layers) layers.download(loads.data(), buffers.loads, loads.size() * sizeof(int), stream);
+    layers.zero(buffers.losses + kGradSquares, sizeof(real), stream);  // so that reading twice gives the same
+    Losses losses;
+    losses.cross_entropy = sums[kCrossEntropy] / double(std::max<int64_t>(1, targets_seen));
+    losses.grad_norm = std::sqrt(double(sums[kGradSquares]));
+    if (!moe_layers) return losses;
+    losses.balance = sums[kBalance] / double(std::max(1, parts) * moe_layers);
+    losses.z = sums[kZ] / double(std::max(1, parts) * moe_layers);
+    int64_t dropped = 0;
+    int fullest = 0;
+    for (int load : loads) {
+        fullest = std::max(fullest, load);
+        if (capacity) dropped += std::max(0, load - capacity);
+    }
+    const double choices = double(rows) * config.top_k;
+    losses.expert_load = fullest / (choices / E);
+    losses.dropped = double(dropped) / (choices * moe_layers);
+    return losses;
+}
+
+std::string Model::first_bad_tensor() {
+    for (const char* what : {"weight", "gradient"})
+        for (Tensor* t : tensors) {
+            layers.zero(buffers.losses + kGradSquares, sizeof(real), stream);
+            layers.sum_of_squares(buffers.losses + kGradSquares, what[0] == 'w' ? t->master : t->grad, buffers.scratch, t->count, stream);
+            real squares;
+            layers.download(&squares, buffers.losses + kGradSquares, sizeof(real), stream);
+            if (!std::isfinite(squares)) return std::string(what) + " of " + t->name;
+        }
+    return "";
+}
+
+void Model::update(const AdamW& o, const Losses& losses, int step) {
+    const double clip = o.grad_clip > 0 && losses.grad_norm > o.grad_clip ? o.grad_clip / losses.grad_norm : 1;
+    for (Tensor* t : tensors)
+        layers.adamw(t->master, kMixedPrecision ? t->weight : nullptr, t->m, t->v, t->grad, t->count, real(o.lr), real(o.beta1),
+                     real(o.beta2), real(o.eps), t->decay ? real(o.weight_decay) : 0, real(clip), step, stream);
+}
+
+// ------------------------------------------------------------------------------------------------------------------
+// Model: evaluation and decoding. They have an arena of their own, so that they can run between two training steps.
+
+void Model::begin_inference(int B, int T) {
+    if (B != inference_batch || T > inference_time) {
+        inference.release();
+        inference_batch = B;
+        inference_time = std::max(1, T);
+        plan_activations(inference, B, inference_time, false);
+        inference.allocate(layers);
+    }
+    inference.bind();
+    training_pass = false;
+    layers.zero(buffers.losses, kLossCount * sizeof(real), stream);
+}
+
+double Model::evaluate(const int* tokens, const int* targets, int B, int T) {
+    const int rows = B * T;
+    begin_inference(B, T);
+    forward(tokens, B, T, nullptr);
+    cross_entropy(targets, rows, 0, [](int, int) {});
+    real sum;
+    layers.download(&sum, buffers.losses + kCrossEntropy, sizeof(sum), stream);
+    return sum / double(std::max<int64_t>(1, rows - std::count(targets, targets + rows, -1)));
+}
+
+void Model::start(DecodeState& state, int B) {
+    const int64_t D = config.d_inner, N = config.d_state, W = config.d_conv;
+    state.arena.release();
+    state.B = B;
+    state.current = 0;
+    state.mixers.assign(config.count('M'), {});
+    for (size_t i = 0; i < state.mixers.size(); i++)
+        for (int side : {0, 1}) {
+            state.arena.add(&state.mixers[i].conv[side], "conv state " + std::to_string(i), B * std::max<int64_t>(1, W - 1) * D);
+            state.arena.add(&state.mixers[i].scan[side], "scan state " + std::to_string(i), B * D * N);
+        }
+    state.arena.allocate(layers);
+    for (const Arena::Entry& entry : state.arena.entries) layers.zero(*entry.pointer, entry.bytes, stream);
+}
+
+size_t Model::decode_state_bytes() const {
+    return size_t(config.count('M')) * 2 * config.d_inner * (config.d_conv - 1 + config.d_state) * sizeof(real);
+}
+
+const real* Model::decode(DecodeState& state, const int* tokens, int T, real temperature) {
+    const int B = state.B, C = config.d_model, V = config.vocab, Vp = config.padded_vocab();
+    begin_inference(B, T);
+    forward(tokens, B, T, &state);
+    // Only the last position of each sequence reaches the head: rows that lie T * C apart.
+    const floatX* last = steps.back()->normed + int64_t(T - 1) * C;
+    probabilities.resize(int64_t(B) * V);
+    head_blocks(last, T * C, B, [&](int first, int block) {
+        layers.softmax_forward(buffers.probs + int64_t(first) * V, buffers.logits, block, V, Vp, temperature > 0 ? temperature : 1, stream);
+    });
+    layers.download(probabilities.data(), buffers.probs, probabilities.size() * sizeof(real), stream);
+    return probabilities.data();
+}
+
+std::vector<real> Model::logits(const int* tokens, int B, int T) {
+    const int V = config.vocab, Vp = config.padded_vocab();
+    begin_inference(B, T);
+    forward(tokens, B, T, nullptr);
+    std::vector<real> out;
+    out.reserve(int64_t(B) * T * V);
+    head_blocks(steps.back()->normed, config.d_model, B * T, [&](int, int block) {
+        std::vector<floatX> padded(int64_t(block) * Vp);
+        layers.download(padded.data(), buffers.logits, padded.size() * sizeof(floatX), stream);
+        for (int r = 0; r < block; r++)
+            for (int v = 0; v < V; v++) out.push_back(real(padded[int64_t(r) * Vp + v]));
+    });
+    return out;
+}
+
+int sample_token(const real* probs, int V, bool greedy, int top_k, double top_p, double u) {
+    if (greedy) return int(std::max_element(probs, probs + V) - probs);
+    std::vector<int> order(V);
+    for (int v = 0; v < V; v++) order[v] = v;
+    const bool all = top_p >= 1 && (top_k <= 0 || top_k >= V);
+    if (!all) std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return probs[a] > probs[b]; });
+    if (top_k > 0 && top_k < V) order.resize(top_k);
+    double total = 0;
+    for (int v : order) total += probs[v];
+    if (top_p < 1) {  // of the top_k, the fewest whose share reaches top_p
+        double reached = 0;
+        size_t kept = 0;
+        while (kept < order.size() && (kept == 0 || reached < top_p * total)) reached += probs[order[kept++]];
+        order.resize(kept);
+        total = reached;
+    }
+    double left = u * total;
+    for (int v : order)
+        if ((left -= probs[v]) < 0) return v;
+    return order.back();
+}
+
+void generate(Model& model, const Tokenizer& tokenizer, std::vector<int> prompt, int64_t count, const Sampling& sampling, int64_t sample,
+              const std::function<bool(int)>& emit) {
+    if (prompt.empty()) prompt.push_back(tokenizer.end_of_text);
+    DecodeState state;
+    model.start(state, 1);
+    for (int64_t i = 0; i < count; i++) {
+        const real* probs = model.decode(state, prompt.data(), int(prompt.size()), real(sampling.temperature));
+        const double u = random_uniform(sampling.seed, kSampleStream, uint64_t(sample) << 32 | uint64_t(i));
+        const int token = sample_token(probs, tokenizer.vocab, sampling.temperature == 0, sampling.top_k, sampling.top_p, u);
+        if (token == tokenizer.end_of_text || !emit(token)) return;
+        prompt.assign(1, token);
+    }
+}
+
+// ------------------------------------------------------------------------------------------------------------------
+// Files
+
+std::string read_file(const std::string& path, const char* what) {
+    std::FILE* file = fopen(path.c_str(), "rb");
+    if (!file) fail("%s %s: %s", what, path.c_str(), strerror(errno));
+    std::string text;
+    char block[1 << 16];
+    size_t n;
+    while ((n = fread(block, 1, sizeof(block), file)) > 0) text.append(block, n);
+    const bool broken = ferror(file);
+    fclose(file);
+    if (broken) fail("%s %s: cannot be read (%s)", what, path.c_str(), strerror(errno));
+    return text;
+}
+
+void write_atomically(const std::string& path, const std::function<void(std::FILE*)>& write) {
+    const std::string temporary = path + ".tmp";
+    std::FILE* file = fopen(temporary.c_str(), "wb");
+    if (!file) fail("cannot write %s: %s", temporary.c_str(), strerror(errno));
+    errno = 0;
+    write(file);
+    bool good = !ferror(file) && fflush(file) == 0 && fsync(fileno(file)) == 0;
+    int reason = errno;
+    if (fclose(file) != 0 && good) good = false, reason = errno;
+    if (good && rename(temporary.c_str(), path.c_str()) != 0) good = false, reason = errno;
+    if (!good) {
+        unlink(temporary.c_str());
+        fail("cannot write %s: %s; what was there before is unharmed", path.c_str(), strerror(reason));
+    }
+    // The new name is safe only when the directory is.
+    const size_t slash = path.rfind('/');
+    const int directory = open(slash == std::string::npos ? "." : path.substr(0, slash + 1).c_str(), O_RDONLY);
+    if (directory >= 0) {
+        fsync(directory);
+        close(directory);
+    }
+}
+
+void Tokenizer::encode(std::vector<int>& tokens, const char* text, size_t size) const {
+    for (size_t i = 0; i < size; i++) tokens.push_back(static_cast<unsigned char>(text[i]));
+}
+
+std::string Tokenizer::decode(int token) const { return token == end_of_text ? "" : std::string(1, char(token)); }
+
+std::string Tokenizer::to_json() const { return Json{{"kind", kind}, {"vocab", vocab}, {"end_of_text", end_of_text}}.dump(); }
+
+Tokenizer Tokenizer::from_json(const std::string& text, const std::string& where) {
+    Tokenizer t;
+    try {
+        const Json json = Json::parse(text);
+        json.at("kind").get_to(t.kind);
+        json.at("vocab").get_to(t.vocab);
+        json.at("end_of_text").get_to(t.end_of_text);
+    } catch (const Json::exception& e) {
+        fail("%s: the tokenizer cannot be read (%s)", where.c_str(), e.what());
+    }
+    if (t.kind != "bytes") fail("%s: tokenizer \"%s\" is unknown; there is \"bytes\"", where.c_str(), t.kind.c_str());
+    if (t.vocab != 257 || t.end_of_text != 256) fail("%s: the bytes tokenizer has vocab 257 and end_of_text 256", where.c_str());
+    return t;
+}
+
+static int64_t dtype_bytes(const std::string& dtype) {
+    if (dtype == "F64" || dtype == "I64") return 8;
+    if (dtype == "F32" || dtype == "I32") return 4;
+    if (dtype == "BF16") return 2;
+    return 0;
+}
+
+Safetensors::Safetensors(const std::string& path) : path(path) {
+    const char* p = path.c_str();
+    file = fopen(p, "rb");
+    if (!file) fail("%s: %s", p, strerror(errno));
+    try {
+        uint64_t header_bytes = 0;
+        if (fseek(file, 0, SEEK_END) != 0) fail("%s: not a regular file", p);
+        const int64_t size = ftell(file);
+        rewind(file);
+        if (size < 8 || fread(&header_bytes, 8, 1, file) != 1)
+            fail("%s: too short for a safetensors file (%lld bytes)", p, (long long)size);
+        if (header_bytes > uint64_t(size - 8))
+            fail("%s: not a safetensors file, or cut off: it claims a header of %llu bytes and has %lld in all", p,
+                 (unsigned long long)header_bytes, (long long)size);
+        std::string header(header_bytes, 0);
+        if (fread(header.data(), 1, header.size(), file) != header.size()) fail("%s: cannot be read (%s)", p, strerror(errno));
+        const Json json = Json::parse(header);
+        const int64_t data = 8 + int64_t(header_bytes);
+        for (const auto& [name, value] : json.items()) {
+            if (name == "__metadata__") {
+                for (const auto& [key, text] : value.items()) metadata.emplace_back(key, text.get<std::string>());
+                continue;
+            }
+            Entry e;
+            value.at("dtype").get_to(e.dtype);
+            value.at("shape").get_to(e.shape);
+            const auto ends = value.at("data_offsets").get<std::vector<int64_t>>();
+            e.count = 1;
+            for (int64_t n : e.shape)
+                if (n < 0 || __builtin_mul_overflow(e.count, n, &e.count)) fail("%s: tensor %s has an impossible shape", p, name.c_str());
+            const int64_t width = dtype_bytes(e.dtype);
+            if (!width) fail("%s: tensor %s has dtype %s; F64, F32, BF16, I64 and I32 can be read", p, name.c_str(), e.dtype.c_str());
+            if (ends.size() != 2 || ends[0] < 0 || ends[1] < ends[0] || ends[1] > size - data)
+                fail("%s: cut off or damaged: tensor %s lies outside the file", p, name.c_str());
+            e.offset = data + ends[0];
+            e.bytes = ends[1] - ends[0];
+            if (e.count > e.bytes / width || e.bytes != e.count * width)
+                fail("%s: tensor %s has %lld bytes, its shape says otherwise", p, name.c_str(), (long long)e.bytes);
+            entries.emplace_back(name, e);
+        }
+    } catch (const Json::exception& e) {
+        fclose(file);
+        fail("%s: not a safetensors file: its header is no JSON of the right form", p);
+    } catch (...) {
+        fclose(file);
+        throw;
+    }
+}
+
+Safetensors::~Safetensors() { fclose(file); }
+
+bool Safetensors::has(const std::string& name) const {
+    return std::any_of(entries.begin(), entries.end(), [&](const auto& e) { return e.first == name; });
+}
+
+const Safetensors::Entry& Safetensors::find(const std::string& name) const {
+    for (const auto& [key, entry] : entries)
+        if (key == name) return entry;
+    fail("%s: has no tensor %s", path.c_str(), name.c_str());
+}
+
+std::string Safetensors::meta(const std::string& key) const {
+    for (const auto& [name, text] : metadata)
+        if (name == key) return text;
+    fail("%s: its metadata has no \"%s\"; it was not written by this project's train", path.c_str(), key.c_str());
+}
+
+template <class Stored, class T>
+static void convert(T* out, const std::vector<char>& raw) {
+    for (size_t i = 0; i < raw.size() / sizeof(Stored); i++) {
+        Stored value;
+        memcpy(&value, raw.data() + i * sizeof(Stored), sizeof(Stored));
+        if constexpr (std::is_same_v<Stored, __nv_bfloat16>) out[i] = T(float(value));
+        else out[i] = T(value);
+    }
+}
+
+template <class T>
+static void read_tensor(std::FILE* file, const std::string& path, const std::string& name, const Safetensors::Entry& e, T* out) {
+    std::vector<char> raw(e.bytes);
+    if (fseek(file, e.offset, SEEK_SET) != 0 || fread(raw.data(), 1, raw.size(), file) != raw.size())
+        fail("%s: tensor %s cannot be read (%s)", path.c_str(), name.c_str(), strerror(errno));
+    if (e.dtype == "F64") convert<double>(out, raw);
+    else if (e.dtype == "F32") convert<float>(out, raw);
+    else if (e.dtype == "BF16") convert<__nv_bfloat16>(out, raw);
+    else if (e.dtype == "I64") convert<int64_t>(out, raw);
+    else convert<int32_t>(out, raw);
+}
+
+void Safetensors::read(const std::string& name, double* out) const { read_tensor(file, path, name, find(name), out); }
+void Safetensors::read(const std::string& name, float* out) const { read_tensor(file, path, name, find(name), out); }
+void Safetensors::read(const std::string& name, int* out) const { read_tensor(file, path, name, find(name), out); }
+
+struct NamedTensor {
+    std::string name;
+    std::vector<int64_t> shape;
+    const real* data;  // on the device
+    int64_t count;
+};
+
+static void write_safetensors(const std::string& path, const Model& model, const std::vector<NamedTensor>& list,
+                              const Model::Metadata& metadata) {
+    Json header;
+    for (const auto& [key, text] : metadata) header["__metadata__"][key] = text;
+    int64_t offset = 0;
+    for (const NamedTensor& t : list) {
+        const int64_t end = offset + t.count * int64_t(sizeof(real));
+        header[t.name] = {{"dtype", sizeof(real) == 8 ? "F64" : "F32"}, {"shape", t.shape}, {"data_offsets", {offset, end}}};
+        offset = end;
+    }
+    std::string text = header.dump();
+    text.resize((text.size() + 7) / 8 * 8, ' ');  // so that the data is aligned
+    write_atomically(path, [&](std::FILE* file) {
+        const uint64_t size = text.size();
+        fwrite(&size, 8, 1, file);
+        fwrite(text.data(), 1, text.size(), file);
+        std::vector<real> values;
+        for (const NamedTensor& t : list) {
+            values.resize(t.count);
+            model.layers.download(values.data(), t.data, t.count * sizeof(real), model.stream);
+            if (fwrite(values.data(), sizeof(real), t.count, file) != size_t(t.count)) return;  // write_atomically reports it
+        }
+    });
+}
+
+void Model::save(const std::string& path, const Metadata& metadata) const {
+    std::vector<NamedTensor> list;
+    for (const Parameter& p : parameters) list.push_back({p.name, p.shape, p.tensor->master + p.offset, p.count});
+    Metadata all = {{"format", "pt"}, {"config", config.to_json()}};
+    all.insert(all.end(), metadata.begin(), metadata.end());
+    write_safetensors(path, *this, list, all);
+}
+
+void Model::save_optimizer(const std::string& path, const Metadata& metadata) const {
+    std::vector<NamedTensor> list;
+    for (const Parameter& p : parameters) {
+        list.push_back({p.name + ".m", p.shape, p.tensor->m + p.offset, p.count});
+        list.push_back({p.name + ".v", p.shape, p.tensor->v + p.offset, p.count});
+    }
+    write_safetensors(path, *this, list, metadata);
+}
+
+// Every tensor of the file is one that the model has, and the other way round.
+static void check_tensors(const Safetensors& file, const Model& model, const std::vector<std::string>& suffixes) {
+    for (const Parameter& p : model.parameters)
+        for (const std::string& suffix : suffixes)
+            if (file.find(p.name + suffix).shape != p.shape)
+                fail("%s: tensor %s has another shape than the model's config says", file.path.c_str(), (p.name + suffix).c_str());
+    if (file.entries.size() != model.parameters.size() * suffixes.size())
+        fail("%s: has %zu tensors, the model's config says %zu", file.path.c_str(), file.entries.size(),
+             model.parameters.size() * suffixes.size());
+}
+
+void Model::load(const std::string& path) {
+    const Safetensors file(path);
+    check_tensors(file, *this, {""});
+    allocate_weights();
+    for (const Parameter& p : parameters) {
+        std::vector<real> values(p.count);
+        file.read(p.name, values.data());
+        set_tensor(*this, *p.tensor, p.offset, values);
+    }
+    layers.synchronize(stream);
+}
+
+void Model::load_optimizer(const std::string& path) {
+    const Safetensors file(path);
+    check_tensors(file, *this, {".m", ".v"});
+    for (const Parameter& p : parameters) {
+        std::vector<real> values(p.count);
+        file.read(p.name + ".m", values.data());
+        layers.upload(p.tensor->m + p.offset, values.data(), values.size() * sizeof(real), stream);
+        file.read(p.name + ".v", values.data());
+        layers.upload(p.tensor->v + p.offset, values.data(), values.size() * sizeof(real), stream);
+        layers.synchronize(stream);
+    }
+}
