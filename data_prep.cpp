@@ -1,0 +1,347 @@
+// Text to tokens: text files, directories or stdin become llm.c's .bin shards and a dataset.json that names the tokenizer.
+// One pass in blocks: memory does not grow with the input.
+//
+//   DIR/train_000000.bin, DIR/val_000000.bin, ...   256 int32 {20240520, 1, count}, then count tokens, uint16 each
+//   DIR/dataset.json                                 {"tokenizer": {...}, "train_tokens", "val_tokens", "documents", "split"}
+#include "moemamba.h"
+
+#include <CLI/CLI.hpp>
+#include <nlohmann/json.hpp>
+#include <omp.h>
+#include <unistd.h>
+#include <zlib.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <climits>
+#include <cmath>
+#include <cstring>
+#include <filesystem>
+#include <string_view>
+
+namespace fs = std::filesystem;
+
+constexpr size_t kBlock = 1 << 16;
+constexpr std::string_view kSeparator = "<|endoftext|>";
+
+// ------------------------------------------------------------------------------------------------------------------
+// Shards of one split, written under temporary names. commit() renames them once the last is complete, so that a run that fails
+// (on a full disk, say) removes its own files and leaves those of an earlier run as they were.
+struct ShardWriter {
+    const fs::path directory;
+    const std::string split;
+    const int64_t shard_tokens;
+    int64_t total = 0;
+
+    ShardWriter(const fs::path& directory, const std::string& split, int64_t shard_tokens)
+        : directory(directory), split(split), shard_tokens(shard_tokens) {
+        remove_shards(0, ".tmp");  // of a run that was killed
+    }
+    ShardWriter(const ShardWriter&) = delete;
+    ~ShardWriter() {
+        if (file) fclose(file);
+        remove_shards(0, ".tmp");
+    }
+
+    void append(const int* tokens, size_t count) {
+        while (count > 0) {
+            if (!file) open();
+            size_t n = std::min(count, size_t(shard_tokens - in_shard));
+            buffer.assign(tokens, tokens + n);
+            write(buffer.data(), n * sizeof(uint16_t));
+            tokens += n, count -= n, in_shard += n, total += n;
+            if (in_shard == shard_tokens) close();
+        }
+    }
+    void close() {
+        if (!file) return;
+        // The header goes last: until then the file has no magic number, and nothing can take it for a shard.
+        int32_t header[kTokenHeaderInts] = {kTokenMagic, 1, int32_t(in_shard)};
+        if (fseek(file, 0, SEEK_SET) != 0) fail_write();
+        write(header, sizeof(header));
+        if (fflush(file) != 0 || fsync(fileno(file)) != 0) fail_write();
+        if (fclose(std::exchange(file, nullptr)) != 0) fail_write();
+        ++shards;
+    }
+    void commit() {
+        remove_shards(shards, "");  // what an earlier run had beyond ours
+        for (int i = 0; i < shards; ++i) fs::rename(name(i) + ".tmp", name(i));
+        shards = 0;
+    }
+
+   private:
+    FILE* file = nullptr;
+    int shards = 0;        // complete ones
+    int64_t in_shard = 0;  // tokens in the open one
+    std::vector<uint16_t> buffer;
+
+    std::string name(int shard) const {
+        char digits[16];
+        snprintf(digits, sizeof(digits), "_%06d", shard);
+        return (directory / (split + digits + ".bin")).string();
+    }
+    [[noreturn]] void fail_write() { fail("cannot write %s.tmp: %s", name(shards).c_str(), strerror(errno)); }
+    void write(const void* data, size_t bytes) {
+        if (fwrite(data, 1, bytes, file) != bytes) fail_write();
+    }
+    void open() {
+        if (shards > 999999) fail("more than a million shards: raise --shard-tokens");
+        file = fopen((name(shards) + ".tmp").c_str(), "wb");
+        if (!file) fail_write();
+        const char no_header[kTokenHeaderInts * sizeof(int32_t)] = {};
+        write(no_header, sizeof(no_header));
+        in_shard = 0;
+    }
+    void remove_shards(int from, const std::string& suffix) {
+        std::error_code ignored;
+        for (const fs::directory_entry& entry : fs::directory_iterator(directory, ignored)) {
+            int shard = 0, length = 0;
+            std::string found = entry.path().filename().string();
+            bool ours = sscanf(found.c_str(), (split + "_%6d.bin" + suffix + "%n").c_str(), &shard, &length) == 1;
+            if (ours && size_t(length) == found.size() && shard >= from) fs::remove(entry.path(), ignored);
+        }
+    }
+};
+
+// ------------------------------------------------------------------------------------------------------------------
+// Deals text to the two splits in units, whole documents where there are enough of them, else pieces: a unit ends at the first end
+// of a document once it has `soft` bytes, or failing that at the first end of a line after `hard` bytes.
+// Of every 1 / fraction units one, chosen at random, is for validation. Where a document is cut between the splits, both sides end
+// in end-of-text: no token is in both, and no model reads from one split into the other.
+struct Splitter {
+    const Tokenizer tokenizer;
+    ShardWriter &train, &val;
+    const double fraction;
+    const bool whole_documents;
+    const int64_t total_bytes;  // of all input, or 0 if unknown
+    int64_t bytes = 0, documents = 0;
+
+    ShardWriter* writer = nullptr;  // of the open unit
+    bool unit_open = false, document_open = false;
+    int64_t units = 0, chosen = 0;  // dealt so far; of them, for validation
+    int64_t unit_bytes = 0, soft = 0, hard = 0;
+    std::vector<int> tokens = {};
+
+    void text(const char* data, size_t size) {
+        while (size > 0) {
+            if (!unit_open) open_unit();
+            size_t n = unit_end(data, size);
+            tokens.clear();
+            tokenizer.encode(tokens, data, n);
+            writer->append(tokens.data(), tokens.size());
+            document_open = true;
+            if (n < size) unit_open = false;
+            data += n, size -= n, bytes += n, unit_bytes += n;
+        }
+    }
+    void end_document() {
+        if (!document_open) return;
+        writer->append(&tokenizer.end_of_text, 1);
+        document_open = false;
+        ++documents;
+        if (unit_bytes >= soft) unit_open = false;
+    }
+    void open_unit() {
+        // Stratified: the k-th validation unit lies somewhere in the k-th run of 1 / fraction units. The seed is part of the format.
+        bool validation = fraction > 0 && units == int64_t((chosen + random_uniform(0, kShuffleStream, chosen)) / fraction);
+        chosen += validation;
+        ShardWriter* next = validation ? &val : &train;
+        if (document_open && next != writer) writer->append(&tokenizer.end_of_text, 1);
+        writer = next;
+        // Small enough for some pieces of validation even in a small text, large enough for long contexts in a large one.
+        double share = fraction * double(total_bytes > 0 ? total_bytes : bytes);
+        soft = whole_documents ? 0 : int64_t(std::clamp(share / 8, 128.0, 65536.0));
+        hard = whole_documents || fraction == 0 ? INT64_MAX / 2 : 2 * soft;
+        unit_bytes = 0;
+        unit_open = true;
+        ++units;
+    }
+    // How much of data belongs to the open unit.
+    size_t unit_end(const char* data, size_t size) const {
+        if (unit_bytes + int64_t(size) <= hard) return size;
+        size_t from = std::max<int64_t>(hard - unit_bytes, 0), to = std::min<size_t>(size, hard + soft - unit_bytes);
+        if (const void* newline = memchr(data + from, '\n', to - from)) return static_cast<const char*>(newline) - data + 1;
+        while (to < size && (data[to] & 0xC0) == 0x80) ++to;  // a line without end: not within a UTF-8 character
+        return to;
+    }
+};
+
+// ------------------------------------------------------------------------------------------------------------------
+struct Input {
+    std::string path;
+    bool named;    // by the user; others were found in a directory
+    int64_t size;  // on disk; 0 = a stream
+};
+
+struct Progress {
+    int64_t total = 0;  // bytes on disk; 0 = unknown
+    const double start = omp_get_wtime();
+    const bool terminal = isatty(STDERR_FILENO);
+    double next = start + (terminal ? 0.2 : 10);
+
+    void show(int64_t done) {
+        double now = omp_get_wtime();
+        if (now < next) return;
+        next = now + (terminal ? 0.2 : 10);
+        double rate = done / (now - start);
+        fprintf(stderr, "%s%.1f MB at %.1f MB/s", terminal ? "\r" : "", done / 1e6, rate / 1e6);
+        if (total > 0) {
+            long left = long((total - done) / std::max(rate, 1.0));
+            fprintf(stderr, ", %.1f %%, %ld:%02ld left", 100.0 * done / total, left / 60, left % 60);
+        }
+        fputs(terminal ? "\033[K" : "\n", stderr);
+    }
+    ~Progress() {
+        if (terminal) fputs("\r\033[K", stderr);
+    }
+};
+
+// Lists what to read. Directories: every regular file below, in the order of their paths, but no hidden ones and none of the output's.
+static std::vector<Input> list_inputs(const std::vector<std::string>& paths, const fs::path& output) {
+    std::vector<Input> inputs;
+    std::error_code error;
+    for (const std::string& path : paths) {
+        if (path == "-") {
+            inputs.push_back({path, true, 0});
+            continue;
+        }
+        fs::file_status status = fs::status(path, error);
+        if (!fs::exists(status)) fail("cannot read %s: %s", path.c_str(), error ? error.message().c_str() : "no such file");
+        if (!fs::is_directory(status)) {
+            bool regular = fs::is_regular_file(status);
+            int64_t size = regular ? int64_t(fs::file_size(path)) : 0;
+            if (regular && size == 0) fail("%s is empty", path.c_str());
+            inputs.push_back({path, true, size});
+            continue;
+        }
+        std::vector<Input> found;
+        fs::recursive_directory_iterator entry(path, error), end;
+        for (; !error && entry != end; entry.increment(error)) {
+            bool hidden = entry->path().filename().string().starts_with('.');
+            if (entry->is_directory() && (hidden || fs::equivalent(entry->path(), output, error))) entry.disable_recursion_pending();
+            error.clear();  // the output need not exist yet
+            if (!hidden && entry->is_regular_file() && entry->file_size() > 0)
+                found.push_back({entry->path().string(), false, int64_t(entry->file_size())});
+        }
+        if (error) fail("cannot list %s: %s", path.c_str(), error.message().c_str());
+        std::sort(found.begin(), found.end(), [](const Input& a, const Input& b) { return a.path < b.path; });
+        if (found.empty()) fail("no files in %s", path.c_str());
+        inputs.insert(inputs.end(), found.begin(), found.end());
+    }
+    return inputs;
+}
+
+// Reads one file, gzipped or not, and passes its documents on. False: it is not text.
+static bool read_documents(const Input& input, Splitter& splitter, Progress& progress, int64_t done) {
+    const char* name = input.path == "-" ? "standard input" : input.path.c_str();
+    gzFile file = input.path == "-" ? gzdopen(dup(STDIN_FILENO), "rb") : gzopen(name, "rb");
+    if (!file) fail("cannot read %s: %s", name, strerror(errno));
+    std::unique_ptr<gzFile_s, int (*)(gzFile)> closer(file, gzclose);
+    gzbuffer(file, kBlock);
+
+    std::string block(kBlock, 0), text;  // text: read but not passed on yet
+    bool line_start = true;              // text begins at the start of a line
+    for (bool first = true, last = false; !last; first = false) {
+        int n = gzread(file, block.data(), unsigned(block.size()));
+        int error = Z_OK;
+        const char* reason = gzerror(file, &error);
+        if (n < 0) fail("cannot read %s: %s", name, error == Z_ERRNO ? strerror(errno) : reason);
+        if (n == 0 && error == Z_BUF_ERROR) fail("%s is truncated: its gzip data has no end", name);
+        if (first && n == 0 && input.named) fail("%s is empty", name);
+        if (first && memchr(block.data(), 0, n)) {
+            if (input.named) fail("%s is not text: it has zero bytes (UTF-16 must be converted to UTF-8)", name);
+            return false;
+        }
+        text.append(block, 0, n);
+        last = n == 0;
+        // All but the end, in which a separator's line may be incomplete.
+        size_t ready = last ? text.size() : text.size() - std::min(text.size(), kSeparator.size() + 2);
+        size_t from = 0;
+        for (size_t at = text.find(kSeparator); at < ready; at = text.find(kSeparator, at + 1)) {
+            size_t end = at + kSeparator.size();
+            if (end < text.size() && text[end] == '\r') ++end;
+            bool whole_line = (at == 0 ? line_start : text[at - 1] == '\n') && (end == text.size() || text[end] == '\n');
+            if (!whole_line) continue;
+            splitter.text(text.data() + from, at - from);
+            splitter.end_document();
+            from = std::min(end + 1, text.size());
+        }
+        ready = std::max(ready, from);
+        splitter.text(text.data() + from, ready - from);
+        if (ready > 0) line_start = text[ready - 1] == '\n';
+        text.erase(0, ready);
+        progress.show(done + gzoffset(file));
+    }
+    splitter.end_document();
+    return true;
+}
+
+static int data_prep(int argc, char** argv) {
+    std::vector<std::string> paths;
+    std::string output, tokenizer_kind = "bytes";
+    double fraction = 0.01;
+    int64_t shard_tokens = 100'000'000;
+    CLI::App app("Turns text into token files for train. A file is one document, or several if it has lines that read <|endoftext|>; "
+                 "every document is followed by the end-of-text token.");
+    app.option_defaults()->always_capture_default();
+    app.add_option("--input", paths, "text files, directories of them, or - for standard input; each may be gzipped")->required();
+    app.add_option("--output", output, "directory for train_*.bin, val_*.bin and dataset.json; created if need be")->required();
+    app.add_option("--tokenizer", tokenizer_kind, "bytes: a token is a byte, 256 is end-of-text")->check(CLI::IsMember({"bytes"}));
+    app.add_option("--val-fraction", fraction,
+                   "share for validation, 0 to 0.5: of every 1/share documents one, chosen at random but always the same; where there are "
+                   "fewer input files than that, of every 1/share pieces of about 1/4 of the share, 128 KiB at most, cut at the ends of "
+                   "documents or else of lines");
+    app.add_option("--shard-tokens", shard_tokens, "most tokens in one file");
+    try {
+        app.parse(argc, argv);
+    } catch (const CLI::Success& help) {
+        return app.exit(help);
+    }
+    if (!(fraction >= 0 && fraction <= 0.5)) fail("--val-fraction must be from 0 to 0.5, not %g", fraction);
+    if (shard_tokens < 1 || shard_tokens > INT32_MAX)
+        fail("--shard-tokens must be from 1 to %d, not %lld", INT32_MAX, (long long)shard_tokens);
+
+    std::vector<Input> inputs = list_inputs(paths, output);
+    Progress progress;
+    bool streams = false;
+    for (const Input& input : inputs) progress.total += input.size, streams |= input.size == 0;
+    if (streams) progress.total = 0;
+    std::error_code error;
+    fs::create_directories(output, error);
+    if (error) fail("cannot create directory %s: %s", output.c_str(), error.message().c_str());
+
+    Tokenizer tokenizer;
+    tokenizer.kind = tokenizer_kind;
+    ShardWriter train(output, "train", shard_tokens), val(output, "val", shard_tokens);
+    bool whole_documents = inputs.size() * fraction >= 1;
+    Splitter splitter{tokenizer, train, val, fraction, whole_documents, progress.total};
+    int64_t done = 0, skipped = 0;
+    for (const Input& input : inputs) {
+        if (!read_documents(input, splitter, progress, done)) ++skipped;
+        done += input.size;
+    }
+    if (splitter.documents == 0) fail("no text in %s", paths[0].c_str());
+    if (train.total == 0 || (fraction > 0 && val.total == 0))
+        fail("too little text for --val-fraction %g: %lld bytes; change it, or use 0 for no validation", fraction,
+             (long long)splitter.bytes);
+    train.close();
+    val.close();
+
+    // dataset.json goes first and comes back last: whoever finds it finds all shards of one run.
+    const std::string json_path = (fs::path(output) / "dataset.json").string();
+    fs::remove(json_path);
+    train.commit();
+    val.commit();
+    nlohmann::ordered_json json = {{"tokenizer", nlohmann::ordered_json::parse(tokenizer.to_json())},
+                                   {"train_tokens", train.total},
+                                   {"val_tokens", val.total},
+                                   {"documents", splitter.documents},
+                                   {"split", fraction == 0 ? "none" : whole_documents ? "documents" : "pieces"}};
+    write_atomically(json_path, [&](FILE* file) { fprintf(file, "%s\n", json.dump(2).c_str()); });
+    printf("%s: %lld training and %lld validation tokens (%.2f %%) from %lld document%s%s\n", output.c_str(), (long long)train.total,
+           (long long)val.total, 100.0 * val.total / (train.total + val.total), (long long)splitter.documents,
+           splitter.documents == 1 ? "" : "s", skipped ? (", not text and skipped: " + std::to_string(skipped)).c_str() : "");
+    return 0;
+}
+
+int main(int argc, char** argv) { return run_main(data_prep, argc, argv); }

@@ -1,0 +1,171 @@
+// Sampling: a checkpoint and a prompt become text. The prompt goes through the model at once, then one token at a time, in memory that
+// does not grow with the text. --bench times both and holds decoding against the machine's read bandwidth.
+#include "moemamba.h"
+
+#include <CLI/CLI.hpp>
+#include <omp.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cmath>
+#include <csignal>
+#include <cstring>
+#include <filesystem>
+#include <iostream>
+#include <iterator>
+
+namespace fs = std::filesystem;
+
+struct Options {
+    std::string checkpoint, preset, prompt, prompt_file, device = "auto";
+    int64_t tokens = 256, samples = 1;
+    Sampling sampling;
+    bool bench = false;
+
+    void check() const {
+        if (tokens < 0 || tokens > UINT32_MAX) fail("--tokens %lld: must be from 0 to 2^32 - 1", (long long)tokens);
+        if (samples < 1 || samples > INT32_MAX) fail("--samples %lld: must be from 1 to 2^31 - 1", (long long)samples);
+        if (!(sampling.temperature >= 0 && std::isfinite(sampling.temperature)))
+            fail("--temperature %g: must be at least 0", sampling.temperature);
+        if (sampling.top_k < 0) fail("--top-k %d: must be at least 0", sampling.top_k);
+        if (!(sampling.top_p > 0 && sampling.top_p <= 1)) fail("--top-p %g: must be above 0 and at most 1", sampling.top_p);
+        if (!prompt.empty() && !prompt_file.empty()) fail("--prompt or --prompt-file, not both");
+        if (checkpoint.empty() == preset.empty()) fail("give --checkpoint, or --preset for random weights");
+        if (!preset.empty() && !bench) fail("--preset has random weights: only for --bench");
+    }
+};
+
+static volatile std::sig_atomic_t interrupted = 0;
+
+static void print(const std::string& text) {
+    if (fwrite(text.data(), 1, text.size(), stdout) != text.size() || fflush(stdout) != 0)
+        fail("cannot write the text: %s", strerror(errno));
+}
+
+static void sample(Model& model, const Tokenizer& tokenizer, const std::vector<int>& prompt, const std::string& prompt_text,
+                   const Options& options) {
+    for (int64_t i = 0; i < options.samples && !interrupted; i++) {
+        if (options.samples > 1) print((i ? "\n" : "") + std::string("---- sample ") + std::to_string(i + 1) + "\n");
+        print(prompt_text);
+        const double start = omp_get_wtime();
+        double first = start;
+        int64_t count = 0;
+        generate(model, tokenizer, prompt, options.tokens, options.sampling, i, [&](int token) {
+            if (count++ == 0) first = omp_get_wtime();
+            print(tokenizer.decode(token));
+            return !interrupted;
+        });
+        print("\n");
+        const double decoding = omp_get_wtime() - first;
+        fprintf(stderr, "[prompt: %zu tokens in %.0f ms; text: %lld tokens", std::max<size_t>(prompt.size(), 1), 1e3 * (first - start),
+                (long long)count);
+        if (count > 1) fprintf(stderr, ", %.1f tokens/s", double(count - 1) / decoding);
+        fprintf(stderr, "]\n");
+    }
+}
+
+template <class F>
+static double median_seconds(int repeats, F&& work) {
+    std::vector<double> seconds;
+    for (int i = -1; i < repeats && !interrupted; i++) {  // the first is a warm-up
+        const double start = omp_get_wtime();
+        work();
+        if (i >= 0) seconds.push_back(omp_get_wtime() - start);
+    }
+    if (seconds.empty()) fail("interrupted");
+    std::nth_element(seconds.begin(), seconds.begin() + seconds.size() / 2, seconds.end());
+    return seconds[seconds.size() / 2];
+}
+
+static void bench(Model& model, std::vector<int> prompt) {
+    const Config& config = model.config;
+    // Arbitrary tokens: with experts, ever the same token would read ever the same weights.
+    uint64_t drawn = 0;
+    auto any_token = [&] { return int(random_bits(0, kSampleStream, drawn++) % uint64_t(config.vocab)); };
+    if (prompt.empty()) {
+        prompt.resize(512);
+        std::generate(prompt.begin(), prompt.end(), any_token);
+    }
+    const int block = 32, blocks = 7;
+    DecodeState state;
+    const double prefill = median_seconds(5, [&] {
+        model.start(state, 1);
+        model.decode(state, prompt.data(), int(prompt.size()), 1);
+    });
+    const double decode = median_seconds(blocks, [&] {
+        for (int i = 0; i < block; i++) {
+            const int token = any_token();
+            model.decode(state, &token, 1, 1);
+        }
+    });
+    // An embedding that is not also the head is read one row at a time.
+    const int64_t unread = config.tied ? 0 : int64_t(config.padded_vocab() - 1) * config.d_model;
+    const double weight_bytes = double(model.active_parameter_count() - unread) * sizeof(floatX);
+    const double rate = block / decode;
+    const size_t beyond_caches = model.layers.device == std::string("simt") ? 1 << 20 : 1 << 30;
+    const double bandwidth = measure_read_bandwidth(model.layers, beyond_caches);
+    printf("model       %s, width %d, %s, on %s\n", config.layers.c_str(), config.d_model, kPrecision, model.layers.device);
+    printf("weights     %.1f MB, of which a token reads %.1f MB\n", double(model.parameter_count()) * sizeof(floatX) / 1e6,
+           weight_bytes / 1e6);
+    printf("prompt      %.1f tokens/s (%zu tokens)\n", double(prompt.size()) / prefill, prompt.size());
+    printf("decode      %.1f tokens/s (median of %d blocks of %d)\n", rate, blocks, block);
+    printf("read        %.2f GB/s of weights, %.1f %% of the %.2f GB/s that this machine reads\n", rate * weight_bytes / 1e9,
+           100 * rate * weight_bytes / bandwidth, bandwidth / 1e9);
+}
+
+static int infer(int argc, char** argv) {
+    Options options;
+    CLI::App app("Samples text from a checkpoint of train. Ctrl-C ends it cleanly.");
+    app.option_defaults()->always_capture_default();
+    app.add_option("--checkpoint", options.checkpoint, "model.safetensors, or the directory that it is in");
+    app.add_option("--prompt", options.prompt, "text to continue; empty: a new document");
+    app.add_option("--prompt-file", options.prompt_file, "file with the text to continue; - = standard input");
+    app.add_option("--tokens", options.tokens, "most tokens to draw; end-of-text ends a sample before");
+    app.add_option("--temperature", options.sampling.temperature, "below 1 favours probable tokens; 0 takes the most probable one");
+    app.add_option("--top-k", options.sampling.top_k, "draw from the k most probable tokens; 0 = all");
+    app.add_option("--top-p", options.sampling.top_p, "of those, from the fewest that have this share of the probability");
+    app.add_option("--seed", options.sampling.seed, "same seed, same text");
+    app.add_option("--samples", options.samples, "texts to draw");
+    app.add_option("--device", options.device, "auto, cpu, simt or cuda; auto is the fastest there is");
+    app.add_flag("--bench", options.bench, "time a prompt (512 tokens, or the one given) and decoding");
+    app.add_option("--preset", options.preset, "with --bench, instead of --checkpoint: a model of train --list-presets, random weights");
+    try {
+        app.parse(argc, argv);
+    } catch (const CLI::Success& help) {
+        return app.exit(help);
+    }
+    options.check();
+    const Layers& layers = find_device(options.device);
+    Config config;
+    Tokenizer tokenizer;
+    std::string path = options.checkpoint;
+    if (path.empty()) {
+        config = find_preset(options.preset).config;
+    } else {
+        if (fs::is_directory(path)) path = (fs::path(path) / "model.safetensors").string();
+        const Safetensors file(path);
+        config = Config::from_json(file.meta("config"), path);
+        tokenizer = Tokenizer::from_json(file.meta("tokenizer"), path);
+        if (config.vocab < tokenizer.vocab)
+            fail("%s: its model has %d tokens, its tokenizer %d", path.c_str(), config.vocab, tokenizer.vocab);
+    }
+    std::string text = options.prompt;
+    if (options.prompt_file == "-") text.assign(std::istreambuf_iterator<char>(std::cin), {});
+    else if (!options.prompt_file.empty()) text = read_file(options.prompt_file, "--prompt-file");
+    std::vector<int> prompt;
+    tokenizer.encode(prompt, text.data(), text.size());
+    if (prompt.size() > size_t(1) << 24) fail("the prompt has %zu tokens; at most 2^24 can go in at once", prompt.size());
+
+    struct sigaction action{};
+    action.sa_handler = [](int) { interrupted = 1; };
+    action.sa_flags = SA_RESETHAND | SA_RESTART;  // a second Ctrl-C ends it at once
+    sigaction(SIGINT, &action, nullptr);
+    Model model(config, layers);
+    if (path.empty()) model.initialize(options.sampling.seed);
+    else model.load(path);
+    if (options.bench) bench(model, prompt);
+    else sample(model, tokenizer, prompt, text, options);
+    return 0;
+}
+
+int main(int argc, char** argv) { return run_main(infer, argc, argv); }

@@ -1,0 +1,599 @@
+// Training: token shards -> batches -> forward, backward, update -> a line a step, a JSON-lines log, checkpoints that resume bit for bit.
+//
+//   OUT/model.safetensors          weights; its metadata holds the config, the step, the tokenizer and the flags that define the run
+//   OUT/optimizer-STEP.safetensors AdamW's moments after that step
+//   OUT/log.jsonl                  one object a line: the run, then "train" and "val" lines with their step
+#include "moemamba.h"
+
+#include <CLI/CLI.hpp>
+#include <fcntl.h>
+#include <nlohmann/json.hpp>
+#include <omp.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cmath>
+#include <csignal>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+
+namespace fs = std::filesystem;
+using Json = nlohmann::ordered_json;
+
+// ------------------------------------------------------------------------------------------------------------------
+// What defines a run besides the model: on the same data, device and build, the same values give the same bits.
+struct Run {
+    int batch = 16, seq_len = 256, grad_accum = 1, steps = 1000;
+    double lr = 1e-3;
+    int warmup = 0;
+    std::string schedule = "cosine";
+    double weight_decay = 0.1, grad_clip = 0.5, beta1 = 0.9, beta2 = 0.999;
+    uint64_t seed = 1;
+
+    // As Config::each_field.
+    template <class Self, class F>
+    static void each_field(Self& r, F&& f) {
+        f("batch", r.batch, "sequences B in a batch");
+        f("seq-len", r.seq_len, "tokens T in a sequence");
+        f("grad-accum", r.grad_accum, "batches whose gradients make one step");
+        f("steps", r.steps, "steps in all");
+        f("lr", r.lr, "highest learning rate");
+        f("warmup", r.warmup, "steps of linear warm-up; 0 = 1 % of the steps");
+        f("schedule", r.schedule, "after warm-up: cosine (to 10 % of --lr) or constant");
+        f("weight-decay", r.weight_decay, "decoupled weight decay, on matrices only");
+        f("grad-clip", r.grad_clip, "largest global norm of the gradient; 0 = no limit");
+        f("beta1", r.beta1, "AdamW's decay of the first moment");
+        f("beta2", r.beta2, "AdamW's decay of the second moment");
+        f("seed", r.seed, "of initialisation, order of the data and samples");
+    }
+    void resolve() {
+        auto check = [](bool good, const char* flag, double value, const char* range) {
+            if (!good) fail("--%s %g: must be %s", flag, value, range);
+        };
+        check(batch >= 1, "batch", batch, "at least 1");
+        check(seq_len >= 1, "seq-len", seq_len, "at least 1");
+        check(grad_accum >= 1, "grad-accum", grad_accum, "at least 1");
+        check(steps >= 1, "steps", steps, "at least 1");
+        check(lr >= 0 && std::isfinite(lr), "lr", lr, "at least 0");
+        check(warmup >= 0, "warmup", warmup, "at least 0");
+        check(weight_decay >= 0 && std::isfinite(weight_decay), "weight-decay", weight_decay, "at least 0");
+        check(grad_clip >= 0 && std::isfinite(grad_clip), "grad-clip", grad_clip, "at least 0");
+        check(beta1 >= 0 && beta1 < 1, "beta1", beta1, "at least 0 and below 1");
+        check(beta2 >= 0 && beta2 < 1, "beta2", beta2, "at least 0 and below 1");
+        if (schedule != "cosine" && schedule != "constant") fail("--schedule %s: must be cosine or constant", schedule.c_str());
+        if (warmup == 0) warmup = (steps + 99) / 100;
+    }
+    double learning_rate(int step) const {  // step counts from 1
+        if (step <= warmup) return lr * step / warmup;
+        if (schedule == "constant") return lr;
+        const double final_share = 0.1, progress = double(step - warmup) / double(steps - warmup);
+        return lr * (final_share + (1 - final_share) * 0.5 * (1 + std::cos(M_PI * progress)));
+    }
+};
+
+// ------------------------------------------------------------------------------------------------------------------
+// The token files of one split, mapped, as one long stream.
+struct TokenStream {
+    struct Shard {
+        std::string path;
+        const char* memory;
+        size_t mapped;
+        int width;             // bytes of a token
+        int64_t first, count;  // position of its first token in the stream, tokens
+    };
+    std::vector<Shard> shards;
+    int64_t count = 0;
+    const int vocab;
+
+    TokenStream(const fs::path& directory, const std::string& split, int64_t expected, int vocab) : vocab(vocab) {
+        std::vector<std::string> paths;
+        std::error_code error;
+        for (const fs::directory_entry& entry : fs::directory_iterator(directory, error)) {
+            const std::string name = entry.path().filename().string();
+            if (name.starts_with(split + "_") && name.ends_with(".bin")) paths.push_back(entry.path().string());
+        }
+        std::sort(paths.begin(), paths.end());
+        for (const std::string& path : paths) map(path);
+        if (count != expected)
+            fail("%s: its %s_*.bin hold %lld tokens, dataset.json says %lld; run data_prep again", directory.c_str(), split.c_str(),
+                 (long long)count, (long long)expected);
+    }
+    TokenStream(const TokenStream&) = delete;
+    ~TokenStream() {
+        for (const Shard& shard : shards) munmap(const_cast<char*>(shard.memory), shard.mapped);
+    }
+    void read(int* out, int64_t first, int64_t n) const {
+        auto shard = std::upper_bound(shards.begin(), shards.end(), first, [](int64_t at, const Shard& s) { return at < s.first; }) - 1;
+        for (int64_t i = 0; i < n; i++) {
+            while (first + i >= shard->first + shard->count) ++shard;
+            const int64_t at = first + i - shard->first;
+            uint32_t token = 0;  // little-endian, as the format and every machine this runs on
+            memcpy(&token, shard->memory + kTokenHeaderInts * sizeof(int32_t) + at * shard->width, shard->width);
+            if (token >= uint32_t(vocab))
+                fail("%s: token %lld is %u, beyond the vocabulary of %d", shard->path.c_str(), (long long)at, token, vocab);
+            out[i] = int(token);
+        }
+    }
+
+   private:
+    void map(const std::string& path) {
+        const char* p = path.c_str();
+        const int file = open(p, O_RDONLY);
+        struct stat info{};
+        if (file < 0 || fstat(file, &info) != 0) fail("%s: %s", p, strerror(errno));
+        const int64_t size = S_ISREG(info.st_mode) ? int64_t(info.st_size) : 0, header_bytes = kTokenHeaderInts * sizeof(int32_t);
+        void* memory = size >= header_bytes ? mmap(nullptr, size_t(size), PROT_READ, MAP_SHARED, file, 0) : nullptr;
+        close(file);
+        if (!memory) fail("%s: not a token file: %lld bytes, its header alone has %lld", p, (long long)size, (long long)header_bytes);
+        if (memory == MAP_FAILED) fail("%s: %s", p, strerror(errno));
+        shards.push_back({path, static_cast<const char*>(memory), size_t(size), 0, count, 0});
+        int32_t header[3];
+        memcpy(header, memory, sizeof(header));
+        if (header[0] != kTokenMagic) fail("%s: not a token file: it starts with %d, not %d", p, header[0], kTokenMagic);
+        if (header[1] != 1 && header[1] != 2) fail("%s: version %d of the token format is unknown; there are 1 and 2", p, header[1]);
+        Shard& shard = shards.back();
+        shard.width = header[1] == 1 ? 2 : 4;
+        shard.count = header[2];
+        if (shard.count < 1 || header_bytes + shard.count * shard.width != size)
+            fail("%s: damaged: its header claims %lld tokens, it holds %lld", p, (long long)shard.count,
+                 (long long)((size - header_bytes) / shard.width));
+        count += shard.count;
+    }
+};
+
+struct Dataset {
+    Tokenizer tokenizer;
+    std::unique_ptr<TokenStream> train, val;
+
+    explicit Dataset(const std::string& directory) {
+        const std::string path = (fs::path(directory) / "dataset.json").string();
+        const std::string text = read_file(path, "--data: dataset (made by data_prep)");
+        int64_t counts[2];
+        try {
+            const Json json = Json::parse(text);
+            tokenizer = Tokenizer::from_json(json.at("tokenizer").dump(), path);
+            json.at("train_tokens").get_to(counts[0]);
+            json.at("val_tokens").get_to(counts[1]);
+        } catch (const Json::exception& e) {
+            fail("%s: not a dataset.json of data_prep (%s)", path.c_str(), e.what());
+        }
+        train = std::make_unique<TokenStream>(directory, "train", counts[0], tokenizer.vocab);
+        val = std::make_unique<TokenStream>(directory, "val", counts[1], tokenizer.vocab);
+    }
+};
+
+// Batches of windows of T + 1 tokens, T apart, so that every token but the first is a target once in an epoch. The order of an epoch
+// is a pure function of seed and epoch, so a position is just the number of sequences drawn: to resume, the step is enough.
+struct Loader {
+    const TokenStream& stream;
+    const int T;
+    const int64_t windows;
+    std::vector<int> window;
+
+    Loader(const TokenStream& stream, int T, const char* what)
+        : stream(stream), T(T), windows(std::max<int64_t>(stream.count - 1, 0) / T), window(T + 1) {
+        if (windows < 1)
+            fail("%s data: %lld tokens, but one sequence needs --seq-len + 1 = %d; use more text or a shorter --seq-len", what,
+                 (long long)stream.count, T + 1);
+    }
+    // Sequence i of an epoch, shuffled: a Feistel network permutes [0, 4^k), the smallest that holds all windows; what falls outside is
+    // sent through again until it falls inside. That is a permutation of the windows, in constant memory.
+    int64_t shuffled(uint64_t seed, int64_t epoch, int64_t i) const {
+        int half_bits = 1;
+        while (int64_t(1) << (2 * half_bits) < windows) half_bits++;
+        const uint64_t mask = (uint64_t(1) << half_bits) - 1, rounds = 4;
+        uint64_t x = uint64_t(i);
+        do {
+            uint64_t left = x >> half_bits, right = x & mask;
+            for (uint64_t round = 0; round < rounds; round++) {
+                const uint64_t key = (uint64_t(epoch) * rounds + round) << 32 | right;
+                left = std::exchange(right, left ^ (random_bits(seed, kShuffleStream, key) & mask));
+            }
+            x = left << half_bits | right;
+        } while (x >= uint64_t(windows));
+        return int64_t(x);
+    }
+    void read(int* tokens, int* targets, int64_t index) {  // (T), (T)
+        stream.read(window.data(), index * T, T + 1);
+        std::copy_n(window.begin(), T, tokens);
+        std::copy_n(window.begin() + 1, T, targets);
+    }
+};
+
+// ------------------------------------------------------------------------------------------------------------------
+// Checkpoints. The optimizer is written first, under a name of its own; renaming model.safetensors, which names it, is the moment at which
+// both become the checkpoint; then older optimizers go. Wherever a run is killed, one whole checkpoint is there.
+static const char* const kModelFile = "model.safetensors";
+
+static Json to_json(const Run& run) {
+    Json json;
+    Run::each_field(run, [&](const char* flag, const auto& field, const char*) { json[flag] = field; });
+    return json;
+}
+
+static void save_checkpoint(const Model& model, const fs::path& out, int step, const Run& run, const Dataset& data) {
+    const std::string optimizer = "optimizer-" + std::to_string(step) + ".safetensors";
+    try {
+        model.save_optimizer((out / optimizer).string(), {{"step", std::to_string(step)}});
+        model.save((out / kModelFile).string(), {{"step", std::to_string(step)},
+                                                 {"tokenizer", data.tokenizer.to_json()},
+                                                 {"seed", std::to_string(run.seed)},
+                                                 {"training", to_json(run).dump()},
+                                                 {"train_tokens", std::to_string(data.train->count)},
+                                                 {"optimizer", optimizer}});
+    } catch (...) {
+        std::error_code ignored;
+        fs::remove(out / optimizer, ignored);
+        throw;
+    }
+    for (const fs::directory_entry& entry : fs::directory_iterator(out)) {
+        const std::string name = entry.path().filename().string();
+        if (name.starts_with("optimizer-") && name != optimizer) fs::remove(entry.path());
+    }
+}
+
+struct Checkpoint {
+    std::string model, optimizer;  // paths
+    Config config;
+    Run run;
+    int step = 0;
+    int64_t train_tokens = 0;
+
+    explicit Checkpoint(const fs::path& out) : model((out / kModelFile).string()) {
+        const Safetensors file(model);
+        config = Config::from_json(file.meta("config"), model);
+        optimizer = (out / fs::path(file.meta("optimizer")).filename()).string();
+        const std::string training = file.meta("training"), steps = file.meta("step"), tokens = file.meta("train_tokens");
+        try {
+            const Json json = Json::parse(training);
+            Run::each_field(run, [&](const char* flag, auto& field, const char*) { json.at(flag).get_to(field); });
+            step = std::stoi(steps);
+            train_tokens = std::stoll(tokens);
+        } catch (const std::exception& e) {
+            fail("%s: what it says of its training cannot be read (%s)", model.c_str(), e.what());
+        }
+        run.resolve();
+    }
+};
+
+// Fields is Config or Run: `base`, changed by what the command line has.
+template <class Fields>
+static Fields overlay(Fields base, const Fields& flags, const CLI::App& app) {
+    Json given;
+    Fields::each_field(flags, [&](const char* flag, const auto& field, const char*) {
+        if (app.count(std::string("--") + flag)) given[flag] = field;
+    });
+    Fields::each_field(base, [&](const char* flag, auto& field, const char*) {
+        if (given.contains(flag)) given[flag].get_to(field);
+    });
+    base.resolve();
+    return base;
+}
+
+// A run is defined when it starts: what is given again to resume it must be the same.
+template <class Fields>
+static void check_same(const Fields& given, const Fields& saved) {
+    Json values;
+    Fields::each_field(saved, [&](const char* flag, const auto& field, const char*) { values[flag] = field; });
+    Fields::each_field(given, [&](const char* flag, const auto& field, const char*) {
+        if (values[flag] != Json(field))
+            fail("--resume: --%s is %s here, %s in the checkpoint", flag, Json(field).dump().c_str(), values[flag].dump().c_str());
+    });
+}
+
+// ------------------------------------------------------------------------------------------------------------------
+// The log. On resume, lines of steps after the checkpoint go: they are about to be computed again.
+struct Log {
+    FILE* file;
+    const std::string path;
+
+    Log(const fs::path& out, int resumed_step) : path((out / "log.jsonl").string()) {
+        if (resumed_step > 0) {
+            std::ifstream old(path);
+            write_atomically(path, [&](FILE* kept) {
+                for (std::string line; std::getline(old, line);) {
+                    const Json json = Json::parse(line, nullptr, false);  // a kill can leave half a line
+                    if (json.is_object() && json.value("step", 0) <= resumed_step) fprintf(kept, "%s\n", line.c_str());
+                }
+            });
+        }
+        file = fopen(path.c_str(), resumed_step > 0 ? "a" : "w");
+        if (!file) fail("cannot write %s: %s", path.c_str(), strerror(errno));
+    }
+    Log(const Log&) = delete;
+    ~Log() { fclose(file); }
+    void write(const Json& json) {
+        if (fprintf(file, "%s\n", json.dump().c_str()) < 0 || fflush(file) != 0) fail("cannot write %s: %s", path.c_str(), strerror(errno));
+    }
+};
+
+// ------------------------------------------------------------------------------------------------------------------
+static std::string scaled(double value, double base, const char* unit) {
+    const char* const prefixes[] = {"", "K", "M", "G", "T", "P"};
+    size_t i = 0;
+    for (; value >= base && i + 1 < std::size(prefixes); i++) value /= base;
+    char text[64];
+    snprintf(text, sizeof(text), i ? "%.2f %s%s%s" : "%.0f %s%s%s", value, prefixes[i], i && base == 1024 ? "i" : "", unit);
+    return text;
+}
+static std::string bytes_text(double bytes) { return scaled(bytes, 1024, "B"); }
+
+static void print_model(const Model& model) {
+    const Config& c = model.config;
+    const std::string experts = c.count('E') ? ", " + std::to_string(c.experts) + " experts" : "";
+    printf("model        %s, width %d%s, vocabulary %d, in %s\n", c.layers.c_str(), c.d_model, experts.c_str(), c.vocab, kPrecision);
+    printf("parameters   %s, active per token %s\n", scaled(double(model.parameter_count()), 1000, "").c_str(),
+           scaled(double(model.active_parameter_count()), 1000, "").c_str());
+    printf("compute      %sFLOP per token in training, matrix products only\n", scaled(c.matmul_flops_per_token(true), 1000, "").c_str());
+}
+
+// What training would take, without taking any of it.
+static void dry_run(const Config& config, const Layers& layers, const Run& run) {
+    Model model(config, layers);
+    model.plan_training(run.batch, run.seq_len);
+    const Config& c = model.config;
+    print_model(model);
+    printf("\nconfiguration\n");
+    Config::each_field(c, [](const char* flag, const auto& field, const char*) {
+        printf("  %-36s %14s\n", flag, Json(field).dump().c_str());
+    });
+    printf("\nmemory for training, B = %d, T = %d\n", run.batch, run.seq_len);
+    double total = 0;
+    for (const Arena* arena : {&model.weights, &model.masters, &model.gradients, &model.moments, &model.activations}) {
+        printf("  %-36s %14s\n", arena->name.c_str(), bytes_text(double(arena->bytes)).c_str());
+        total += double(arena->bytes);
+    }
+    printf("  %-36s %14s\n", "total", bytes_text(total).c_str());
+    // The transformer has an attention layer, with as many key and value heads as heads, wherever this model has a mixer.
+    const double cache_per_token = 2.0 * c.count('M') * c.d_model * sizeof(floatX);
+    printf("\nmemory for decoding, per sequence\n  %-18s %18s %34s\n", "context", "state", "KV cache of as wide a transformer");
+    for (int64_t context = 1 << 10; context <= 1 << 20; context *= 4)
+        printf("  %-18s %18s %34s\n", (std::to_string(context >> 10) + "K").c_str(), bytes_text(double(model.decode_state_bytes())).c_str(),
+               bytes_text(cache_per_token * double(context)).c_str());
+}
+
+static void list_presets() {
+    for (const Preset& preset : presets()) {
+        const Model model(preset.config, cpu::layers);
+        printf("%-24s %-10s width %4d  %9s parameters, %9s active  %s\n", preset.name, preset.config.layers.c_str(), preset.config.d_model,
+               scaled(double(model.parameter_count()), 1000, "").c_str(), scaled(double(model.active_parameter_count()), 1000, "").c_str(),
+               preset.note);
+    }
+}
+
+// Mean cross-entropy over the first batches of the validation split, in order.
+static double validate(Model& model, Loader& loader, int B, int batches) {
+    const int T = loader.T;
+    const int64_t count = std::min(loader.windows, int64_t(B) * batches);
+    std::vector<int> tokens(int64_t(B) * T), targets(tokens.size());
+    double sum = 0;
+    for (int64_t first = 0; first < count; first += B) {
+        const int rows = int(std::min<int64_t>(B, count - first));
+        for (int b = 0; b < rows; b++) loader.read(&tokens[int64_t(b) * T], &targets[int64_t(b) * T], first + b);
+        sum += model.evaluate(tokens.data(), targets.data(), rows, T) * rows;
+    }
+    return sum / double(count);
+}
+
+static volatile std::sig_atomic_t interrupted = 0;
+
+// The first signal ends the run after its step; the second, as usual, at once.
+static void stop_on_signals() {
+    struct sigaction action{};
+    action.sa_handler = [](int) { interrupted = 1; };
+    action.sa_flags = SA_RESETHAND | SA_RESTART;
+    for (int signal : {SIGINT, SIGTERM}) sigaction(signal, &action, nullptr);
+}
+
+struct Options {
+    std::string data, out, device = "auto", preset, sample_prompt;
+    int save_every = 100, eval_every = 100, eval_batches = 8, sample_every = 0, sample_tokens = 256;
+    double max_minutes = 0, peak_flops = 0;
+    bool resume = false, dry_run = false, list_presets = false;
+
+    void check() const {
+        const std::pair<const char*, int> counts[] = {
+            {"save-every", save_every}, {"eval-every", eval_every}, {"sample-every", sample_every}};
+        for (const auto& [flag, value] : counts)
+            if (value < 0) fail("--%s %d: must be at least 0", flag, value);
+        if (eval_batches < 1) fail("--eval-batches %d: must be at least 1", eval_batches);
+        if (sample_tokens < 1) fail("--sample-tokens %d: must be at least 1", sample_tokens);
+        if (!(max_minutes >= 0)) fail("--max-minutes %g: must be at least 0", max_minutes);
+        if (!(peak_flops >= 0)) fail("--peak-flops %g: must be at least 0", peak_flops);
+    }
+};
+
+// Steps done + 1 to run.steps, or until stopped.
+static void train_steps(Model& model, const Options& options, const Run& run, const Dataset& data, int done) {
+    const int B = run.batch, T = run.seq_len, G = run.grad_accum;
+    const Config& config = model.config;
+    const fs::path out(options.out);
+    Loader train(*data.train, T, "training");
+    std::unique_ptr<Loader> val;
+    if (options.eval_every > 0 && data.val->count > 0) val = std::make_unique<Loader>(*data.val, T, "validation");
+    const std::string device = model.layers.device;
+    const int size = device == "cuda" ? 8192 : device == "cpu" ? 2048 : 64;  // as large as it takes to reach the peak, and no slower
+    const double peak = options.peak_flops > 0 ? options.peak_flops : measure_matmul_flops(model.layers, size);
+    const double sequences = double(run.steps) * G * B;
+
+    print_model(model);
+    printf("data         %lld tokens, %lld sequences of %d, %.2f epochs; %s\n", (long long)data.train->count, (long long)train.windows, T,
+           sequences / double(train.windows), val ? "validated" : "no validation");
+    printf("device       %s, matrix products at %sFLOP/s\n", device.c_str(), scaled(peak, 1000, "").c_str());
+    printf("run          %d steps of %d x %d x %d tokens, seed %llu, %s\n\n", run.steps, G, B, T, (unsigned long long)run.seed,
+           done ? ("resumed after step " + std::to_string(done)).c_str() : "from the start");
+
+    Log log(out, done);
+    if (done == 0)
+        log.write({{"kind", "run"},
+                   {"config", Json::parse(config.to_json())},
+                   {"training", to_json(run)},
+                   {"device", device},
+                   {"precision", kPrecision},
+                   {"parameters", model.parameter_count()},
+                   {"active_parameters", model.active_parameter_count()},
+                   {"peak_flops", peak}});
+    std::vector<int> tokens(int64_t(B) * T), targets(tokens.size());
+    AdamW optimizer{.lr = 0, .beta1 = run.beta1, .beta2 = run.beta2, .weight_decay = run.weight_decay, .grad_clip = run.grad_clip};
+    int saved = done;
+    const double start = omp_get_wtime();
+    for (int step = done + 1; step <= run.steps; step++) {
+        const double step_start = omp_get_wtime();
+        model.zero_gradients();
+        for (int g = 0; g < G; g++) {
+            for (int b = 0; b < B; b++) {
+                const int64_t drawn = (int64_t(step - 1) * G + g) * B + b;
+                const int64_t index = train.shuffled(run.seed, drawn / train.windows, drawn % train.windows);
+                train.read(&tokens[int64_t(b) * T], &targets[int64_t(b) * T], index);
+            }
+            model.forward_backward(tokens.data(), targets.data(), G);
+        }
+        const Losses losses = model.read_losses();
+        const double aux = config.balance_loss * losses.balance + config.z_loss * losses.z;
+        if (!std::isfinite(losses.cross_entropy + aux + losses.grad_norm)) {
+            const std::string bad = model.first_bad_tensor();
+            const std::string kept = saved ? "the checkpoint of step " + std::to_string(saved) : "no checkpoint yet";
+            fail("step %d: loss %g, gradient norm %g; stopped before the update. First bad tensor: %s. %s has %s", step,
+                 losses.cross_entropy, losses.grad_norm, bad.empty() ? "none" : bad.c_str(), options.out.c_str(), kept.c_str());
+        }
+        optimizer.lr = run.learning_rate(step);
+        model.update(optimizer, losses, step);
+
+        const double now = omp_get_wtime(), seconds = now - step_start, rate = double(G) * B * T / seconds;
+        const double share = config.matmul_flops_per_token(true) * rate / peak;
+        const long left = long((now - start) / (step - done) * (run.steps - step));
+        printf("step %*d/%d  loss %.4f", int(std::to_string(run.steps).size()), step, run.steps, losses.cross_entropy);
+        if (config.count('E')) printf("  aux %.4f  load %.2f  dropped %4.1f %%", aux, losses.expert_load, 100 * losses.dropped);
+        printf("  norm %7.3f  lr %.2e  %6.0f ms  %7.0f tokens/s  %4.1f %% of peak  %ld:%02ld left\n", losses.grad_norm, optimizer.lr,
+               1e3 * seconds, rate, 100 * share, left / 60, left % 60);
+        log.write({{"kind", "train"}, {"step", step}, {"loss", losses.cross_entropy}, {"balance", losses.balance}, {"z", losses.z},
+                   {"grad_norm", losses.grad_norm}, {"lr", optimizer.lr}, {"ms", 1e3 * seconds}, {"tokens_per_second", rate},
+                   {"peak_share", share}, {"expert_load", losses.expert_load}, {"dropped", losses.dropped}});
+
+        const bool last = step == run.steps;
+        const bool stop = interrupted || (options.max_minutes > 0 && now - start > 60 * options.max_minutes);
+        auto due = [&](int every) { return every > 0 && step % every == 0; };
+        if (val && (last || due(options.eval_every))) {
+            const double loss = validate(model, *val, B, options.eval_batches), bits = loss / std::log(2.0);
+            printf("validation after step %d: %.4f nats a token", step, loss);
+            if (data.tokenizer.kind == "bytes") printf(", %.4f bits a byte", bits);
+            printf("\n");
+            log.write({{"kind", "val"}, {"step", step}, {"loss", loss}, {"bits_per_token", bits}});
+        }
+        if (due(options.sample_every)) {
+            std::vector<int> prompt;
+            data.tokenizer.encode(prompt, options.sample_prompt.data(), options.sample_prompt.size());
+            printf("sample after step %d: %s", step, options.sample_prompt.c_str());
+            const Sampling sampling{.seed = run.seed};
+            generate(model, data.tokenizer, prompt, options.sample_tokens, sampling, step, [&](int token) {
+                fputs(data.tokenizer.decode(token).c_str(), stdout);
+                return true;
+            });
+            printf("\n");
+        }
+        if (last || stop || due(options.save_every)) {
+            save_checkpoint(model, out, step, run, data);
+            saved = step;
+        }
+        if (stop && !last) {
+            printf("stopped after step %d and saved; continue with: train --data %s --out %s --resume\n", step, options.data.c_str(),
+                   options.out.c_str());
+            return;
+        }
+    }
+}
+
+static int train(int argc, char** argv) {
+    Options options;
+    Run run_flags;
+    Config model_flags;
+    CLI::App app("Trains a model on token files of data_prep. Needs --preset or --layers, or --resume. Ctrl-C: finish the step, save, "
+                 "stop.");
+    app.option_defaults()->always_capture_default();
+    app.add_option("--data", options.data, "directory that data_prep wrote");
+    app.add_option("--out", options.out, "directory for checkpoint and log; created if need be");
+    app.add_option("--device", options.device, "auto, cpu, simt or cuda; auto is the fastest there is");
+    app.add_option("--save-every", options.save_every, "steps from one checkpoint to the next, beside the last; 0 = only the last");
+    app.add_option("--eval-every", options.eval_every, "steps from one validation to the next, beside the last; 0 = none");
+    app.add_option("--eval-batches", options.eval_batches, "batches in a validation");
+    app.add_option("--sample-every", options.sample_every, "steps from one sample to the next; 0 = none");
+    app.add_option("--sample-tokens", options.sample_tokens, "most tokens in a sample");
+    app.add_option("--sample-prompt", options.sample_prompt, "what a sample continues; empty: a new document");
+    app.add_option("--max-minutes", options.max_minutes, "stop and save, as on Ctrl-C, after so long; 0 = no limit");
+    app.add_option("--peak-flops", options.peak_flops, "operations/s of matrix products that count as the peak; 0 = measure them now");
+    app.add_flag("--resume", options.resume,
+                 "continue the run in --out, bit for bit; it knows its model and its run: only --steps can grow, with a constant schedule");
+    app.add_flag("--dry-run", options.dry_run, "print parameters, memory and compute, take none of them; needs no --data or --out");
+    app.add_flag("--list-presets", options.list_presets, "print the presets");
+    Run::each_field(run_flags, [&](const char* flag, auto& field, const char* help) {
+        app.add_option(std::string("--") + flag, field, help)->group("The run");
+    });
+    app.add_option("--preset", options.preset, "a model by name (see --list-presets); the flags below change it")->group("The model");
+    Config::each_field(model_flags, [&](const char* flag, auto& field, const char* help) {
+        app.add_option(std::string("--") + flag, field, help)->group("The model");
+    });
+    try {
+        app.parse(argc, argv);
+    } catch (const CLI::Success& help) {
+        return app.exit(help);
+    }
+    if (options.list_presets) return list_presets(), 0;
+    options.check();
+    const Layers& layers = find_device(options.device);
+    if (!options.resume && options.preset.empty() && !app.count("--layers"))
+        fail("which model? Give --preset (see --list-presets) or --layers");
+    const Config base = options.preset.empty() ? Config() : find_preset(options.preset).config;
+    if (options.dry_run) {
+        dry_run(overlay(base, model_flags, app), layers, overlay(Run(), run_flags, app));
+        return 0;
+    }
+
+    if (options.data.empty() || options.out.empty()) fail("--data and --out are required");
+    const bool found = fs::exists(fs::path(options.out) / kModelFile);
+    if (found && !options.resume) fail("%s has a checkpoint: continue it with --resume, or choose another --out", options.out.c_str());
+    if (!found && options.resume) fail("--resume: %s has no %s", options.out.c_str(), kModelFile);
+    Config config;
+    Run run;
+    std::unique_ptr<Checkpoint> checkpoint;
+    if (options.resume) {
+        checkpoint = std::make_unique<Checkpoint>(options.out);
+        config = overlay(options.preset.empty() ? checkpoint->config : base, model_flags, app);
+        if (!app.count("--vocab")) config.vocab = checkpoint->config.vocab;
+        check_same(config, checkpoint->config);
+        run = overlay(checkpoint->run, run_flags, app);
+        if (run.schedule == "constant" && run.steps > checkpoint->run.steps) checkpoint->run.steps = run.steps;
+        check_same(run, checkpoint->run);
+    } else {
+        config = overlay(base, model_flags, app);
+        run = overlay(Run(), run_flags, app);
+    }
+    const Dataset data(options.data);
+    if (!options.resume && !app.count("--vocab")) config.vocab = data.tokenizer.vocab;
+    if (config.vocab < data.tokenizer.vocab) fail("--vocab %d: the data's tokenizer has %d tokens", config.vocab, data.tokenizer.vocab);
+    if (checkpoint && checkpoint->train_tokens != data.train->count)
+        fail("--resume: %s has %lld training tokens, the run began with %lld", options.data.c_str(), (long long)data.train->count,
+             (long long)checkpoint->train_tokens);
+    if (checkpoint && checkpoint->step >= run.steps) {
+        printf("%s is complete: %d of %d steps\n", options.out.c_str(), checkpoint->step, run.steps);
+        return 0;
+    }
+    std::error_code error;
+    fs::create_directories(options.out, error);
+    if (error) fail("cannot create directory %s: %s", options.out.c_str(), error.message().c_str());
+
+    setvbuf(stdout, nullptr, _IOLBF, 0);  // a line a step, wherever it goes
+    stop_on_signals();
+    Model model(config, layers);
+    if (checkpoint) model.load(checkpoint->model);
+    else model.initialize(run.seed);
+    model.allocate_training(run.batch, run.seq_len);
+    if (checkpoint) model.load_optimizer(checkpoint->optimizer);
+    train_steps(model, options, run, data, checkpoint ? checkpoint->step : 0);
+    return 0;
+}
+
+int main(int argc, char** argv) { return run_main(train, argc, argv); }
