@@ -1,0 +1,1338 @@
+// The tests of layers, kernels and the Model. A layer is described once, as a body that declares its tensors by name and calls its
+// forward and backward functions; four tests read nothing but these descriptions:
+//   [fd]      each gradient against central differences of <upstream gradient, output>, on every device          (double build)
+//   [gpu]     each output of a kernel against the CPU's, from poisoned memory, and the same bits in every schedule of threads and blocks
+//   [threads] each output of the CPU with one thread and with two
+//   [oracle]  inputs, outputs and gradients against files that PyTorch and transformers wrote (oracle/make_reference.py)
+// Then [traffic] counts the bytes that the scan moves, and [model] holds whole models to what they must do.
+// MOEMAMBA_TEST_SEED=n draws other inputs; a failure prints the seed that it had.
+#include "moemamba.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <filesystem>
+#include <map>
+#include <numeric>
+#include <optional>
+#include <set>
+#include <sstream>
+#include <omp.h>
+#include <unistd.h>
+#define CATCH_CONFIG_MAIN
+#define CATCH_CONFIG_NO_POSIX_SIGNALS  // simt.h explains faults better
+#if __has_include(<catch2/catch_all.hpp>)
+#include <catch2/catch_all.hpp>
+#else
+#include <catch2/catch.hpp>
+#endif
+
+namespace {
+// ------------------------------------------------------------------------------------------------------------------
+// Numbers
+
+constexpr bool kDouble = sizeof(floatX) == sizeof(double);
+constexpr double by_precision(double in_double, double in_float, double in_bf16) {
+    return kDouble ? in_double : kMixedPrecision ? in_bf16 : in_float;
+}
+constexpr double kClose = by_precision(1e-12, 2e-6, 1e-2);  // of two implementations, ||a - b|| / ||b||
+
+const uint64_t seed = getenv("MOEMAMBA_TEST_SEED") ? strtoull(getenv("MOEMAMBA_TEST_SEED"), nullptr, 10) : 1;
+
+template <class T> T narrow(double value) {
+    if constexpr (std::is_same_v<T, floatX> && kMixedPrecision) return floatX(float(value));
+    else return T(value);
+}
+template <class T> double widen(T value) {
+    if constexpr (std::is_same_v<T, floatX> && kMixedPrecision) return float(value);
+    else return value;
+}
+
+double norm(const std::vector<double>& a) {
+    double sum = 0;
+    for (double x : a) sum += x * x;
+    return std::sqrt(sum);
+}
+// Relative where b is not all zero. A NaN anywhere gives NaN, which is not <= anything.
+double distance(std::vector<double> a, const std::vector<double>& b) {
+    REQUIRE(a.size() == b.size());
+    for (size_t i = 0; i < a.size(); ++i) a[i] -= b[i];
+    return norm(b) > 0 ? norm(a) / norm(b) : norm(a);
+}
+
+// Element i of the tensor that has this random stream.
+using Values = std::function<double(uint64_t stream, int64_t i)>;
+Values normal(double deviation = 1, double mean = 0) {
+    return [=](uint64_t stream, int64_t i) { return mean + deviation * random_normal(seed, stream, i); };
+}
+Values integers(int low, int high) {  // [low, high)
+    return [=](uint64_t stream, int64_t i) { return low + std::floor((high - low) * random_uniform(seed, stream, i)); };
+}
+Values constants(std::vector<double> values) {
+    return [=](uint64_t, int64_t i) { return values[i % values.size()]; };
+}
+uint64_t stream_of(const std::string& name) { return std::hash<std::string>()(name); }
+
+// ------------------------------------------------------------------------------------------------------------------
+// Devices
+
+bool gpu_is_here() {
+#ifdef USE_CUDA
+    static const bool here = [] {
+        int count = 0;
+        bool found = cudaGetDeviceCount(&count) == cudaSuccess && count > 0;
+        if (!found) printf("skipped: kernels on a GPU, for there is none here\n");
+        return found;
+    }();
+    return here;
+#else
+    return true;
+#endif
+}
+std::vector<const Layers*> devices() {
+    std::vector<const Layers*> all = {&cpu::layers};
+    if (gpu_is_here()) all.push_back(&gpu::layers);
+    return all;
+}
+
+// The order of threads and blocks: 0 forward, 1 reverse, else random. A GPU has an order of its own, another one each time.
+constexpr int kSchedules = 5;
+struct Schedule {
+    explicit Schedule([[maybe_unused]] int schedule) {
+#ifndef USE_CUDA
+        simt::options.order = schedule == 0 ? simt::forward : schedule == 1 ? simt::reverse : simt::shuffled;
+        simt::options.seed = seed + schedule;
+#endif
+    }
+    ~Schedule() {
+#ifndef USE_CUDA
+        simt::options = {};
+#endif
+    }
+};
+
+// ------------------------------------------------------------------------------------------------------------------
+// One execution of a layer's description
+
+// Rows in memory; elements between the rows, where ld > width, belong to someone else.
+struct Shape {
+    int64_t rows, width, ld, offset;
+    Shape(int64_t count) : Shape(1, count) {}
+    Shape(int64_t rows, int64_t width) : Shape(rows, width, width, 0) {}
+    Shape(int64_t rows, int64_t width, int64_t ld, int64_t offset) : rows(rows), width(width), ld(ld), offset(offset) {}
+    int64_t count() const { return rows * width; }
+    int64_t size() const { return rows * ld; }
+    int64_t at(int64_t i) const { return i / width * ld + offset + i % width; }
+};
+
+struct Array {
+    enum Role { input, output, sum } role;  // sum: an output that is added to
+    std::string name;
+    Shape shape;
+    bool integer;
+    bool rewritten = false;  // another output has taken its memory
+    void* memory;
+    std::vector<unsigned char> before, after;
+    double (*get)(const unsigned char* bytes, int64_t i);
+
+    std::vector<double> values(const std::vector<unsigned char>& bytes) const {
+        std::vector<double> all(shape.count());
+        for (int64_t i = 0; i < shape.count(); ++i) all[i] = get(bytes.data(), shape.at(i));
+        return all;
+    }
+    // What the call itself gave: of a sum, what it added.
+    std::vector<double> result() const {
+        std::vector<double> all = values(after);
+        if (role == sum)
+            for (int64_t i = 0; i < shape.count(); ++i) all[i] -= get(before.data(), shape.at(i));
+        return all;
+    }
+};
+
+// Sizes that scratch depends on. Those not named are 1, so that scratch is as tight as the contract allows.
+struct Sizes {
+    int vocab = 1, d_model = 1, d_inner = 1, d_state = 1, d_conv = 1, experts = 1, top_k = 1;
+};
+
+constexpr bool accumulated = true;
+constexpr int kIntegerPoison = 0x7f7f7f7f;
+
+class Run {
+   public:
+    using Body = std::function<void(Run&)>;
+    using Given = std::function<std::optional<std::vector<double>>(const Array&)>;
+
+    const Layers& on;
+    const bool forward_only;
+    std::vector<Array> arrays;
+
+    // Inputs, and the first contents of sums, are those given, else random.
+    Run(const Layers& on, const Body& body, bool forward_only = false, Given given = nullptr)
+        : on(on), forward_only(forward_only), given(std::move(given)) {
+        body(*this);
+        on.synchronize(nullptr);
+        for (Array& a : arrays) {
+            a.after.resize(a.before.size());
+            on.download(a.after.data(), a.memory, a.after.size(), nullptr);
+        }
+        memory.clear();
+    }
+
+    // Null for an empty shape: how a body leaves out what is "or null".
+    template <class T> T* in(const std::string& name, Shape shape, const Values& values = normal()) {
+        return declare<T>(Array::input, name, shape, values);
+    }
+    template <class T> T* out(const std::string& name, Shape shape, bool accumulate = false) {
+        return declare<T>(accumulate ? Array::sum : Array::output, name, shape, accumulate ? normal(0.1) : nullptr);
+    }
+    // A call has left an output of this name where something else was.
+    void becomes(const std::string& name, const void* memory, std::optional<Shape> shape = {}) {
+        auto was = std::find_if(arrays.begin(), arrays.end(), [&](const Array& a) { return a.memory == memory && !a.rewritten; });
+        REQUIRE(was != arrays.end());
+        Array a = *was;
+        was->rewritten = true;
+        a.role = Array::output, a.name = name, a.shape = shape.value_or(a.shape);
+        arrays.push_back(a);
+    }
+    void* scratch(int B, int T, const Sizes& s) {
+        Config c{.layers = "ME", .vocab = s.vocab, .d_model = s.d_model, .d_inner = s.d_inner, .d_state = s.d_state, .d_conv = s.d_conv,
+                 .dt_rank = 1, .d_ff = 1, .d_expert = 1, .experts = s.experts, .top_k = s.top_k};
+        size_t bytes = on.scratch_bytes(c, B, T);
+        void* p = allocate(bytes, "scratch");
+        std::vector<unsigned char> poison(bytes, 0xff);
+        if (strcmp(on.device, "simt")) on.upload(p, poison.data(), bytes, nullptr);  // simt itself knows what was never written
+        return p;
+    }
+
+    const Array* find(const std::string& name) const {
+        auto a = std::find_if(arrays.begin(), arrays.end(), [&](const Array& a) { return a.name == name; });
+        return a == arrays.end() ? nullptr : &*a;
+    }
+    const Layers* operator->() const { return &on; }
+
+   private:
+    struct Release {
+        const Layers* on;
+        void operator()(void* p) const { on->release(p); }
+    };
+    Given given;
+    std::vector<std::unique_ptr<void, Release>> memory;
+
+    void* allocate(size_t bytes, const char* name) {
+        memory.emplace_back(on.allocate(bytes, name), Release{&on});
+        return memory.back().get();
+    }
+    template <class T> T* declare(Array::Role role, const std::string& name, Shape shape, const Values& values) {
+        if (shape.count() == 0) return nullptr;
+        REQUIRE(find(name) == nullptr);
+        Array a{role, name, shape, std::is_same_v<T, int>, false, nullptr, {}, {}, [](const unsigned char* bytes, int64_t i) {
+            return widen(reinterpret_cast<const T*>(bytes)[i]);
+        }};
+        a.before.assign(shape.size() * sizeof(T), a.integer ? kIntegerPoison & 0xff : 0xff);  // else NaN; between rows it stays
+        if (values) {
+            std::optional<std::vector<double>> known = given ? given(a) : std::nullopt;
+            REQUIRE((!known || int64_t(known->size()) == shape.count()));
+            for (int64_t i = 0; i < shape.count(); ++i)
+                reinterpret_cast<T*>(a.before.data())[shape.at(i)] = narrow<T>(known ? (*known)[i] : values(stream_of(name), i));
+        }
+        a.memory = allocate(a.before.size(), name.c_str());
+        on.upload(a.memory, a.before.data(), a.before.size(), nullptr);
+        arrays.push_back(a);
+        return static_cast<T*>(a.memory) + shape.offset;
+    }
+};
+
+// ------------------------------------------------------------------------------------------------------------------
+// The layers. A tensor X has the gradient d_X: an output where X is an input, an input where X is an output.
+
+struct Case {
+    std::string name;
+    Run::Body body;
+};
+std::string title(const char* layer, std::initializer_list<std::pair<const char*, double>> sizes) {
+    std::ostringstream text;
+    text << layer;
+    for (auto& [name, value] : sizes) text << ' ' << name << '=' << value;
+    return text.str();
+}
+
+Case embedding(int rows, int V, int C) {
+    return {title("embedding", {{"rows", rows}, {"V", V}, {"C", C}}), [=](Run& r) {
+        const int* tokens = r.in<int>("tokens", rows, integers(0, V));
+        const floatX* table = r.in<floatX>("table", {V, C});
+        real* out = r.out<real>("out", {rows, C});
+        r->embedding_forward(out, tokens, table, rows, C, nullptr);
+        if (r.forward_only) return;
+        const real* d_out = r.in<real>("d_out", {rows, C});
+        real* d_table = r.out<real>("d_table", {V, C}, accumulated);
+        r->embedding_backward(d_table, d_out, tokens, r.scratch(1, rows, {.vocab = V, .d_model = C}), rows, V, C, nullptr);
+    }};
+}
+
+Case rmsnorm(int rows, int C, bool with_branch, bool in_place) {
+    return {title("rmsnorm", {{"rows", rows}, {"C", C}, {"branch", with_branch}, {"in_place", in_place}}), [=](Run& r) {
+        const Shape shape{rows, C};
+        real* residual = r.in<real>("residual", shape);
+        const floatX* branch = r.in<floatX>("branch", {with_branch * rows, C});
+        const real* weight = r.in<real>("weight", C, normal(0.3, 1));
+        floatX* out = r.out<floatX>("out", shape);
+        real* sum = in_place ? residual : r.out<real>("sum", shape);
+        real* rstd = r.out<real>("rstd", rows);
+        r->rmsnorm_forward(out, sum, rstd, residual, branch, weight, rows, C, real(1e-5), nullptr);
+        if (in_place) r.becomes("sum", residual);
+        if (r.forward_only) return;
+        const floatX* d_out = r.in<floatX>("d_out", shape);
+        real* d_sum = r.in<real>("d_sum", shape);
+        floatX* d_branch = r.out<floatX>("d_branch", {with_branch * rows, C});
+        real* d_weight = r.out<real>("d_weight", C, accumulated);
+        r->rmsnorm_backward(d_sum, d_branch, d_weight, d_out, sum, rstd, weight, r.scratch(1, rows, {.d_model = C}), rows, C, nullptr);
+        r.becomes("d_residual", d_sum);
+    }};
+}
+
+Case linear(int rows, int I, int O, int gap, bool accumulate) {
+    return {title("linear", {{"rows", rows}, {"I", I}, {"O", O}, {"gap", gap}, {"accumulate", accumulate}}), [=](Run& r) {
+        const Shape narrow{rows, I, I + gap, gap / 2}, wide{rows, O, O + gap, gap / 2};
+        const floatX* in = r.in<floatX>("in", narrow);
+        const floatX* weight = r.in<floatX>("weight", {O, I});
+        floatX* out = r.out<floatX>("out", wide, accumulate);
+        r->linear_forward(out, O + gap, in, I + gap, weight, rows, I, O, accumulate, nullptr);
+        if (r.forward_only) return;
+        const floatX* d_out = r.in<floatX>("d_out", wide);
+        floatX* d_in = r.out<floatX>("d_in", narrow, accumulate);
+        real* d_weight = r.out<real>("d_weight", {O, I}, accumulated);
+        r->linear_backward(d_in, I + gap, d_weight, d_out, O + gap, in, I + gap, weight, rows, I, O, accumulate, nullptr);
+    }};
+}
+
+Case conv(int B, int T, int D, int W, int gap, bool initial, bool final, int start = 0) {
+    return {title("conv", {{"B", B}, {"T", T}, {"D", D}, {"W", W}, {"gap", gap}, {"initial", initial}, {"final", final},
+                           {"start", start}}), [=](Run& r) {
+        const Shape shape{B * T, D, D + gap, start}, state{B * (W - 1), D};
+        const int ld = D + gap;
+        const floatX* in = r.in<floatX>("in", shape);
+        const real* weight = r.in<real>("weight", {D, W}, normal(0.5));
+        const real* bias = r.in<real>("bias", D, normal(0.5));
+        const real* initial_state = r.in<real>("initial_state", initial ? state : 0);
+        floatX* out = r.out<floatX>("out", {B * T, D});
+        real* final_state = r.out<real>("final_state", final ? state : 0);
+        r->conv_forward(out, final_state, in, ld, weight, bias, initial_state, B, T, D, W, nullptr);
+        if (r.forward_only) return;
+        const floatX* d_out = r.in<floatX>("d_out", {B * T, D});
+        const real* d_final_state = r.in<real>("d_final_state", final ? state : 0);
+        floatX* d_in = r.out<floatX>("d_in", shape);
+        real* d_weight = r.out<real>("d_weight", {D, W}, accumulated);
+        real* d_bias = r.out<real>("d_bias", D, accumulated);
+        real* d_initial_state = r.out<real>("d_initial_state", initial ? state : 0);
+        r->conv_backward(d_in, ld, d_weight, d_bias, d_initial_state, d_out, d_final_state, in, ld, weight, bias, initial_state,
+                         r.scratch(B, T, {.d_inner = D, .d_conv = W}), B, T, D, W, nullptr);
+    }};
+}
+
+// B_t, C_t and z lie where the Model has them: in rows [dt | B | C] of R + 2N, and [x | z] of 2D; with R = 0 and slices = false, alone.
+Case scan(int B, int T, int D, int N, bool initial, bool final, int R = 0, bool slices = false, double dt_mean = -1) {
+    return {title("scan", {{"B", B}, {"T", T}, {"D", D}, {"N", N}, {"initial", initial}, {"final", final}, {"R", R}, {"slices", slices},
+                           {"dt", dt_mean}}), [=](Run& r) {
+        const int rows = B * T, ld_bc = slices ? R + 2 * N : N, ld_z = slices ? 2 * D : D;
+        const Shape shape{rows, D}, b_shape{rows, N, ld_bc, slices ? R : 0}, c_shape{rows, N, ld_bc, slices ? R + N : 0},
+            z_shape{rows, D, ld_z, slices ? D : 0}, state{B * D, N};
+        const floatX* u = r.in<floatX>("u", shape);
+        const floatX* dt = r.in<floatX>("dt", shape);
+        const floatX* B_t = r.in<floatX>("B_t", b_shape);
+        const floatX* C_t = r.in<floatX>("C_t", c_shape);
+        const floatX* z = r.in<floatX>("z", z_shape);
+        const real* A_log = r.in<real>("A_log", {D, N}, [N](uint64_t stream, int64_t i) {
+            return std::log(1 + i % N) + 0.1 * random_normal(seed, stream, i);
+        });
+        const real* skip = r.in<real>("skip", D, normal(0.2, 1));
+        const real* dt_bias = r.in<real>("dt_bias", D, normal(0.5, dt_mean));
+        const real* initial_state = r.in<real>("initial_state", initial ? state : 0);
+        floatX* out = r.out<floatX>("out", shape);
+        real* final_state = r.out<real>("final_state", final ? state : 0);
+        real* chunk_states = r.out<real>("chunk_states", {B * scan_chunks(T) * D, N});
+        void* scratch = r.scratch(B, T, {.d_inner = D, .d_state = N});
+        r->scan_forward(out, final_state, chunk_states, u, dt, B_t, C_t, ld_bc, z, ld_z, A_log, skip, dt_bias, initial_state, scratch,
+                        B, T, D, N, nullptr);
+        if (r.forward_only) return;
+        const floatX* d_out = r.in<floatX>("d_out", shape);
+        const real* d_final_state = r.in<real>("d_final_state", final ? state : 0);
+        floatX* d_u = r.out<floatX>("d_u", shape);
+        floatX* d_dt = r.out<floatX>("d_dt", shape);
+        floatX* d_B_t = r.out<floatX>("d_B_t", b_shape);
+        floatX* d_C_t = r.out<floatX>("d_C_t", c_shape);
+        floatX* d_z = r.out<floatX>("d_z", z_shape);
+        real* d_A_log = r.out<real>("d_A_log", {D, N}, accumulated);
+        real* d_skip = r.out<real>("d_skip", D, accumulated);
+        real* d_dt_bias = r.out<real>("d_dt_bias", D, accumulated);
+        real* d_initial_state = r.out<real>("d_initial_state", initial ? state : 0);
+        r->scan_backward(d_u, d_dt, d_B_t, d_C_t, d_z, d_A_log, d_skip, d_dt_bias, d_initial_state, d_out, d_final_state, u, dt, B_t, C_t,
+                         ld_bc, z, ld_z, A_log, skip, dt_bias, chunk_states, scratch, B, T, D, N, nullptr);
+    }};
+}
+
+// Router, dispatch, experts, combine. skew: how much lower each expert's logits are than those of the one before it.
+struct Moe {
+    int rows, C, F, E, K, capacity;
+    bool swiglu = false, renormalize = false, accumulate = false;
+    double skew = 0, balance_weight = 0.3, z_weight = 0.2;
+};
+Case moe(Moe m) {
+    return {title("moe", {{"rows", m.rows}, {"C", m.C}, {"F", m.F}, {"E", m.E}, {"K", m.K}, {"capacity", m.capacity},
+                          {"swiglu", m.swiglu}, {"renormalize", m.renormalize}, {"accumulate", m.accumulate}, {"skew", m.skew}}),
+            [=](Run& r) {
+        const auto& [rows, C, F, E, K, capacity, swiglu, renormalize, accumulate, skew, balance_weight, z_weight] = m;
+        const int slots = expert_slots(rows, E, K, capacity), F_in = swiglu ? 2 * F : F;
+        void* scratch = r.scratch(1, rows, {.d_model = C, .experts = E, .top_k = K});
+        const floatX* x = r.in<floatX>("x", {rows, C}, normal(1, 0.5));
+        const real* router = r.in<real>("router", {E, C}, [C = C, skew = skew](uint64_t stream, int64_t i) {
+            return random_normal(seed, stream, i) / std::sqrt(C) - 2 * skew * (i / C) / C;
+        });
+        const floatX* in_weight = r.in<floatX>("in_weight", {E * F_in, C}, normal(1 / std::sqrt(C)));
+        const floatX* out_weight = r.in<floatX>("out_weight", {E * C, F}, normal(1 / std::sqrt(F)));
+
+        real* probs = r.out<real>("probs", {rows, E});
+        real* lse = r.out<real>("lse", rows);
+        int* experts = r.out<int>("experts", {rows, K});
+        real* gates = r.out<real>("gates", {rows, K});
+        r->router_forward(probs, lse, experts, gates, x, router, scratch, rows, C, E, K, renormalize, nullptr);
+        int* slot = r.out<int>("slot", {rows, K});
+        int* choice = r.out<int>("choice", slots);
+        int* load = r.out<int>("load", E);
+        int* offset = r.out<int>("offset", E + 1);
+        r->dispatch_plan(slot, choice, load, offset, experts, scratch, rows, E, K, capacity, nullptr);
+        real* losses = r.out<real>("losses", 2, accumulated);
+        r->router_losses(losses, probs, lse, load, scratch, rows, E, nullptr);
+        std::vector<int> offset_on_host(E + 1);
+        r->download(offset_on_host.data(), offset, (E + 1) * sizeof(int), nullptr);
+        const int* host_offset = capacity ? nullptr : offset_on_host.data();
+        floatX* dispatched = r.out<floatX>("dispatched", {slots, C});
+        r->dispatch_forward(dispatched, x, choice, slots, C, K, nullptr);
+        floatX* hidden_in = r.out<floatX>("hidden_in", {slots, F_in});
+        r->experts_forward(hidden_in, dispatched, in_weight, host_offset, slots, C, F_in, E, capacity, nullptr);
+        floatX* hidden = r.out<floatX>("hidden", {slots, F});
+        if (swiglu) r->swiglu_forward(hidden, hidden_in, slots, F, nullptr);
+        else r->relu_forward(hidden, hidden_in, int64_t(slots) * F, nullptr);
+        floatX* y = r.out<floatX>("y", {slots, C});
+        r->experts_forward(y, hidden, out_weight, host_offset, slots, F, C, E, capacity, nullptr);
+        floatX* out = r.out<floatX>("out", {rows, C}, accumulate);
+        r->combine_forward(out, y, gates, slot, rows, C, K, accumulate, nullptr);
+        if (r.forward_only) return;
+
+        const floatX* d_out = r.in<floatX>("d_out", {rows, C});
+        r.in<real>("d_losses", 2, constants({balance_weight, z_weight}));
+        floatX* d_y = r.out<floatX>("d_y", {slots, C});
+        real* d_gates = r.out<real>("d_gates", {rows, K});
+        r->combine_backward(d_y, d_gates, d_out, y, gates, slot, choice, rows, slots, C, K, nullptr);
+        floatX* d_hidden = r.out<floatX>("d_hidden", {slots, F});
+        real* d_out_weight = r.out<real>("d_out_weight", {E * C, F}, accumulated);
+        r->experts_backward(d_hidden, d_out_weight, d_y, hidden, out_weight, host_offset, slots, F, C, E, capacity, nullptr);
+        floatX* d_hidden_in = r.out<floatX>("d_hidden_in", {slots, F_in});
+        if (swiglu) r->swiglu_backward(d_hidden_in, d_hidden, hidden_in, slots, F, nullptr);
+        else r->relu_backward(d_hidden_in, d_hidden, hidden_in, int64_t(slots) * F, nullptr);
+        floatX* d_dispatched = r.out<floatX>("d_dispatched", {slots, C});
+        real* d_in_weight = r.out<real>("d_in_weight", {E * F_in, C}, accumulated);
+        r->experts_backward(d_dispatched, d_in_weight, d_hidden_in, dispatched, in_weight, host_offset, slots, C, F_in, E, capacity,
+                            nullptr);
+        floatX* d_x = r.out<floatX>("d_x", {rows, C}, accumulate);
+        r->dispatch_backward(d_x, d_dispatched, slot, rows, C, K, accumulate, nullptr);
+        real* d_router = r.out<real>("d_router", {E, C}, accumulated);
+        r->router_backward(d_x, d_router, d_gates, probs, lse, experts, gates, load, x, router, scratch, rows, C, E, K, renormalize,
+                           real(balance_weight), real(z_weight), nullptr);
+    }};
+}
+
+Case feed_forward(int rows, int C, int F) {
+    return {title("feed-forward", {{"rows", rows}, {"C", C}, {"F", F}}), [=](Run& r) {
+        const floatX* x = r.in<floatX>("x", {rows, C});
+        const floatX* gate_up_weight = r.in<floatX>("gate_up_weight", {2 * F, C}, normal(1 / std::sqrt(C)));
+        const floatX* down_weight = r.in<floatX>("down_weight", {C, F}, normal(1 / std::sqrt(F)));
+        floatX* gate_up = r.out<floatX>("gate_up", {rows, 2 * F});
+        r->linear_forward(gate_up, 2 * F, x, C, gate_up_weight, rows, C, 2 * F, false, nullptr);
+        floatX* hidden = r.out<floatX>("hidden", {rows, F});
+        r->swiglu_forward(hidden, gate_up, rows, F, nullptr);
+        floatX* out = r.out<floatX>("out", {rows, C});
+        r->linear_forward(out, C, hidden, F, down_weight, rows, F, C, false, nullptr);
+        if (r.forward_only) return;
+        const floatX* d_out = r.in<floatX>("d_out", {rows, C});
+        floatX* d_hidden = r.out<floatX>("d_hidden", {rows, F});
+        real* d_down_weight = r.out<real>("d_down_weight", {C, F}, accumulated);
+        r->linear_backward(d_hidden, F, d_down_weight, d_out, C, hidden, F, down_weight, rows, F, C, false, nullptr);
+        floatX* d_gate_up = r.out<floatX>("d_gate_up", {rows, 2 * F});
+        r->swiglu_backward(d_gate_up, d_hidden, gate_up, rows, F, nullptr);
+        floatX* d_x = r.out<floatX>("d_x", {rows, C});
+        real* d_gate_up_weight = r.out<real>("d_gate_up_weight", {2 * F, C}, accumulated);
+        r->linear_backward(d_x, C, d_gate_up_weight, d_gate_up, 2 * F, x, C, gate_up_weight, rows, C, 2 * F, false, nullptr);
+    }};
+}
+
+Case relu(int count, bool in_place) {
+    return {title("relu", {{"count", count}, {"in_place", in_place}}), [=](Run& r) {
+        floatX* in = r.in<floatX>("in", count);
+        floatX* out = in_place ? in : r.out<floatX>("out", count);
+        r->relu_forward(out, in, count, nullptr);
+        if (in_place) r.becomes("out", in);
+        if (r.forward_only) return;
+        floatX* d_out = r.in<floatX>("d_out", count);
+        floatX* d_in = in_place ? d_out : r.out<floatX>("d_in", count);
+        r->relu_backward(d_in, d_out, in, count, nullptr);
+        if (in_place) r.becomes("d_in", d_out);
+    }};
+}
+
+Case classifier(int rows, int V, int ld, double d_loss, double mean = 0) {
+    return {title("classifier", {{"rows", rows}, {"V", V}, {"ld", ld}, {"d_loss", d_loss}, {"mean", mean}}), [=](Run& r) {
+        floatX* logits = r.in<floatX>("logits", {rows, V, ld, 0}, normal(3, mean));
+        const int* targets = r.in<int>("targets", rows, integers(-1, V));
+        real* losses = r.out<real>("losses", rows);
+        r->classifier(losses, logits, targets, rows, V, ld, real(d_loss), nullptr);
+        if (d_loss == 0) return;  // then the logits must still be what they were
+        r.in<real>("d_losses", rows, constants({d_loss}));
+        r.becomes("d_logits", logits, Shape{rows, ld});
+    }};
+}
+Case head(int rows, int C, int V, int ld, double d_loss) {
+    return {title("head", {{"rows", rows}, {"C", C}, {"V", V}, {"ld", ld}}), [=](Run& r) {
+        const floatX* x = r.in<floatX>("x", {rows, C});
+        const floatX* weight = r.in<floatX>("weight", {ld, C});
+        const int* targets = r.in<int>("targets", rows, integers(-1, V));
+        floatX* logits = r.out<floatX>("logits", {rows, ld});
+        r->linear_forward(logits, ld, x, C, weight, rows, C, ld, false, nullptr);
+        real* losses = r.out<real>("losses", rows);
+        r->classifier(losses, logits, targets, rows, V, ld, real(d_loss), nullptr);
+        r.becomes("d_logits", logits);
+        if (r.forward_only) return;
+        r.in<real>("d_losses", rows, constants({d_loss}));
+        floatX* d_x = r.out<floatX>("d_x", {rows, C});
+        real* d_weight = r.out<real>("d_weight", {ld, C}, accumulated);
+        r->linear_backward(d_x, C, d_weight, logits, ld, x, C, weight, rows, C, ld, false, nullptr);
+    }};
+}
+
+Case softmax(int rows, int V, int ld, double temperature, double mean = 0) {
+    return {title("softmax", {{"rows", rows}, {"V", V}, {"ld", ld}, {"temperature", temperature}, {"mean", mean}}), [=](Run& r) {
+        const floatX* logits = r.in<floatX>("logits", {rows, V, ld, 0}, normal(3, mean));
+        r->softmax_forward(r.out<real>("probs", {rows, V}), logits, rows, V, ld, real(temperature), nullptr);
+    }};
+}
+
+Case sums(int count) {
+    return {title("sum, sum_of_squares", {{"count", count}}), [=](Run& r) {
+        const real* in = r.in<real>("in", count, normal(1, 0.5));
+        void* scratch = r.scratch(1, 1, {});
+        r->sum(r.out<real>("sum", 1, accumulated), in, scratch, count, nullptr);
+        r->sum_of_squares(r.out<real>("sum of squares", 1, accumulated), in, scratch, count, nullptr);
+    }};
+}
+
+Case adamw(int count, int step, bool with_weight) {
+    return {title("adamw", {{"count", count}, {"step", step}, {"weight", with_weight}}), [=](Run& r) {
+        real* master = r.in<real>("master", count);
+        real* m = r.in<real>("m", count, normal(0.1));
+        real* v = r.in<real>("v", count, [](uint64_t stream, int64_t i) { return 0.1 * random_uniform(seed, stream, i); });
+        const real* grad = r.in<real>("grad", count);
+        floatX* weight = r.out<floatX>("weight", with_weight * count);
+        r->adamw(master, weight, m, v, grad, count, real(0.01), real(0.9), real(0.95), real(1e-8), real(0.1), real(0.7), step, nullptr);
+        r.becomes("new master", master);
+        r.becomes("new m", m);
+        r.becomes("new v", v);
+    }};
+}
+
+// Sizes: one element; no multiple of a vector, warp, block or chunk; several of each.
+const std::vector<Case>& cases() {
+    const int chunk = kScanChunk;
+    static const std::vector<Case> all = {
+        embedding(1, 3, 1), embedding(67, 11, 40), embedding(130, 300, 17), embedding(200, 2, 5),
+        rmsnorm(1, 1, true, false), rmsnorm(5, 40, true, false), rmsnorm(67, 33, false, false), rmsnorm(9, 1032, true, true),
+        linear(1, 1, 1, 0, false), linear(5, 7, 9, 0, true), linear(37, 24, 40, 6, false), linear(64, 33, 17, 3, true),
+        conv(1, 1, 1, 4, 0, false, false), conv(3, 1, 21, 4, 21, true, true), conv(2, 2, 40, 4, 40, true, true),
+        conv(1, 67, 24, 4, 3, false, true), conv(2, 133, 21, 2, 0, true, false), conv(3, 70, 128, 4, 128, false, false),
+        conv(1, 9, 16, 4, 16, false, false, 1),
+        conv(1, 12, 16, 8, 0, true, true), conv(2, 9, 16, 1, 0, false, false),
+        scan(1, 1, 1, 1, false, false), scan(3, 1, 21, 16, true, true, 3, true), scan(1, 67, 24, 16, false, false),
+        scan(2, 3 * chunk + 5, 21, 5, true, true, 3, true), scan(1, chunk, 128, 16, true, false),
+        scan(3, chunk + 1, 40, 24, false, true, 1, true),
+        scan(1, 2 * chunk, 136, 16, false, false, 8, true), scan(1, chunk + 6, 5, 128, true, true),
+        scan(2, 41, 16, 16, false, true, 0, false, 16),
+        moe({.rows = 1, .C = 3, .F = 5, .E = 1, .K = 1, .capacity = 0}),
+        moe({.rows = 37, .C = 24, .F = 40, .E = 4, .K = 1, .capacity = 9, .skew = 0.5}),
+        moe({.rows = 37, .C = 17, .F = 9, .E = 5, .K = 2, .capacity = 0, .swiglu = true, .renormalize = true, .accumulate = true}),
+        moe({.rows = 29, .C = 16, .F = 24, .E = 4, .K = 2, .capacity = 6, .swiglu = true, .accumulate = true, .skew = 1}),
+        moe({.rows = 5, .C = 8, .F = 12, .E = 13, .K = 1, .capacity = 1}),
+        moe({.rows = 6, .C = 8, .F = 4, .E = 40, .K = 3, .capacity = 0, .renormalize = true}),
+        moe({.rows = 11, .C = 40, .F = 8, .E = 4, .K = 4, .capacity = 0, .swiglu = true, .renormalize = true}),
+        moe({.rows = 300, .C = 8, .F = 8, .E = 8, .K = 2, .capacity = 70, .skew = 0.2}),
+        feed_forward(1, 1, 1), feed_forward(37, 24, 21), feed_forward(16, 8, 64),
+        relu(1, false), relu(1003, true), relu(4096, false),
+        classifier(1, 1, 1, 1), classifier(37, 37, 40, 0.25), classifier(5, 37, 40, 0), classifier(9, 1500, 1504, 0.1),
+        classifier(3, 37, 40, 0.5, -100),
+        head(21, 24, 13, 16, 0.5),
+        softmax(1, 5, 8, 1), softmax(3, 37, 40, 0.7), softmax(2, 1500, 1504, 1.3), softmax(2, 37, 40, 1, -100),
+        sums(1), sums(1000), sums(70001),
+        adamw(1, 1, true), adamw(1003, 3, true), adamw(4096, 100, false),
+    };
+    return all;
+}
+// Several tiles of the counting sort: too many rows for finite differences.
+const std::vector<Case>& long_cases() {
+    static const std::vector<Case> all = {embedding(9000, 300, 2),
+                                          moe({.rows = 9000, .C = 2, .F = 2, .E = 3, .K = 1, .capacity = 2900})};
+    return all;
+}
+
+// ------------------------------------------------------------------------------------------------------------------
+// What every layer must do
+
+// Inputs are as they were; outputs are written everywhere, and nowhere else.
+void check_memory(const Run& r) {
+    for (const Array& a : r.arrays) {
+        if (a.rewritten) continue;
+        INFO(r.on.device << ": " << a.name);
+        std::vector<unsigned char> others = a.after;
+        if (a.role != Array::input) {
+            const size_t element = a.after.size() / a.shape.size();
+            bool written = true;
+            for (int64_t i = 0; i < a.shape.count(); ++i) {
+                const int64_t at = a.shape.at(i);
+                written &= a.integer ? a.get(a.after.data(), at) != kIntegerPoison : std::isfinite(a.get(a.after.data(), at));
+                memcpy(&others[at * element], &a.before[at * element], element);
+            }
+            CHECK(written);
+        }
+        CHECK((others == a.before));
+    }
+}
+
+void check_close(const Run& got, const Run& want) {
+    REQUIRE(got.arrays.size() == want.arrays.size());
+    for (size_t i = 0; i < got.arrays.size(); ++i) {
+        const Array &a = got.arrays[i], &b = want.arrays[i];
+        if (a.role == Array::input || a.rewritten) continue;
+        INFO(got.on.device << " against " << want.on.device << ": " << a.name);
+        CHECK(distance(a.values(a.after), b.values(b.after)) <= (a.integer ? 0 : kClose));
+    }
+}
+
+void check_same_bits(const Run& got, const Run& want) {
+    for (size_t i = 0; i < got.arrays.size(); ++i) {
+        INFO(got.on.device << ": " << got.arrays[i].name);
+        CHECK((got.arrays[i].after == want.arrays[i].after));
+    }
+}
+
+TEST_CASE("a layer gives the same on the GPU as on the CPU, and the same bits in every schedule", "[layers][gpu]") {
+    if (!gpu_is_here()) return;
+    for (const auto& list : {cases(), long_cases()})
+        for (const Case& c : list) DYNAMIC_SECTION(c.name) {
+            INFO("MOEMAMBA_TEST_SEED=" << seed);
+            const Run want(cpu::layers, c.body), got(gpu::layers, c.body);
+            check_memory(want);
+            check_memory(got);
+            check_close(got, want);
+            for (int schedule = 1; schedule < kSchedules; ++schedule) {
+                const Schedule set(schedule);
+                INFO("schedule " << schedule);
+                check_same_bits(Run(gpu::layers, c.body), got);
+            }
+        }
+}
+
+TEST_CASE("a layer gives the same with one thread as with two, and with two always the same bits", "[layers][threads]") {
+    for (const Case& c : cases()) DYNAMIC_SECTION(c.name) {
+        INFO("MOEMAMBA_TEST_SEED=" << seed);
+        auto run = [&](int threads) {
+            const int before = omp_get_max_threads();
+            omp_set_num_threads(threads);
+            Run r(cpu::layers, c.body);
+            omp_set_num_threads(before);
+            return r;
+        };
+        const Run one = run(1), two = run(2), again = run(2);
+        check_close(two, one);
+        check_same_bits(again, two);
+    }
+}
+
+// ------------------------------------------------------------------------------------------------------------------
+// Finite differences
+
+// The slope of f at 0: central differences, extrapolated from two step sizes. Where these disagree there is a kink (ReLU) or a jump
+// (another expert) within reach, or strong curvature: then closer.
+double slope(const std::function<double(double)>& f) {
+    double best = NAN, least = INFINITY;
+    for (double h : {1e-4, 1e-5, 1e-6}) {
+        const double near = (f(h) - f(-h)) / (2 * h), far = (f(2 * h) - f(-2 * h)) / (4 * h), apart = std::fabs(near - far);
+        if (apart < least) least = apart, best = (4 * near - far) / 3;
+        if (apart <= 1e-7 * std::fabs(near)) break;
+    }
+    return best;
+}
+
+// f is the objective at a displacement of the tensor: of a small one each element in turn, else all of them, with random signs.
+void check_gradient(const std::string& name, const std::vector<double>& gradient, int directions,
+                    const std::function<double(const std::vector<double>& displacement)>& f) {
+    const size_t n = gradient.size();
+    const bool each = n <= 12 && directions > 1;
+    std::vector<double> got, want;
+    for (size_t i = 0; i < (each ? n : directions); ++i) {
+        std::vector<double> direction(n), displacement(n);
+        for (size_t j = 0; j < n; ++j) direction[j] = each ? i == j : random_bits(seed + i, stream_of(name), j) & 1 ? 1 : -1;
+        got.push_back(std::inner_product(gradient.begin(), gradient.end(), direction.begin(), 0.0));
+        want.push_back(slope([&](double step) {
+            for (size_t j = 0; j < n; ++j) displacement[j] = step * direction[j];
+            return f(displacement);
+        }));
+    }
+    INFO(name);
+    CHECK(distance(got, want) <= 1e-6);
+}
+
+TEST_CASE("a layer's gradients are those of its forward function", kDouble ? "[layers][fd]" : "[.double]") {
+    for (const Layers* on : devices())
+        for (const Case& c : cases()) DYNAMIC_SECTION(on->device << ": " << c.name) {
+            INFO("MOEMAMBA_TEST_SEED=" << seed);
+            const Run base(*on, c.body);
+            std::vector<const Array*> upstream;
+            for (const Array& a : base.arrays) {
+                if (!a.name.starts_with("d_")) continue;
+                INFO(a.name << " belongs to a tensor");
+                REQUIRE(base.find(a.name.substr(2)));
+                if (a.role != Array::input) continue;
+                REQUIRE(base.find(a.name.substr(2))->role != Array::input);
+                upstream.push_back(&a);
+            }
+            for (const Array& gradient : base.arrays) {
+                if (gradient.role == Array::input || !gradient.name.starts_with("d_")) continue;
+                const Array& of = *base.find(gradient.name.substr(2));
+                if (of.role != Array::input) continue;  // of something in between
+                const std::vector<double> all = gradient.result();
+                std::vector<double> own(of.shape.count());  // a gradient may have more columns
+                for (int64_t i = 0; i < of.shape.count(); ++i) own[i] = all[i / of.shape.width * gradient.shape.width + i % of.shape.width];
+                check_gradient(gradient.name, own, 4, [&](const std::vector<double>& displacement) {
+                    const Run moved(*on, c.body, true, [&](const Array& a) -> std::optional<std::vector<double>> {
+                        const Array& same = *base.find(a.name);
+                        std::vector<double> values = same.values(same.before);
+                        for (size_t i = 0; &same == &of && i < values.size(); ++i) values[i] += displacement[i];
+                        return values;
+                    });
+                    double objective = 0;  // its change: the difference of elements, not of sums, keeps the digits
+                    for (const Array* up : upstream) {
+                        const Array *out = moved.find(up->name.substr(2)), *still = base.find(out->name);
+                        const std::vector<double> weight = up->values(up->before);
+                        const std::vector<double> a = out->values(out->after), b = still->values(still->after);
+                        for (size_t i = 0; i < a.size(); ++i) objective += weight[i] * (a[i] - b[i]);
+                    }
+                    return objective;
+                });
+            }
+        }
+}
+
+// ------------------------------------------------------------------------------------------------------------------
+// References: layers held against files that PyTorch and transformers wrote
+
+const std::string oracle = getenv("MOEMAMBA_ORACLE") ? getenv("MOEMAMBA_ORACLE") : "oracle";
+constexpr double kOracleClose = by_precision(1e-10, 1e-5, 3e-2);  // bf16: the inputs themselves are rounded
+
+std::vector<std::string> split(const std::string& names) {
+    std::vector<std::string> all;
+    std::istringstream text(names);
+    for (std::string name; std::getline(text, name, '+');) all.push_back(name);
+    return all;
+}
+// A tensor of the file. "a+b": both, one after the other; for each expert, if they have three dimensions.
+std::vector<double> read(const Safetensors& file, const std::string& names) {
+    std::vector<std::vector<double>> parts;
+    size_t blocks = 1;
+    for (const std::string& name : split(names)) {
+        const Safetensors::Entry& entry = file.find(name);
+        if (entry.shape.size() == 3) blocks = entry.shape[0];
+        file.read(name, parts.emplace_back(entry.count).data());
+    }
+    std::vector<double> all;
+    for (size_t b = 0; b < blocks; ++b)
+        for (const auto& part : parts) all.insert(all.end(), &part[part.size() / blocks * b], &part[0] + part.size() / blocks * (b + 1));
+    return all;
+}
+
+using Names = std::map<std::string, std::string>;
+struct Reference {
+    std::string file, prefix;
+    Case layer;
+    Names names;                   // of our tensors, where the file has others; "": it has none
+    std::set<std::string> unused;  // what only the file has
+
+    // There X.grad is the gradient of X, and dX an upstream one.
+    std::string find(const std::string& ours, bool input) const {
+        auto known = names.find(ours);
+        std::string found = known == names.end() ? ours : known->second, all;
+        const bool derived = known == names.end() && ours.starts_with("d_");
+        if (derived) {
+            known = names.find(ours.substr(2));
+            found = known == names.end() ? ours.substr(2) : known->second;
+        }
+        for (const std::string& name : split(found))
+            all += (all.empty() ? "" : "+") + prefix + (derived && input ? "d" : "") + name + (derived && !input ? ".grad" : "");
+        return all;
+    }
+};
+Names operator+(Names a, const Names& b) {
+    for (const auto& [key, value] : b) a[key] = value;
+    return a;
+}
+
+const std::vector<Reference>& references() {
+    const std::string layers = "layers.safetensors";
+    const Names conv_names = {{"in", "x"}, {"initial_state", "state"}, {"final_state", "state_out"}},
+        conv_final = conv_names + Names{{"d_in", "x.grad_with_state"}, {"d_initial_state", "state.grad_with_state"}},
+        switch_names = {{"router", "router.weight"}, {"in_weight", "wi"}, {"out_weight", "wo"}, {"probs", "router_probs"},
+            {"experts", "expert_index"}, {"gates", ""}, {"losses", "aux_loss+z_loss"}, {"d_losses", ""}},
+        swiglu_names = switch_names + Names{{"in_weight", "gate+up"}, {"out_weight", "down"}, {"gates", "expert_weight"}};
+    const std::set<std::string> conv_unused = {"state_out", "dstate_out", "x.grad_with_state", "state.grad_with_state"},
+        final_unused = {"x.grad", "state.grad"}, moe_unused = {"router_logits", "router_logits.grad", "kept", "loss"},
+        switch_unused = {"router_logits", "router_logits.grad", "kept", "loss", "expert_weight"};  // theirs is 0 for a dropped token
+    const Moe switch_moe{.rows = 24, .C = 12, .F = 20, .E = 4, .K = 1, .capacity = 6, .balance_weight = 0.01, .z_weight = 0.001};
+    Moe mixtral = switch_moe, jamba;
+    mixtral.rows = 17, mixtral.K = 2, mixtral.capacity = 0, mixtral.swiglu = true;
+    jamba = mixtral;
+    mixtral.renormalize = true;
+    static std::vector<Reference> all = {
+        {layers, "rms_norm.", rmsnorm(10, 24, true, false), {{"branch", "x"}}, {}},
+        {layers, "conv1d.", conv(2, 9, 20, 4, 0, true, false), conv_names, conv_unused},
+        {layers, "conv1d.", conv(2, 9, 20, 4, 0, true, true), conv_final, final_unused},
+        {layers, "conv1d_short.", conv(2, 2, 20, 4, 0, true, false), conv_names, conv_unused},
+        {layers, "conv1d_short.", conv(2, 2, 20, 4, 0, true, true), conv_final, final_unused},
+        {layers, "scan.", scan(2, 37, 20, 16, true, true), {{"dt", "dt_raw"}, {"B_t", "B"}, {"C_t", "C"}, {"skip", "D"},
+            {"initial_state", "h0"}, {"final_state", "h_last"}}, {"y", "A", "A.grad"}},
+        {layers, "swiglu.", feed_forward(10, 12, 20), {{"gate_up_weight", "gate+up"}, {"down_weight", "down"}}, {}},
+        {layers, "embedding.", embedding(18, 11, 8), {{"table", "weight"}}, {}},
+        {layers, "linear.", linear(10, 12, 20, 0, false), {{"in", "x"}, {"out", ""}, {"d_out", "dout"}}, {"out", "bias", "bias.grad"}},
+        {layers, "classifier.", head(14, 12, 13, 16, 1 / 14.0), {{"d_losses", ""}}, {"logits", "loss"}},
+    };
+    if (!kMixedPrecision && all.size() == 10)  // a router that sees rounded inputs may choose another expert
+        all.insert(all.end(), {{"switch.safetensors", "", moe(switch_moe), switch_names, switch_unused},
+                               {"mixtral.safetensors", "", moe(mixtral), swiglu_names, moe_unused},
+                               {"jamba_moe.safetensors", "", moe(jamba), swiglu_names, moe_unused}});
+    return all;
+}
+
+TEST_CASE("layers agree with PyTorch and transformers", "[layers][oracle]") {
+    for (const Layers* on : devices())
+        for (const Reference& ref : references()) DYNAMIC_SECTION(on->device << ": " << ref.file << ' ' << ref.layer.name) {
+            const Safetensors file(oracle + "/" + ref.file);
+            std::set<std::string> used;
+            auto use = [&](const std::string& names) {
+                for (const std::string& name : split(names)) used.insert(name);
+                return read(file, names);
+            };
+            const Run run(*on, ref.layer.body, false, [&](const Array& a) -> std::optional<std::vector<double>> {
+                if (a.role == Array::sum) return std::vector<double>(a.shape.count());
+                const std::string name = ref.find(a.name, true);
+                if (name.empty()) return std::nullopt;
+                return use(name);
+            });
+            for (const Array& a : run.arrays) {
+                const std::string name = ref.find(a.name, false);
+                if (a.role == Array::input || a.rewritten || name.empty() || !file.has(split(name)[0])) continue;
+                INFO(a.name << " against " << name);
+                CHECK(distance(a.result(), use(name)) <= kOracleClose);
+            }
+            for (const auto& [name, entry] : file.entries) {
+                if (!name.starts_with(ref.prefix)) continue;
+                INFO(name << " has been compared");
+                CHECK(used.count(name) + ref.unused.count(name.substr(ref.prefix.size())) == 1);
+            }
+        }
+}
+
+// ------------------------------------------------------------------------------------------------------------------
+// Traffic: device memory is what bounds the scan on a GPU
+
+#ifndef USE_CUDA
+TEST_CASE("the scan moves at most 1.3 times the bytes that it must, as its table says", kDouble ? "[.not double]" : "[traffic]") {
+    if (!simt::watched) {
+        printf("skipped: memory traffic, which only builds with -fsanitize=thread count\n");
+        return;
+    }
+    const int B = 3, T = 512, D = 256, N = 16;  // enough blocks for one segment; long enough for what is per sequence to vanish
+    simt::traffic_reset();
+    const Run run(gpu::layers, scan(B, T, D, N, false, false).body);
+    auto bytes = [&](const std::string& prefix) {  // per token and channel
+        double all = 0;
+        for (const auto& [kernel, t] : simt::traffics)
+            if (kernel.starts_with(prefix)) {
+                all += double(t.read + t.written) / (B * T * D);
+                printf("%-36s %6.2f bytes read, %6.2f written per token and channel (%s)\n", kernel.c_str(), double(t.read) / (B * T * D),
+                       double(t.written) / (B * T * D), kPrecision);
+            }
+        return all;
+    };
+    const double forward = bytes("scan_forward"), backward = bytes("scan_backward");
+    CHECK(forward <= 1.3 * 4 * sizeof(floatX));   // u, dt, z; out
+    CHECK(backward <= 1.3 * 7 * sizeof(floatX));  // u, dt, z, d_out; d_u, d_dt, d_z
+    CHECK(distance({forward, backward}, {by_precision(NAN, 19, 9.5), by_precision(NAN, 35, 17.5)}) <= 0.04);
+}
+#endif
+
+// ------------------------------------------------------------------------------------------------------------------
+// Models
+
+struct Family {
+    const char* name;
+    Config config;
+};
+const std::vector<Family>& families() {
+    static const std::vector<Family> all = [] {
+        std::vector<Family> f = {{"Mamba", {.layers = "MM"}}, {"Mamba-MLP", {.layers = "MF"}}, {"MoE-Mamba", {.layers = "ME*2"}},
+                                 {"parallel MoE-Mamba", {.layers = "(ME)*2"}},
+                                 {"Mixtral's experts", {.layers = "ME", .top_k = 2, .capacity = 0, .swiglu_experts = 1, .renormalize = 1}},
+                                 {"Jamba's experts", {.layers = "(MF)E", .top_k = 2, .capacity = 1.25, .swiglu_experts = 1, .z_loss = 0.02,
+                                                      .tied = 1}}};
+        for (auto& [name, c] : f) {
+            c.vocab = 37, c.d_model = 16, c.d_inner = 24, c.d_state = 5, c.dt_rank = 3, c.d_ff = c.d_expert = 20, c.experts = 4;
+            c.balance_loss = 0.05;
+        }
+        return f;
+    }();
+    return all;
+}
+
+template <class T> std::vector<double> get(const Layers& on, const T* from, int64_t count) {
+    std::vector<T> all(count);
+    on.download(all.data(), from, count * sizeof(T), nullptr);
+    std::vector<double> wide(count);
+    for (int64_t i = 0; i < count; ++i) wide[i] = widen(all[i]);
+    return wide;
+}
+template <class T> void put(const Layers& on, T* to, const std::vector<double>& values) {
+    std::vector<T> all(values.size());
+    for (size_t i = 0; i < values.size(); ++i) all[i] = narrow<T>(values[i]);
+    on.upload(to, all.data(), all.size() * sizeof(T), nullptr);
+    on.synchronize(nullptr);
+}
+std::vector<double> weights_of(const Model& model, const Tensor& t) { return get(model.layers, t.master, t.count); }
+std::vector<double> gradient_of(const Model& model, const Tensor& t) { return get(model.layers, t.grad, t.count); }
+void set_weights(const Model& model, const Tensor& t, const std::vector<double>& values, int64_t offset = 0) {
+    put(model.layers, t.master + offset, values);
+    if (kMixedPrecision) put(model.layers, t.weight + offset, values);
+}
+
+struct Batch {
+    int B, T;
+    std::vector<int> tokens, targets;
+    Batch(int V, int B, int T) : B(B), T(T), tokens(B * T), targets(B * T) {
+        for (int i = 0; i < B * T; ++i) tokens[i] = int(random_bits(seed, 100, i) % V), targets[i] = int(random_bits(seed, 101, i) % V);
+    }
+    std::vector<int> columns(int first, int count) const {  // tokens (B, count)
+        std::vector<int> all;
+        for (int b = 0; b < B; ++b) all.insert(all.end(), &tokens[b * T + first], &tokens[b * T + first] + count);
+        return all;
+    }
+};
+
+// Initialised, then moved: at initialisation many numbers are round, and some gradients nearly zero.
+void initialize_off_centre(Model& model) {
+    model.initialize(seed);
+    for (const Tensor* t : model.tensors) {
+        std::vector<double> values = weights_of(model, *t);
+        for (size_t i = 0; i < values.size(); ++i) values[i] += 0.2 * random_normal(seed, stream_of(t->name), i);
+        set_weights(model, *t, values);
+    }
+}
+Losses run_step(Model& model, const Batch& batch) {
+    model.zero_gradients();
+    model.forward_backward(batch.tokens.data(), batch.targets.data(), 1);
+    return model.read_losses();
+}
+std::vector<double> train(Model& model, const std::vector<Batch>& batches, int steps, const AdamW& optimizer) {
+    std::vector<double> losses;
+    for (int step = 1; step <= steps; ++step) {
+        const Losses l = run_step(model, batches[(step - 1) % batches.size()]);
+        losses.push_back(l.cross_entropy);
+        model.update(optimizer, l, step);
+    }
+    return losses;
+}
+
+TEST_CASE("a model's gradients are those of its loss", kDouble ? "[model][fd]" : "[.double]") {
+    for (const Layers* on : devices())
+        for (const Family& f : families()) {
+            // On simt, which is slow, one family: the others' 20 steps are compared with the CPU's to 1e-11 below.
+            if (on != &cpu::layers && std::string(f.name) != "MoE-Mamba") continue;
+            DYNAMIC_SECTION(on->device << ": " << f.name) {
+                INFO("MOEMAMBA_TEST_SEED=" << seed);
+                Model model(f.config, *on);
+                const Batch batch(f.config.vocab, 2, 7);
+                initialize_off_centre(model);
+                model.allocate_training(batch.B, batch.T);
+                run_step(model, batch);
+                std::vector<std::vector<double>> gradients;
+                for (const Tensor* t : model.tensors) gradients.push_back(gradient_of(model, *t));
+                for (size_t i = 0; i < gradients.size(); ++i) {
+                    const Tensor& t = *model.tensors[i];
+                    const std::vector<double> values = weights_of(model, t);
+                    check_gradient(t.name, gradients[i], on == &cpu::layers ? 3 : 1, [&](std::vector<double> moved) {
+                        for (size_t j = 0; j < moved.size(); ++j) moved[j] += values[j];
+                        set_weights(model, t, moved);
+                        const Losses l = run_step(model, batch);
+                        return l.cross_entropy + f.config.balance_loss * l.balance + f.config.z_loss * l.z;
+                    });
+                    set_weights(model, t, values);
+                }
+            }
+        }
+}
+
+TEST_CASE("a prompt at once, in parts, or token by token: the same probabilities", "[model]") {
+    for (const Layers* on : devices())
+        for (const Family& f : families()) DYNAMIC_SECTION(on->device << ": " << f.name) {
+            INFO("MOEMAMBA_TEST_SEED=" << seed);
+            const int T = kScanChunk + 7, V = f.config.vocab, B = 2;
+            Model model(f.config, *on);
+            initialize_off_centre(model);
+            const Batch batch(V, B, T);
+            // Probabilities after T - 2 tokens, after T - 1 and after T, of each sequence, when they came in these parts.
+            auto decode = [&](const std::vector<int>& parts) {
+                DecodeState state;
+                model.start(state, B);
+                std::vector<double> all;
+                int done = 0;
+                for (int part : parts) {
+                    const real* probs = model.decode(state, batch.columns(done, part).data(), part, 0);
+                    if ((done += part) >= T - 2) all.insert(all.end(), probs, probs + B * V);
+                }
+                REQUIRE(done == T);
+                return all;
+            };
+            const std::vector<double> at_once = decode({T - 2, 1, 1});
+            const double tolerance = by_precision(1e-11, 1e-5, 5e-2);
+            CHECK(distance(decode({1, 5, 2, T - 10, 1, 1}), at_once) <= tolerance);
+            CHECK(distance(decode(std::vector<int>(T, 1)), at_once) <= tolerance);
+
+            const std::vector<real> logits = model.logits(batch.tokens.data(), B, T);
+            std::vector<double> probs;
+            for (int t = T - 3; t < T; ++t)
+                for (int b = 0; b < B; ++b) {
+                    const real* row = &logits[(b * T + t) * V];
+                    const double sum = std::accumulate(row, row + V, 0.0, [](double s, real x) { return s + std::exp(double(x)); });
+                    for (int v = 0; v < V; ++v) probs.push_back(std::exp(double(row[v])) / sum);
+                }
+            CHECK(distance(probs, at_once) <= tolerance);
+        }
+}
+
+TEST_CASE("accumulated parts of a batch give the gradients of the whole", "[model]") {
+    for (Family f : families()) DYNAMIC_SECTION(f.name) {
+        f.config.capacity = f.config.balance_loss = f.config.z_loss = 0;  // these depend on the batch as a whole
+        const int parts = 4, T = 9;
+        const Batch batch(f.config.vocab, parts, T);
+        Model whole(f.config, cpu::layers), in_parts(f.config, cpu::layers);
+        initialize_off_centre(whole);
+        initialize_off_centre(in_parts);
+        whole.allocate_training(parts, T);
+        in_parts.allocate_training(1, T);
+        const Losses want = run_step(whole, batch);
+        in_parts.zero_gradients();
+        for (int i = 0; i < parts; ++i) in_parts.forward_backward(&batch.tokens[i * T], &batch.targets[i * T], parts);
+        const Losses got = in_parts.read_losses();
+        const double tolerance = by_precision(1e-12, 1e-5, 3e-2);
+        CHECK(distance({got.cross_entropy, got.grad_norm}, {want.cross_entropy, want.grad_norm}) <= tolerance);
+        for (size_t i = 0; i < whole.tensors.size(); ++i) {
+            INFO(whole.tensors[i]->name);
+            CHECK(distance(gradient_of(in_parts, *in_parts.tensors[i]), gradient_of(whole, *whole.tensors[i])) <= tolerance);
+        }
+    }
+}
+
+TEST_CASE("a saved model, loaded, gives the same logits", "[model]") {
+    const std::string path = std::filesystem::temp_directory_path() / ("moemamba-test-" + std::to_string(getpid()) + ".safetensors");
+    for (const Layers* on : devices())
+        for (const Family& f : families()) DYNAMIC_SECTION(on->device << ": " << f.name) {
+            Model saved(f.config, *on);
+            initialize_off_centre(saved);
+            saved.save(path, {{"note", "of a test"}});
+            const Safetensors file(path);
+            CHECK(file.meta("note") == "of a test");
+            Model loaded(Config::from_json(file.meta("config"), path), *on);
+            loaded.load(path);
+            std::filesystem::remove(path);
+            const Batch batch(f.config.vocab, 2, 5);
+            CHECK((loaded.logits(batch.tokens.data(), 2, 5) == saved.logits(batch.tokens.data(), 2, 5)));
+        }
+}
+
+TEST_CASE("an initialised model knows nothing: its loss is ln V", "[model]") {
+    for (Family f : families()) DYNAMIC_SECTION(f.name) {
+        f.config.vocab = 257, f.config.d_model = 64, f.config.d_inner = f.config.d_expert = f.config.d_ff = 0;
+        Model model(f.config, cpu::layers);
+        model.initialize(seed);
+        const Batch batch(f.config.vocab, 4, 64);
+        CHECK(distance({model.evaluate(batch.tokens.data(), batch.targets.data(), batch.B, batch.T)}, {std::log(257)}) <= 0.02);
+    }
+}
+
+TEST_CASE("a tiny model learns one batch by heart", "[model]") {
+    for (const Family& f : families()) DYNAMIC_SECTION(f.name) {
+        Model model(f.config, cpu::layers);
+        const Batch batch(f.config.vocab, 2, 16);
+        model.initialize(seed);
+        model.allocate_training(batch.B, batch.T);
+        train(model, {batch}, 300, {.lr = 0.01, .weight_decay = 0, .grad_clip = 1});
+        CHECK(run_step(model, batch).cross_entropy < 0.05);
+    }
+}
+
+TEST_CASE("20 training steps: the same losses and the same text on the GPU as on the CPU", "[model][gpu]") {
+    if (!gpu_is_here()) return;
+    for (const Family& f : families()) DYNAMIC_SECTION(f.name) {
+        INFO("MOEMAMBA_TEST_SEED=" << seed);
+        const int B = 2, T = 11, V = f.config.vocab, steps = kMixedPrecision ? 5 : 20;  // bf16's blocks are the widest: slow on simt
+        std::vector<Batch> batches(4, Batch(V, B, T));
+        for (int i = 0; i < 4; ++i)  // something to learn: each sequence counts by threes, from a start of its own
+            for (int r = 0; r < B * T; ++r) {
+                batches[i].tokens[r] = (7 * i + 5 * (r / T) + 3 * (r % T)) % V;
+                batches[i].targets[r] = (batches[i].tokens[r] + 3) % V;
+            }
+        std::vector<std::vector<double>> losses;
+        std::vector<std::vector<int>> texts;
+        for (const Layers* on : {&cpu::layers, &gpu::layers}) {
+            Model model(f.config, *on);
+            model.initialize(seed);
+            model.allocate_training(B, T);
+            losses.push_back(train(model, batches, steps, {.lr = 0.01}));
+            DecodeState state;
+            model.start(state, 1);
+            std::vector<int>& text = texts.emplace_back(1, 4);
+            while (text.size() < 15) text.push_back(sample_token(model.decode(state, &text.back(), 1, 0), V, true, 0, 1, 0));
+        }
+        for (int i = 0; i < steps; ++i) {
+            INFO("step " << i + 1 << ": " << losses[1][i] << " on the GPU, " << losses[0][i] << " on the CPU");
+            CHECK(std::fabs(losses[1][i] - losses[0][i]) <= by_precision(1e-11, 1e-5, 3e-2));
+        }
+        if (kMixedPrecision) continue;
+        CHECK(losses[0].back() < losses[0].front() - 0.3);  // or else they agree on nothing much
+        CHECK(texts[1] == texts[0]);
+    }
+}
+
+TEST_CASE("training is repeatable to the bit, in every schedule", "[model]") {
+    for (const Layers* on : devices())
+        for (const Family& f : families()) DYNAMIC_SECTION(on->device << ": " << f.name) {
+            std::vector<std::vector<double>> weights(3);
+            for (int i = 0; i < 3; ++i) {
+                const Schedule set(i);
+                Model model(f.config, *on);
+                model.initialize(seed);
+                model.allocate_training(2, 11);
+                train(model, {Batch(f.config.vocab, 2, 11)}, 2, {});
+                for (const Tensor* t : model.tensors)
+                    for (double w : weights_of(model, *t)) weights[i].push_back(w);
+            }
+            CHECK((weights[1] == weights[0]));
+            CHECK((weights[2] == weights[0]));
+        }
+}
+
+TEST_CASE("training may drop tokens; evaluation and decoding never do", "[model]") {
+    const int V = 37, B = 2, T = 12;
+    Config config{.layers = "ME", .vocab = V, .d_model = 16, .d_state = 5, .experts = 4, .capacity = 0.25};
+    Model dropping(config, cpu::layers);
+    config.capacity = 0;
+    Model keeping(config, cpu::layers);
+    const Batch batch(V, B, T);
+    const int *tokens = batch.tokens.data(), *targets = batch.targets.data();
+    for (Model* model : {&dropping, &keeping}) initialize_off_centre(*model), model->allocate_training(B, T);
+    const Losses with = run_step(dropping, batch), without = run_step(keeping, batch);
+    CHECK(with.dropped >= 0.75);
+    CHECK(without.dropped == 0);
+    CHECK(with.cross_entropy != without.cross_entropy);
+    CHECK(dropping.evaluate(tokens, targets, B, T) == keeping.evaluate(tokens, targets, B, T));
+    CHECK(distance({dropping.evaluate(tokens, targets, B, T)}, {without.cross_entropy}) <= kClose);
+    CHECK((dropping.logits(tokens, B, T) == keeping.logits(tokens, B, T)));
+    DecodeState a, b;
+    dropping.start(a, B), keeping.start(b, B);
+    dropping.decode(a, tokens, T, 0), keeping.decode(b, tokens, T, 0);
+    CHECK((dropping.probabilities == keeping.probabilities));
+}
+
+TEST_CASE("weight decay shrinks matrices, and leaves A_log, D, biases and norms alone", "[model]") {
+    for (const Family& f : families()) DYNAMIC_SECTION(f.name) {
+        Model model(f.config, cpu::layers);
+        model.initialize(seed);
+        model.allocate_training(1, 1);
+        auto weights = [&](const Parameter& p) { return get(cpu::layers, p.tensor->master + p.offset, p.count); };
+        std::vector<std::vector<double>> want;
+        for (const Parameter& p : model.parameters) want.push_back(weights(p));
+        model.update({.lr = 0.1, .weight_decay = 0.5}, Losses{}, 1);  // gradients are zero
+        for (size_t i = 0; i < want.size(); ++i) {
+            const std::string& name = model.parameters[i].name;
+            auto ends = [&](const char* suffix) { return name.ends_with(suffix); };
+            const bool kept = ends(".A_log") || ends(".D") || ends(".bias") || ends("norm.weight") || ends("norm_f.weight");
+            for (double& w : want[i]) w *= kept ? 1 : 0.95;
+            INFO(name);
+            CHECK(distance(weights(model.parameters[i]), want[i]) <= (kept ? 0 : sizeof(real) == 8 ? 1e-15 : 1e-7));
+        }
+    }
+}
+
+TEST_CASE("a NaN is found and named", "[model]") {
+    Model model(families()[2].config, cpu::layers);
+    model.initialize(seed);
+    model.allocate_training(1, 3);
+    CHECK(model.first_bad_tensor() == "");
+    put(cpu::layers, model.steps[1]->layers[0]->experts.router.grad + 5, {NAN});
+    CHECK(model.first_bad_tensor() == "gradient of backbone.layers.1.moe.router.weight");
+}
+
+TEST_CASE("tokens are drawn as asked", "[model]") {
+    const real probs[] = {real(0.1), real(0.3), real(0.05), real(0.3), real(0.25)};
+    auto draw = [&](bool greedy, int top_k, double top_p) {
+        std::map<int, int> counts;
+        for (int i = 0; i < 1000; ++i) ++counts[sample_token(probs, 5, greedy, top_k, top_p, (i + 0.5) / 1000)];
+        return counts;
+    };
+    using Counts = std::map<int, int>;
+    CHECK(draw(true, 0, 1) == Counts{{1, 1000}});  // of two equals, the lower
+    CHECK(draw(false, 0, 1) == Counts{{0, 100}, {1, 300}, {2, 50}, {3, 300}, {4, 250}});
+    CHECK(draw(false, 1, 1) == Counts{{1, 1000}});
+    CHECK(draw(false, 2, 1) == Counts{{1, 500}, {3, 500}});
+    CHECK(draw(false, 0, 0.55) == Counts{{1, 500}, {3, 500}});
+    CHECK(draw(false, 0, 0.1) == Counts{{1, 1000}});
+}
+
+// ------------------------------------------------------------------------------------------------------------------
+// References of whole models
+
+int number(const Safetensors& file, const char* key) { return std::stoi(file.meta(key)); }
+Config config_of(const Safetensors& file, const char* layers, int vocab) {
+    return {.layers = layers, .vocab = vocab, .d_model = number(file, "d_model"), .d_inner = number(file, "d_inner"),
+            .d_state = number(file, "d_state"), .d_conv = number(file, "d_conv"), .dt_rank = number(file, "dt_rank"), .tied = 1};
+}
+// Calls f(parameter, its name in the file) for all that the file has.
+template <class F> int each_reference(const Model& model, const Safetensors& file, const std::string& prefix, F&& f) {
+    int found = 0;
+    for (const Parameter& p : model.parameters)
+        if (p.name.starts_with(prefix) && file.has(p.name.substr(prefix.size()))) f(p, p.name.substr(prefix.size())), ++found;
+    return found;
+}
+int load_reference(Model& model, const Safetensors& file, const std::string& prefix) {
+    model.initialize(seed);
+    return each_reference(model, file, prefix, [&](const Parameter& p, const std::string& name) {
+        set_weights(model, *p.tensor, read(file, name), p.offset);
+    });
+}
+void check_reference_gradients(const Model& model, const Safetensors& file, const std::string& prefix) {
+    each_reference(model, file, prefix, [&](const Parameter& p, const std::string& name) {
+        INFO(name);
+        CHECK(distance(get(model.layers, p.tensor->grad + p.offset, p.count), read(file, name + ".grad")) <= kOracleClose);
+    });
+}
+
+TEST_CASE("a Mamba model agrees with transformers' MambaForCausalLM", "[model][oracle]") {
+    for (const Layers* on : devices()) DYNAMIC_SECTION(on->device) {
+        const Safetensors file(oracle + "/mamba_lm.safetensors");
+        Batch batch(1, number(file, "B"), number(file, "T"));
+        file.read("tokens", batch.tokens.data());
+        file.read("targets", batch.targets.data());
+        Model model(config_of(file, "MM", number(file, "vocab_size")), *on);
+        CHECK(load_reference(model, file, "") == int(model.parameters.size()));
+        const std::vector<real> logits = model.logits(batch.tokens.data(), batch.B, batch.T);
+        CHECK(distance({logits.begin(), logits.end()}, read(file, "logits")) <= kOracleClose);
+        model.allocate_training(batch.B, batch.T);
+        CHECK(distance({run_step(model, batch).cross_entropy}, read(file, "loss")) <= kOracleClose);
+        check_reference_gradients(model, file, "");
+    }
+}
+
+TEST_CASE("the mixer agrees with transformers' MambaMixer, and goes on from its state", "[model][oracle]") {
+    for (const Layers* on : devices()) DYNAMIC_SECTION(on->device) {
+        const Safetensors file(oracle + "/mamba_mixer.safetensors");
+        const int B = number(file, "B"), T = number(file, "T"), more = number(file, "decode_steps");
+        const std::string prefix = "backbone.layers.0.mixer.";
+        Model model(config_of(file, "M", 8), *on);
+        CHECK(load_reference(model, file, prefix) == 9);
+        const int C = model.config.d_model, D = model.config.d_inner, N = model.config.d_state, W = model.config.d_conv;
+        Step& step = *model.steps[0];
+        MambaLayer& mixer = step.layers[0]->mamba;
+
+        model.allocate_training(B, T);
+        model.training_pass = true;
+        put(*on, step.normed, read(file, "x"));
+        model.mamba_forward(mixer, step.normed, false, B, T, nullptr, 0);
+        CHECK(distance(get(*on, model.buffers.branch, B * T * C), read(file, "out")) <= kOracleClose);
+        put(*on, model.buffers.d_branch, read(file, "dout"));
+        model.mamba_backward(mixer, step.normed, false);
+        CHECK(distance(get(*on, model.buffers.d_normed, B * T * C), read(file, "x.grad")) <= kOracleClose);
+        check_reference_gradients(model, file, prefix);
+
+        DecodeState state;
+        model.start(state, B);
+        model.begin_inference(B, T);
+        auto forward = [&](const std::vector<double>& x) {  // (B, T, C) from the state on
+            const int T = int(x.size()) / (B * C);
+            put(*on, step.normed, x);
+            model.mamba_forward(mixer, step.normed, false, B, T, &state.mixers[0], state.current);
+            state.current = 1 - state.current;
+            return get(*on, model.buffers.branch, x.size());
+        };
+        auto check_states = [&](const std::string& which) {
+            const DecodeState::Mixer& m = state.mixers[0];
+            CHECK(distance(get(*on, m.scan[state.current], B * D * N), read(file, which + "ssm_state")) <= kOracleClose);
+            const std::vector<double> theirs = read(file, which + "conv_state");  // (B, D, W); ours is (B, W-1, D)
+            std::vector<double> want;
+            for (int b = 0; b < B; ++b)
+                for (int w = 1; w < W; ++w)
+                    for (int d = 0; d < D; ++d) want.push_back(theirs[(b * D + d) * W + w]);
+            CHECK(distance(get(*on, m.conv[state.current], want.size()), want) <= kOracleClose);
+        };
+        forward(read(file, "x"));
+        check_states("");
+        const std::vector<double> x = read(file, "decode_x"), want = read(file, "decode_out");
+        for (int t = 0; t < more; ++t) {
+            std::vector<double> x_t, want_t;
+            for (int b = 0; b < B; ++b)
+                for (int c = 0; c < C; ++c) x_t.push_back(x[(b * more + t) * C + c]), want_t.push_back(want[(b * more + t) * C + c]);
+            CHECK(distance(forward(x_t), want_t) <= kOracleClose);
+        }
+        check_states("decode_");
+    }
+}
+
+TEST_CASE("clipping and AdamW agree with PyTorch", "[model][oracle]") {
+    for (const Layers* on : devices()) DYNAMIC_SECTION(on->device) {
+        const Safetensors file(oracle + "/adamw.safetensors");
+        Model model({.layers = "M", .vocab = 8, .d_model = 6, .d_inner = 8, .d_state = 2}, *on);
+        model.initialize(seed);
+        model.allocate_training(1, 1);
+        // The reference's two parameters take the place of the first elements of one that decays, and of one that does not.
+        const std::pair<const char*, Tensor*> parameters[] = {{"matrix.", &model.embedding}, {"vector.", &model.steps[0]->norm}};
+        for (const auto& [name, tensor] : parameters) set_weights(model, *tensor, read(file, std::string(name) + "init"));
+        auto option = [&](const char* key) { return std::stod(file.meta(key)); };
+        const std::vector<double> lr = read(file, "lr");
+        const int steps = int(lr.size());
+        for (int step = 0; step < steps; ++step) {
+            auto now = [&](const std::string& name) {
+                const std::vector<double> all = read(file, name);
+                const size_t size = all.size() / steps;
+                return std::vector<double>(&all[step * size], &all[0] + (step + 1) * size);
+            };
+            INFO("step " << step);
+            model.zero_gradients();
+            for (const auto& [name, tensor] : parameters) put(*on, tensor->grad, now(std::string(name) + "grads"));
+            const Losses losses = model.read_losses();
+            CHECK(distance({losses.grad_norm}, now("norms")) <= kOracleClose);
+            model.update({.lr = lr[step], .beta1 = option("beta1"), .beta2 = option("beta2"), .eps = option("eps"),
+                          .weight_decay = option("matrix.weight_decay"), .grad_clip = option("max_norm")}, losses, step + 1);
+            const std::pair<const char*, real* Tensor::*> results[] = {{"steps", &Tensor::master}, {"m", &Tensor::m}, {"v", &Tensor::v}};
+            for (const auto& [name, tensor] : parameters)
+                for (const auto& [what, member] : results) {
+                    const std::vector<double> want = now(std::string(name) + what);
+                    INFO(name << what);
+                    // 1e-6: PyTorch clips by norm + 1e-6
+                    CHECK(distance(get(*on, tensor->*member, want.size()), want) <= std::max(kOracleClose, 1e-6));
+                }
+        }
+    }
+}
+}  // namespace

@@ -1,0 +1,813 @@
+// Tests of the three programs as a user runs them: text -> tokens -> checkpoint -> text, interruption, full disks, and bad input.
+// The programs come from the directory in the environment's PROGRAMS_DIR, or from the one given at compile time.
+#if __has_include(<catch2/catch_all.hpp>)
+#include <catch2/catch_all.hpp>
+#else
+#define CATCH_CONFIG_MAIN
+#include <catch2/catch.hpp>
+#endif
+
+#include <fcntl.h>
+#include <nlohmann/json.hpp>
+#include <signal.h>
+#include <sys/resource.h>
+#include <sys/wait.h>
+#include <unistd.h>
+#include <zlib.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstdlib>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <functional>
+#include <sstream>
+#include <string>
+#include <thread>
+#include <vector>
+
+namespace fs = std::filesystem;
+using Json = nlohmann::json;
+using Arguments = std::vector<std::string>;
+
+// ---- running programs
+
+static std::string program(const std::string& name) {
+    const char* directory = getenv("PROGRAMS_DIR");
+    return fs::absolute(fs::path(directory ? directory : PROGRAMS_DIR) / name).string();
+}
+
+static std::string read_text(const fs::path& path) {
+    std::ifstream file(path, std::ios::binary);
+    std::stringstream text;
+    text << file.rdbuf();
+    return text.str();
+}
+static void write_text(const fs::path& path, const std::string& text) { std::ofstream(path, std::ios::binary) << text; }
+
+struct Result {
+    int code;  // exit code, or minus the signal that ended it
+    std::string out, err;
+};
+struct Limits {
+    std::string input = "/dev/null";
+    rlim_t file_bytes = RLIM_INFINITY, memory_bytes = RLIM_INFINITY;
+    std::function<void(pid_t)> meanwhile = {};
+};
+
+// A directory of its own for each test, removed afterwards.
+struct Workplace {
+    fs::path path;
+    Workplace() {
+        std::string name = (fs::temp_directory_path() / "test_programs.XXXXXX").string();
+        REQUIRE(mkdtemp(name.data()));
+        path = name;
+    }
+    ~Workplace() {
+        std::error_code ignored;
+        fs::remove_all(path, ignored);
+    }
+    std::string operator/(const std::string& name) const { return (path / name).string(); }
+
+    Result run(const std::string& name, const Arguments& arguments, const Limits& limits = {}) const {
+        const std::string executable = program(name), out = *this / "stdout", err = *this / "stderr";
+        const pid_t child = fork();
+        REQUIRE(child >= 0);
+        if (child == 0) {
+            auto redirect = [](const std::string& path, int flags, int to) {
+                const int file = open(path.c_str(), flags, 0600);
+                if (file < 0 || dup2(file, to) < 0) _exit(126);
+            };
+            redirect(limits.input, O_RDONLY, STDIN_FILENO);
+            redirect(out, O_WRONLY | O_CREAT | O_TRUNC, STDOUT_FILENO);
+            redirect(err, O_WRONLY | O_CREAT | O_TRUNC, STDERR_FILENO);
+            signal(SIGXFSZ, SIG_IGN);  // a write past the limit then fails with EFBIG, as one to a full disk does with ENOSPC
+            const rlimit file_limit{limits.file_bytes, limits.file_bytes}, memory_limit{limits.memory_bytes, limits.memory_bytes};
+            setrlimit(RLIMIT_FSIZE, &file_limit);
+            setrlimit(RLIMIT_AS, &memory_limit);
+            setenv("OMP_NUM_THREADS", "2", 1);
+            setenv("OMP_WAIT_POLICY", "passive", 1);  // on a busy machine, waiting threads must not take the cores from working ones
+            std::vector<char*> argv = {const_cast<char*>(executable.c_str())};
+            for (const std::string& argument : arguments) argv.push_back(const_cast<char*>(argument.c_str()));
+            argv.push_back(nullptr);
+            execv(executable.c_str(), argv.data());
+            _exit(127);
+        }
+        if (limits.meanwhile) limits.meanwhile(child);
+        int status = 0;
+        REQUIRE(waitpid(child, &status, 0) == child);
+        return {WIFSIGNALED(status) ? -WTERMSIG(status) : WEXITSTATUS(status), read_text(out), read_text(err)};
+    }
+    Result succeed(const std::string& name, const Arguments& arguments, const Limits& limits = {}) const {
+        const Result result = run(name, arguments, limits);
+        INFO(name << ": " << result.err);
+        REQUIRE(result.code == 0);
+        return result;
+    }
+    // Exit code 1 and one line on stderr with all the phrases.
+    void refuse(const std::string& name, const Arguments& arguments, const std::vector<std::string>& phrases,
+                const Limits& limits = {}) const {
+        const Result result = run(name, arguments, limits);
+        std::string command = name;
+        for (const std::string& argument : arguments) command += " " + argument;
+        INFO(command << "\n" << result.err);
+        CHECK(result.code == 1);
+        CHECK(result.err.starts_with("error: "));
+        CHECK(std::count(result.err.begin(), result.err.end(), '\n') == 1);
+        CHECK(result.err.ends_with('\n'));
+        for (const std::string& phrase : phrases) {
+            INFO("expected: " << phrase);
+            CHECK(result.err.find(phrase) != std::string::npos);
+        }
+    }
+};
+
+static Arguments operator+(Arguments all, const Arguments& more) {
+    all.insert(all.end(), more.begin(), more.end());
+    return all;
+}
+
+// ---- what they work on
+
+// Made-up prose: predictable enough that a few steps of training lower the loss.
+static std::string prose(size_t bytes) {
+    const char* const words[] = {"and", "the", "river", "went", "down", "to", "old", "city", "where", "nobody", "lived", "any", "more"};
+    std::string text;
+    uint32_t state = 1;
+    while (text.size() < bytes) {
+        state = state * 1664525 + 1013904223;
+        text += words[(state >> 16) % std::size(words)];
+        text += (state >> 8) % 9 ? ' ' : '\n';
+    }
+    return text;
+}
+
+static std::vector<int> read_tokens(const fs::path& directory, const std::string& split) {
+    std::vector<fs::path> paths;
+    for (const auto& entry : fs::directory_iterator(directory))
+        if (entry.path().filename().string().starts_with(split + "_")) paths.push_back(entry.path());
+    std::sort(paths.begin(), paths.end());
+    std::vector<int> tokens;
+    for (const fs::path& path : paths) {
+        const std::string file = read_text(path);
+        REQUIRE(file.size() >= 1024);
+        int32_t header[256];
+        memcpy(header, file.data(), sizeof(header));
+        CHECK(header[0] == 20240520);
+        CHECK(header[1] == 1);
+        REQUIRE(file.size() == 1024 + size_t(header[2]) * 2);
+        for (size_t at = 1024; at < file.size(); at += 2) {
+            uint16_t token;
+            memcpy(&token, file.data() + at, 2);
+            tokens.push_back(token);
+        }
+    }
+    return tokens;
+}
+
+static std::vector<std::string> documents(const std::vector<int>& tokens) {
+    std::vector<std::string> all(1);
+    for (int token : tokens)
+        if (token == 256) all.emplace_back();
+        else all.back() += char(token);
+    CHECK(all.back().empty());  // every document ends in end-of-text
+    all.pop_back();
+    return all;
+}
+
+static void make_data(const Workplace& at, size_t bytes = 30000) {
+    write_text(at / "text.txt", prose(bytes));
+    at.succeed("data_prep", {"--input", at / "text.txt", "--output", at / "data", "--val-fraction", "0.1"});
+}
+
+static const Arguments kModel = {"--layers", "ME(ME)F", "--d-model", "16", "--experts", "4"};
+static const Arguments kSize = {"--batch", "4", "--seq-len", "32", "--peak-flops", "1e11"};
+static Arguments train_flags(const Workplace& at, const std::string& out, int steps, const std::string& lr = "1e-2") {
+    return Arguments{"--data", at / "data", "--out", at / out, "--steps", std::to_string(steps), "--lr", lr} + kModel + kSize;
+}
+
+static std::vector<Json> read_log(const std::string& out, const std::string& kind) {
+    std::vector<Json> lines;
+    std::ifstream file(out + "/log.jsonl");
+    for (std::string line; std::getline(file, line);) {
+        const Json json = Json::parse(line);
+        if (json.at("kind") == kind) lines.push_back(json);
+    }
+    return lines;
+}
+static std::vector<double> losses(const std::string& out, const std::string& kind = "train") {
+    std::vector<double> all;
+    for (const Json& line : read_log(out, kind)) all.push_back(line.at("loss"));
+    return all;
+}
+static std::vector<std::string> files(const fs::path& directory) {
+    std::vector<std::string> names;
+    for (const auto& entry : fs::directory_iterator(directory)) names.push_back(entry.path().filename().string());
+    std::sort(names.begin(), names.end());
+    return names;
+}
+static void check_same_checkpoint(const std::string& a, const std::string& b, int step) {
+    const std::string optimizer = "/optimizer-" + std::to_string(step) + ".safetensors";
+    CHECK(read_text(a + "/model.safetensors") == read_text(b + "/model.safetensors"));
+    CHECK(!read_text(a + optimizer).empty());
+    CHECK(read_text(a + optimizer) == read_text(b + optimizer));
+    CHECK(losses(a) == losses(b));
+}
+
+// ------------------------------------------------------------------------------------------------------------------
+
+TEST_CASE("help lists every default and exits with 0") {
+    const Workplace at;
+    for (const char* name : {"data_prep", "train", "infer"}) CHECK(at.succeed(name, {"--help"}).out.find("--help") != std::string::npos);
+    CHECK(at.succeed("data_prep", {"--help"}).out.find("=0.01") != std::string::npos);
+    CHECK(at.succeed("train", {"--help"}).out.find("=0.999") != std::string::npos);
+    CHECK(at.succeed("infer", {"--help"}).out.find("=0.8") != std::string::npos);
+}
+
+TEST_CASE("text becomes tokens, a checkpoint, and text") {
+    const Workplace at;
+    make_data(at);
+    at.succeed("train", train_flags(at, "run", 12) + Arguments{"--eval-every", "6", "--sample-every", "6", "--sample-prompt", "the ri"});
+    CHECK(files(at / "run") == std::vector<std::string>{"log.jsonl", "model.safetensors", "optimizer-12.safetensors"});
+    const std::vector<double> curve = losses(at / "run");
+    REQUIRE(curve.size() == 12);
+    CHECK(std::abs(curve[0] - std::log(257.0)) < 0.02 * std::log(257.0));
+    CHECK(curve[11] < curve[0] - 0.5);
+    const std::vector<Json> validations = read_log(at / "run", "val");
+    REQUIRE(validations.size() == 2);
+    CHECK(validations[0].at("step") == 6);
+    CHECK(validations[1].at("loss").get<double>() < validations[0].at("loss").get<double>());
+    CHECK(read_log(at / "run", "run").size() == 1);
+
+    auto text = [&](const Arguments& more, const Limits& limits = {}) {
+        return at.succeed("infer", Arguments{"--checkpoint", at / "run", "--tokens", "40"} + more, limits).out;
+    };
+    write_text(at / "prompt", "the river");
+    const std::string drawn = text({"--prompt", "the river"});
+    CHECK(drawn.starts_with("the river"));
+    CHECK(drawn.size() > strlen("the river"));
+    CHECK(text({"--prompt", "the river"}) == drawn);
+    CHECK(text({"--prompt-file", at / "prompt"}) == drawn);
+    CHECK(text({"--prompt-file", "-"}, {.input = at / "prompt"}) == drawn);
+    CHECK(text({"--prompt", "the river", "--seed", "7"}) != drawn);
+    CHECK(text({"--prompt", "the river", "--top-k", "1"}) == text({"--prompt", "the river", "--temperature", "0", "--seed", "7"}));
+    CHECK(text({"--prompt", "the river", "--top-p", "1e-9"}) == text({"--prompt", "the river", "--temperature", "0"}));
+    const std::string two = text({"--prompt", "the river", "--samples", "2"});
+    CHECK(two.find(drawn) != std::string::npos);
+    CHECK(two.find("---- sample 2\nthe river") != std::string::npos);
+    CHECK(!text({}).empty());  // no prompt: a new document
+    const std::string model = at / "run/model.safetensors";
+    CHECK(at.succeed("infer", {"--checkpoint", model, "--tokens", "40", "--prompt", "the river"}).out == drawn);
+}
+
+// The files open in Python's safetensors library because they follow its format: data begins aligned, offsets cover the data without gaps.
+TEST_CASE("checkpoints follow the safetensors format") {
+    const Workplace at;
+    make_data(at);
+    at.succeed("train", train_flags(at, "run", 1));
+    for (const char* name : {"/model.safetensors", "/optimizer-1.safetensors"}) {
+        const std::string file = read_text(at / "run" + name);
+        uint64_t header_bytes;
+        memcpy(&header_bytes, file.data(), 8);
+        CHECK(header_bytes % 8 == 0);
+        const Json header = Json::parse(file.substr(8, header_bytes));
+        std::vector<std::pair<uint64_t, uint64_t>> spans;
+        for (const auto& [key, value] : header.items()) {
+            if (key == "__metadata__") {
+                for (const auto& [name, text] : value.items()) CHECK(text.is_string());
+                continue;
+            }
+            uint64_t count = 1;
+            for (uint64_t n : value.at("shape")) count *= n;
+            spans.emplace_back(value.at("data_offsets")[0], value.at("data_offsets")[1]);
+            CHECK(spans.back().second - spans.back().first == count * 4);
+            CHECK(value.at("dtype") == "F32");
+        }
+        std::sort(spans.begin(), spans.end());
+        uint64_t reached = 0;
+        for (const auto& [from, to] : spans) {
+            CHECK(from == reached);
+            reached = to;
+        }
+        CHECK(file.size() == 8 + header_bytes + reached);
+    }
+}
+
+// ---- data_prep
+
+TEST_CASE("one document is split by position: every byte is in exactly one split") {
+    const Workplace at;
+    const std::string text = prose(50000);
+    write_text(at / "text.txt", text);
+    auto check = [&](const std::string& out, double fraction) {
+        const std::vector<int> train = read_tokens(at / out, "train"), val = read_tokens(at / out, "val");
+        std::vector<std::string> pieces = documents(train);
+        const std::vector<std::string> held_out = documents(val);
+        CHECK(held_out.size() >= 2);
+        CHECK(std::abs(double(val.size()) / double(train.size() + val.size()) - fraction) < 0.5 * fraction);
+        pieces.insert(pieces.end(), held_out.begin(), held_out.end());
+        // In the order of the text the pieces are the text. Each is long enough to be found where it is, and nowhere else.
+        std::string joined;
+        std::vector<bool> used(pieces.size());
+        while (joined.size() < text.size()) {
+            size_t next = pieces.size();
+            for (size_t i = 0; i < pieces.size(); i++)
+                if (!used[i] && text.compare(joined.size(), pieces[i].size(), pieces[i]) == 0) next = i;
+            REQUIRE(next < pieces.size());
+            used[next] = true;
+            joined += pieces[next];
+        }
+        CHECK(joined == text);
+        CHECK(std::count(used.begin(), used.end(), false) == 0);
+        CHECK(Json::parse(read_text(at / out + "/dataset.json")).at("split") == "pieces");
+    };
+    at.succeed("data_prep", {"--input", at / "text.txt", "--output", at / "file", "--val-fraction", "0.05"});
+    check("file", 0.05);
+    at.succeed("data_prep", {"--input", "-", "--output", at / "stream", "--val-fraction", "0.05"}, {.input = at / "text.txt"});
+    check("stream", 0.05);
+    at.succeed("data_prep", {"--input", at / "text.txt", "--output", at / "again", "--val-fraction", "0.05", "--shard-tokens", "1000"});
+    CHECK(files(at / "again").size() > 45);
+    for (const char* split : {"train", "val"}) CHECK(read_tokens(at / "again", split) == read_tokens(at / "file", split));
+    // A second run replaces the shards of the first, all of them.
+    at.succeed("data_prep", {"--input", at / "text.txt", "--output", at / "again", "--val-fraction", "0"});
+    CHECK(files(at / "again") == std::vector<std::string>{"dataset.json", "train_000000.bin"});
+    CHECK(documents(read_tokens(at / "again", "train")) == std::vector<std::string>{text});
+}
+
+TEST_CASE("many documents are split whole") {
+    const Workplace at;
+    fs::create_directories(at / "texts/below");
+    fs::create_directories(at / "texts/.hidden");
+    std::vector<std::string> expected;
+    for (int i = 0; i < 40; i++) {
+        expected.push_back("document " + std::to_string(i) + "\n" + prose(100 * (i % 7)));
+        write_text(at / (i % 2 ? "texts/below/" : "texts/") + std::to_string(i), expected.back());
+    }
+    write_text(at / "texts/binary", std::string("\0\1\2", 3));
+    write_text(at / "texts/.hidden/secret", "secret");
+    at.succeed("data_prep", {"--input", at / "texts", "--output", at / "texts/out", "--val-fraction", "0.1"});
+    std::vector<std::string> found = documents(read_tokens(at / "texts/out", "train"));
+    const std::vector<std::string> val = documents(read_tokens(at / "texts/out", "val"));
+    CHECK(val.size() == 4);
+    found.insert(found.end(), val.begin(), val.end());
+    std::sort(found.begin(), found.end());
+    std::sort(expected.begin(), expected.end());
+    CHECK(found == expected);
+    const Json json = Json::parse(read_text(at / "texts/out/dataset.json"));
+    CHECK(json.at("documents") == 40);
+    CHECK(json.at("split") == "documents");
+    CHECK(json.at("tokenizer").at("kind") == "bytes");
+}
+
+TEST_CASE("separator lines, wherever blocks end, and gzip") {
+    const Workplace at;
+    const std::string separator = "<|endoftext|>";
+    for (int shift = 0; shift < 20; shift++) {  // moves a separator over the end of the first 64 KiB block, byte by byte
+        std::vector<std::string> expected = {prose(65536)};
+        expected[0].resize(65536 - shift);
+        expected[0].back() = '\n';
+        expected.push_back("not a line: " + separator + " and " + separator + "\n");
+        expected.push_back("last");
+        const std::string text = expected[0] + separator + "\n" + expected[1] + separator + "\r\n" + separator + "\n" + expected[2];
+        const std::string path = at / "text.gz";
+        gzFile file = gzopen(path.c_str(), "wb1");
+        REQUIRE(gzwrite(file, text.data(), unsigned(text.size())) == int(text.size()));
+        gzclose(file);
+        at.succeed("data_prep", {"--input", path, "--output", at / "data", "--val-fraction", "0"});
+        CHECK(documents(read_tokens(at / "data", "train")) == expected);
+    }
+}
+
+TEST_CASE("data_prep refuses bad input") {
+    const Workplace at;
+    write_text(at / "text", prose(5000));
+    write_text(at / "empty", "");
+    write_text(at / "binary", std::string("PK\3\4\0\0", 6));
+    fs::create_directory(at / "nothing");
+    const std::string text = at / "text", out = at / "out";
+    auto refuse = [&](const Arguments& arguments, const std::vector<std::string>& phrases) { at.refuse("data_prep", arguments, phrases); };
+    refuse({"--output", out}, {"--input"});
+    refuse({"--input", text}, {"--output"});
+    refuse({"--input", at / "missing", "--output", out}, {at / "missing", "No such file"});
+    refuse({"--input", at / "empty", "--output", out}, {at / "empty", "is empty"});
+    refuse({"--input", "-", "--output", out}, {"standard input is empty"});
+    refuse({"--input", at / "nothing", "--output", out}, {"no files in"});
+    refuse({"--input", at / "binary", "--output", out}, {at / "binary", "not text"});
+    refuse({"--input", text, "--output", text}, {"cannot create directory"});
+    refuse({"--input", text, "--output", out, "--val-fraction", "0.6"}, {"--val-fraction", "0 to 0.5"});
+    refuse({"--input", text, "--output", out, "--val-fraction", "-0.1"}, {"--val-fraction"});
+    refuse({"--input", text, "--output", out, "--val-fraction", "nan"}, {"--val-fraction"});
+    refuse({"--input", text, "--output", out, "--val-fraction", "x"}, {"--val-fraction"});
+    refuse({"--input", text, "--output", out, "--tokenizer", "words"}, {"--tokenizer", "words", "bytes"});
+    refuse({"--input", text, "--output", out, "--shard-tokens", "0"}, {"--shard-tokens"});
+    refuse({"--input", text, "--output", out, "--shard-tokens", "3000000000"}, {"--shard-tokens"});
+    refuse({"--input", text, "--output", out, "--shuffle"}, {"--shuffle"});
+    const std::string gz = at / "text.gz";
+    gzFile file = gzopen(gz.c_str(), "wb");
+    const std::string long_text = prose(200000);
+    gzwrite(file, long_text.data(), unsigned(long_text.size()));
+    gzclose(file);
+    const std::string whole = read_text(gz);
+    write_text(gz, whole.substr(0, whole.size() / 2));
+    refuse({"--input", gz, "--output", out}, {gz, "truncated"});
+    std::string damaged = whole;
+    damaged[damaged.size() - 6] ^= 1;  // its checksum
+    write_text(gz, damaged);
+    refuse({"--input", gz, "--output", out}, {gz});
+    CHECK(files(out).empty());  // nothing is left of what failed halfway
+    if (geteuid() != 0) {
+        fs::permissions(text, fs::perms::none);
+        refuse({"--input", text, "--output", out}, {"Permission denied"});
+    }
+}
+
+TEST_CASE("data_prep on a full disk leaves the earlier shards") {
+    const Workplace at;
+    make_data(at);
+    const std::vector<int> before = read_tokens(at / "data", "train");
+    const std::vector<std::string> names = files(at / "data");
+    write_text(at / "more.txt", prose(300000));
+    at.refuse("data_prep", {"--input", at / "more.txt", "--output", at / "data", "--shard-tokens", "100000"},
+              {"cannot write", "train_000000.bin"}, {.file_bytes = 150000});
+    CHECK(files(at / "data") == names);
+    CHECK(read_tokens(at / "data", "train") == before);
+}
+
+// ---- train: repeatability
+
+TEST_CASE("the same run twice gives the same bits") {
+    const Workplace at;
+    make_data(at);
+    for (const char* out : {"a", "b"}) at.succeed("train", train_flags(at, out, 8) + Arguments{"--eval-every", "4"});
+    check_same_checkpoint(at / "a", at / "b", 8);
+    CHECK(losses(at / "a", "val").size() == 2);
+    CHECK(losses(at / "a", "val") == losses(at / "b", "val"));
+    at.succeed("train", train_flags(at, "c", 8) + Arguments{"--seed", "2"});
+    CHECK(losses(at / "c") != losses(at / "a"));
+}
+
+TEST_CASE("an epoch sees every window once, in an order of its own") {
+    const Workplace at;
+    write_text(at / "text.txt", prose(32 * 37));
+    at.succeed("data_prep", {"--input", at / "text.txt", "--output", at / "data", "--val-fraction", "0"});
+    // At a learning rate of 0, losses tell windows apart.
+    at.succeed("train", {"--data", at / "data", "--out", at / "run", "--layers", "M", "--d-model", "16", "--batch", "1", "--seq-len", "32",
+                         "--lr", "0", "--steps", "74", "--peak-flops", "1e11"});
+    const std::vector<double> all = losses(at / "run");
+    REQUIRE(all.size() == 74);
+    std::vector<double> first(all.begin(), all.begin() + 37), second(all.begin() + 37, all.end());
+    CHECK(first != second);
+    std::sort(first.begin(), first.end());
+    std::sort(second.begin(), second.end());
+    CHECK(first == second);
+    CHECK(std::adjacent_find(first.begin(), first.end()) == first.end());
+}
+
+TEST_CASE("Ctrl-C saves, and resuming equals never having stopped") {
+    const Workplace at;
+    make_data(at);
+    const Arguments more = {"--eval-every", "50", "--grad-accum", "2"};
+    at.succeed("train", train_flags(at, "whole", 200) + more);
+    const Limits interrupt{.meanwhile = [&](pid_t child) {
+        for (int i = 0; i < 2000 && read_text(at / "parts/log.jsonl").find("\"step\":20,") == std::string::npos; i++)
+            std::this_thread::sleep_for(std::chrono::milliseconds(5));
+        kill(child, SIGINT);
+    }};
+    const Result stopped = at.succeed("train", train_flags(at, "parts", 200) + more, interrupt);
+    CHECK(stopped.out.find("stopped after step") != std::string::npos);
+    CHECK(stopped.out.find("--resume") != std::string::npos);
+    const size_t steps = losses(at / "parts").size();
+    CHECK(steps >= 20);
+    REQUIRE(steps < 200);
+    at.succeed("train", {"--data", at / "data", "--out", at / "parts", "--resume", "--eval-every", "50", "--peak-flops", "1e11"});
+    check_same_checkpoint(at / "whole", at / "parts", 200);
+    CHECK(losses(at / "whole", "val") == losses(at / "parts", "val"));
+    CHECK(at.succeed("train", {"--data", at / "data", "--out", at / "parts", "--resume"}).out.find("complete") != std::string::npos);
+}
+
+TEST_CASE("a constant schedule can be prolonged") {
+    const Workplace at;
+    make_data(at);
+    const Arguments constant = {"--schedule", "constant", "--warmup", "3"};
+    at.succeed("train", train_flags(at, "whole", 12) + constant);
+    at.succeed("train", train_flags(at, "parts", 7) + constant);
+    at.succeed("train", train_flags(at, "parts", 12) + constant + Arguments{"--resume"});
+    check_same_checkpoint(at / "whole", at / "parts", 12);
+    at.refuse("train", train_flags(at, "parts", 11) + constant + Arguments{"--resume"}, {"--steps", "11", "12"});
+}
+
+TEST_CASE("kill -9 at any time leaves a checkpoint that resumes") {
+    const Workplace at;
+    make_data(at);
+    const Arguments often = {"--save-every", "1", "--eval-every", "0"};
+    const int steps = 150;
+    at.succeed("train", train_flags(at, "whole", steps) + often);
+    auto flags = [&] {
+        const bool resume = fs::exists(at / "parts/model.safetensors");
+        return train_flags(at, "parts", steps) + often + (resume ? Arguments{"--resume"} : Arguments{});
+    };
+    int kills = 0;
+    for (int round = 0; round < 40; round++) {
+        const Limits limits{.meanwhile = [&](pid_t child) {
+            std::this_thread::sleep_for(std::chrono::milliseconds(60 + 37 * round % 100));
+            kill(child, SIGKILL);
+        }};
+        const Result result = at.run("train", flags(), limits);
+        INFO(result.err);
+        REQUIRE((result.code == -SIGKILL || result.code == 0));
+        if (result.code == 0) break;
+        kills++;
+    }
+    CHECK(kills >= 3);
+    at.succeed("train", flags());
+    check_same_checkpoint(at / "whole", at / "parts", steps);
+}
+
+TEST_CASE("train on a full disk leaves the earlier checkpoint") {
+    const Workplace at;
+    make_data(at);
+    const Arguments constant = {"--schedule", "constant"};
+    at.succeed("train", train_flags(at, "run", 3) + constant);
+    const std::string model = read_text(at / "run/model.safetensors"), optimizer = read_text(at / "run/optimizer-3.safetensors");
+    const std::vector<std::string> names = files(at / "run");
+    const Arguments on = train_flags(at, "run", 6) + constant + Arguments{"--resume"};
+    for (const size_t limit : {optimizer.size() / 2, model.size() / 2}) {  // the model would fit; neither would
+        at.refuse("train", on, {"cannot write", "safetensors"}, {.file_bytes = limit});
+        CHECK(files(at / "run") == names);
+        CHECK(read_text(at / "run/model.safetensors") == model);
+        CHECK(read_text(at / "run/optimizer-3.safetensors") == optimizer);
+    }
+    // The new optimizer fits, the model after it does not: a directory is in the way of its temporary file.
+    fs::create_directory(at / "run/model.safetensors.tmp");
+    at.refuse("train", on, {"cannot write", "model.safetensors"});
+    fs::remove(at / "run/model.safetensors.tmp");
+    CHECK(files(at / "run") == names);
+    CHECK(read_text(at / "run/model.safetensors") == model);
+    at.succeed("train", on);
+    at.succeed("train", train_flags(at, "whole", 6) + constant);
+    check_same_checkpoint(at / "whole", at / "run", 6);
+}
+
+TEST_CASE("a loss or gradient that is not finite stops before the update") {
+    const Workplace at;
+    make_data(at);
+    const Result result = at.run("train", train_flags(at, "run", 12, "1e30") + Arguments{"--save-every", "1"});
+    INFO(result.err);
+    CHECK(result.code == 1);
+    CHECK(result.err.find("error: step 2: ") == 0);
+    CHECK(result.err.find("First bad tensor: ") != std::string::npos);
+    CHECK(result.err.find("checkpoint of step 1") != std::string::npos);
+    CHECK(losses(at / "run").size() == 1);
+    CHECK(files(at / "run") == std::vector<std::string>{"log.jsonl", "model.safetensors", "optimizer-1.safetensors"});
+}
+
+// ---- train: presets and flags
+
+TEST_CASE("a dry run of every preset takes no memory") {
+    const Workplace at;
+    std::istringstream list(at.succeed("train", {"--list-presets"}).out);
+    int count = 0;
+    for (std::string line; std::getline(list, line); count++) {
+        const std::string name = line.substr(0, line.find(' '));
+        const std::string out = at.succeed("train", {"--dry-run", "--preset", name}, {.memory_bytes = rlim_t(2) << 30}).out;
+        for (const char* part : {"parameters", "gradients", "optimizer", "activations", "KV cache", "1024K"})
+            CHECK(out.find(part) != std::string::npos);
+    }
+    CHECK(count >= 20);
+    // Sizes that a preset derives follow from the flags that change it.
+    const std::string changed = at.succeed("train", {"--dry-run", "--preset", "moe-mamba-tiny", "--d-model", "32", "--experts", "16"}).out;
+    const std::string same = at.succeed("train", {"--dry-run", "--layers", "ME*4", "--d-model", "32", "--experts", "16"}).out;
+    CHECK(changed == same);
+}
+
+TEST_CASE("train refuses bad flags") {
+    const Workplace at;
+    make_data(at);
+    const Arguments place = {"--data", at / "data", "--out", at / "run"};
+    auto refuse = [&](const Arguments& arguments, const std::vector<std::string>& phrases) { at.refuse("train", arguments, phrases); };
+    refuse(place, {"--preset", "--layers"});
+    refuse(kModel + Arguments{"--out", at / "run"}, {"--data"});
+    refuse(kModel + Arguments{"--data", at / "data"}, {"--out"});
+    refuse(place + Arguments{"--preset", "gpt-5"}, {"gpt-5", "moe-mamba-tiny"});
+    refuse(place + kModel + Arguments{"--dropout", "0.1"}, {"--dropout"});
+    refuse(place + Arguments{"--layers", "MX"}, {"--layers", "'X'"});
+    refuse(place + Arguments{"--layers", ""}, {"--layers"});
+    refuse(place + Arguments{"--layers", "M(E"}, {"--layers", "'('"});
+    refuse(place + Arguments{"--layers", "M*0"}, {"--layers", "'*'"});
+    for (const char* flag : {"--seq-len", "--batch", "--grad-accum", "--steps", "--d-model", "--eval-batches"})
+        refuse(place + Arguments{"--layers", "M", flag, "0"}, {flag});
+    for (const char* flag : {"--lr", "--weight-decay", "--grad-clip", "--save-every", "--eval-every", "--sample-every", "--max-minutes"})
+        refuse(place + Arguments{"--layers", "M", std::string(flag) + "=-1"}, {flag});
+    refuse(place + kModel + Arguments{"--batch", "many"}, {"--batch", "many"});
+    refuse(place + kModel + Arguments{"--batch", "99999999999"}, {"--batch"});
+    refuse(place + kModel + Arguments{"--batch", "1000000", "--seq-len", "100"}, {"--batch"});
+    refuse(place + kModel + Arguments{"--beta2", "1"}, {"--beta2"});
+    refuse(place + kModel + Arguments{"--lr", "nan"}, {"--lr"});
+    refuse(place + kModel + Arguments{"--schedule", "linear"}, {"--schedule", "linear"});
+    refuse(place + kModel + Arguments{"--device", "abacus"}, {"--device", "abacus"});
+    refuse(place + kModel + Arguments{"--vocab", "256"}, {"--vocab", "257"});
+    refuse(place + kModel + Arguments{"--top-k", "9"}, {"--top-k"});
+    refuse(place + kModel + Arguments{"--seq-len", "30000"}, {"training data", "--seq-len"});
+    refuse(place + kModel + Arguments{"--seq-len", "10000"}, {"validation data", "--seq-len"});
+    refuse(place + Arguments{"--resume"}, {"--resume", "no model.safetensors"});
+    CHECK(!fs::exists(at / "run/model.safetensors"));
+
+    at.succeed("train", train_flags(at, "run", 3));
+    refuse(train_flags(at, "run", 3), {"--resume"});
+    const Arguments resume = place + Arguments{"--resume"};
+    refuse(resume + Arguments{"--steps", "5"}, {"--steps", "5", "3"});
+    refuse(resume + Arguments{"--seed", "2"}, {"--seed"});
+    refuse(resume + Arguments{"--d-model", "32"}, {"--d-model", "32", "16"});
+    refuse(resume + Arguments{"--preset", "mamba-tiny"}, {"--layers"});
+    write_text(at / "text.txt", prose(40000));
+    at.succeed("data_prep", {"--input", at / "text.txt", "--output", at / "data"});
+    refuse(resume, {"training tokens"});
+}
+
+TEST_CASE("train refuses bad data") {
+    const Workplace at;
+    make_data(at);
+    const std::string shard = at / "data/train_000000.bin", json = at / "data/dataset.json";
+    const std::string good = read_text(shard), good_json = read_text(json);
+    auto refuse = [&](const std::vector<std::string>& phrases) { at.refuse("train", train_flags(at, "run", 3), phrases); };
+    auto patched = [&](size_t at_byte, const void* value, size_t bytes) {
+        std::string text = good;
+        memcpy(text.data() + at_byte, value, bytes);
+        write_text(shard, text);
+    };
+    auto header = [&](int field, int32_t value) { patched(field * sizeof(int32_t), &value, sizeof(value)); };
+    write_text(shard, "");
+    refuse({shard, "0 bytes"});
+    write_text(shard, good.substr(0, 1000));
+    refuse({shard, "1000 bytes"});
+    write_text(shard, good.substr(0, good.size() - 2));
+    refuse({shard, "claims"});
+    write_text(shard, good + "xx");
+    refuse({shard, "claims"});
+    write_text(shard, prose(5000));
+    refuse({shard, "not a token file"});
+    header(1, 3);
+    refuse({shard, "version 3"});
+    for (const int32_t count : {0, -1, INT32_MAX, INT32_MIN}) {
+        header(2, count);
+        refuse({shard, "claims " + std::to_string(count)});
+    }
+    const uint16_t token = 300;
+    patched(1024 + 2 * 1234, &token, sizeof(token));  // every epoch draws it, and 300 steps are more than one
+    at.refuse("train", train_flags(at, "run", 300) + Arguments{"--save-every", "0"}, {shard, "token 1234 is 300", "257"});
+    fs::remove(shard);
+    refuse({"train_*.bin", "0 tokens"});
+    fs::create_directory(shard);
+    refuse({shard});
+    fs::remove(shard);
+    write_text(shard, good);
+
+    fs::remove(json);
+    refuse({json, "No such file"});
+    fs::create_directory(json);
+    refuse({json, "directory"});
+    fs::remove(json);
+    for (const std::string& text : {std::string(), std::string("not JSON"), std::string("[]"), std::string("{}"),
+                                    good_json.substr(0, 40)}) {
+        write_text(json, text);
+        refuse({json});
+    }
+    Json changed = Json::parse(good_json);
+    changed["tokenizer"]["kind"] = "words";
+    write_text(json, changed.dump());
+    refuse({json, "words"});
+    changed = Json::parse(good_json);
+    changed["train_tokens"] = 5;
+    write_text(json, changed.dump());
+    refuse({"dataset.json says 5"});
+    at.refuse("train", Arguments{"--data", at / "missing", "--out", at / "run"} + kModel, {at / "missing"});
+    write_text(json, good_json);
+    at.refuse("train", train_flags(at, "text.txt", 3), {"text.txt"});
+    at.succeed("train", train_flags(at, "run", 3));
+}
+
+// ---- infer
+
+TEST_CASE("infer and --resume refuse bad checkpoints and flags") {
+    const Workplace at;
+    make_data(at);
+    at.succeed("train", train_flags(at, "run", 2) + Arguments{"--schedule", "constant"});
+    const std::string path = at / "run/model.safetensors", optimizer = at / "run/optimizer-2.safetensors", good = read_text(path);
+    const std::string good_optimizer = read_text(optimizer);
+    const Arguments infer = {"--checkpoint", at / "run", "--tokens", "1"};
+    const Arguments resume = {"--data", at / "data", "--out", at / "run", "--resume", "--steps", "3", "--peak-flops", "1e11"};
+    auto refuse_flags = [&](const Arguments& flags, const std::vector<std::string>& phrases) { at.refuse("infer", flags, phrases); };
+    auto refuse = [&](const std::vector<std::string>& phrases) {
+        at.refuse("infer", infer, phrases);
+        at.refuse("train", resume, phrases);
+    };
+    refuse_flags({}, {"--checkpoint"});
+    refuse_flags({"--checkpoint", at / "missing"}, {at / "missing", "No such file"});
+    refuse_flags({"--checkpoint", at / "data"}, {"model.safetensors", "No such file"});
+    refuse_flags({"--preset", "mamba-tiny"}, {"--bench"});
+    refuse_flags({"--bench", "--preset", "mamba-x"}, {"mamba-x"});
+    refuse_flags(infer + Arguments{"--temperature=-1"}, {"--temperature"});
+    refuse_flags(infer + Arguments{"--temperature", "nan"}, {"--temperature"});
+    refuse_flags(infer + Arguments{"--top-k=-1"}, {"--top-k"});
+    refuse_flags(infer + Arguments{"--top-p", "0"}, {"--top-p"});
+    refuse_flags(infer + Arguments{"--top-p", "1.5"}, {"--top-p"});
+    refuse_flags(infer + Arguments{"--samples", "0"}, {"--samples"});
+    refuse_flags({"--checkpoint", at / "run", "--tokens=-1"}, {"--tokens"});
+    refuse_flags(infer + Arguments{"--prompt", "a", "--prompt-file", "b"}, {"--prompt-file"});
+    refuse_flags(infer + Arguments{"--prompt-file", at / "missing"}, {at / "missing"});
+    refuse_flags(infer + Arguments{"--prompt-file", at / "data"}, {at / "data"});
+    refuse_flags(infer + Arguments{"--beam", "4"}, {"--beam"});
+    refuse_flags(infer + Arguments{"--device", "abacus"}, {"abacus"});
+
+    uint64_t header_bytes;
+    memcpy(&header_bytes, good.data(), 8);
+    for (const size_t kept : {size_t(0), size_t(7), size_t(8), size_t(100), size_t(8 + header_bytes), good.size() - 1}) {
+        write_text(path, good.substr(0, kept));
+        refuse({path});
+    }
+    write_text(path, prose(5000));
+    refuse({path});
+    write_text(path, read_text(at / "data/train_000000.bin"));
+    refuse({path});
+    for (const uint64_t claimed : {UINT64_MAX, uint64_t(1) << 63, header_bytes + 1, uint64_t(2)}) {
+        std::string text = good;
+        memcpy(text.data(), &claimed, 8);
+        write_text(path, text);
+        refuse({path});
+    }
+    // Headers that are JSON but lie, or lack something.
+    auto with_header = [&](const std::function<void(Json&)>& change) {
+        Json header = Json::parse(good.substr(8, header_bytes));
+        change(header);
+        const std::string text = header.dump();
+        const uint64_t size = text.size();
+        std::string file(8, 0);
+        memcpy(file.data(), &size, 8);
+        write_text(path, file + text + good.substr(8 + header_bytes));
+    };
+    const std::string tensor = "backbone.embeddings.weight";
+    with_header([&](Json& h) { h.erase(tensor); });
+    refuse({path, tensor});
+    with_header([&](Json& h) { h["stranger"] = h[tensor]; });
+    refuse({path});
+    with_header([&](Json& h) { h[tensor]["shape"] = {2, 2}; });
+    refuse({path, tensor});
+    with_header([&](Json& h) { h[tensor]["shape"] = {int64_t(1) << 62, 16}; });
+    refuse({path});
+    with_header([&](Json& h) { h[tensor]["shape"] = {-1, -4224}; });
+    refuse({path});
+    with_header([&](Json& h) { h[tensor]["data_offsets"] = {0, INT64_MAX}; });
+    refuse({path});
+    with_header([&](Json& h) { h[tensor]["data_offsets"] = {-8, 16888}; });
+    refuse({path});
+    with_header([&](Json& h) { h[tensor]["dtype"] = "F8"; });
+    refuse({path});
+    with_header([&](Json& h) { h[tensor] = 1; });
+    refuse({path});
+    with_header([](Json& h) { h.erase("__metadata__"); });
+    refuse({path, "config"});
+    with_header([](Json& h) { h["__metadata__"]["config"] = "{}"; });
+    refuse({path, "config"});
+    with_header([](Json& h) { h["__metadata__"]["tokenizer"] = "{\"kind\": \"words\", \"vocab\": 257, \"end_of_text\": 256}"; });
+    at.refuse("infer", infer, {path, "words"});
+    for (const char* key : {"training", "step", "optimizer", "train_tokens"}) {
+        with_header([&](Json& h) { h["__metadata__"].erase(key); });
+        at.refuse("train", resume, {path, key});
+        at.succeed("infer", infer);  // which needs none of them
+    }
+    with_header([](Json& h) { h["__metadata__"]["step"] = "two"; });
+    at.refuse("train", resume, {path});
+    fs::remove(path);
+    fs::create_directory(path);
+    refuse({path});
+    fs::remove(path);
+    write_text(path, good);
+
+    fs::remove(optimizer);
+    at.refuse("train", resume, {optimizer, "No such file"});
+    write_text(optimizer, good_optimizer.substr(0, good_optimizer.size() / 2));
+    at.refuse("train", resume, {optimizer});
+    write_text(optimizer, good);
+    at.refuse("train", resume, {optimizer});
+    write_text(optimizer, good_optimizer);
+    at.succeed("train", resume);
+    at.succeed("infer", infer);
+}
+
+TEST_CASE("infer stops cleanly on Ctrl-C, and benchmarks random weights") {
+    const Workplace at;
+    make_data(at);
+    at.succeed("train", train_flags(at, "run", 1));
+    const Limits interrupt{.meanwhile = [&](pid_t child) {
+        for (int i = 0; i < 2000 && read_text(at / "stdout").size() < 1000; i++) std::this_thread::sleep_for(std::chrono::milliseconds(5));
+        kill(child, SIGINT);
+    }};
+    // Far more text than the test could wait for.
+    const Arguments endless = {"--checkpoint", at / "run", "--tokens", "1000000000", "--samples", "1000000", "--temperature", "0.5"};
+    const Result result = at.succeed("infer", endless, interrupt);
+    CHECK(result.out.size() >= 1000);
+    CHECK(result.out.ends_with('\n'));
+    const std::string bench = at.succeed("infer", {"--bench", "--preset", "mamba-tiny", "--prompt", "and"}).out;
+    for (const char* part : {"prompt", "decode", "tokens/s", "GB/s"}) CHECK(bench.find(part) != std::string::npos);
+}
