@@ -1,0 +1,604 @@
+#!/usr/bin/env python3
+"""Plants small faults in the kernels of moemamba.cu, one at a time, and sees whether the tests notice: a test that cannot fail checks nothing.
+
+Each fault replaces a fragment, which must occur exactly once in the function that it is listed under. The kernels are compiled with it,
+linked with what the others share, and run through the tests of kernels under cpu/simt.h. Caught: a test fails, simt.h reports a fault, or
+nothing comes back in time. Logs stay in build/mutants/."""
+import argparse
+import concurrent.futures
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+
+TESTS = "[gpu],[traffic]"
+BUILD = "build/mutants"
+
+# function: [(name, fragment, replacement, why it is harmless if it is)]
+FAULTS = {
+    # ---- common parts
+    "sigmoid": [("sign", "float(1 + exp_(-x))", "float(1 + exp_(x))")],
+    "softplus": [
+        ("threshold 2", "x <= 20", "x <= 2"),
+        ("threshold 21", "x <= 20", "x <= 21", "between 20 and 21, log1p(exp(x)) - x < 2.1e-9, below half a unit in the last place of a float"),
+        ("exp for log1p", "log1p_(exp_(x))", "log_(exp_(x))"),
+    ],
+    "with_width": [
+        ("sizes of 2", "n % kWidth == 0", "n % 2 == 0"),
+        ("no addresses", "% 16 == 0", "% 1 == 0"),
+    ],
+    "warp_sum": [("distance", "kWarp / 2", "kWarp / 4"), ("last step", "mask > 0", "mask > 1")],
+    "warp_max": [("minimum", "other > x ?", "other < x ?"), ("distance", "kWarp / 2", "kWarp / 4")],
+    "block_combine": [
+        ("barrier 1", "of_warp[warp_id()] = x;\n    __syncthreads();", "of_warp[warp_id()] = x;"),
+        ("barrier 2", "__syncthreads();  // of_warp", "// of_warp"),
+        ("warps", "int(blockDim.x) / kWarp ?", "int(blockDim.x) / kWarp - 1 ?"),
+        ("every warp", "lane_id() < int(blockDim.x) / kWarp ?", "lane_id() < kWarp ?"),
+        ("maximum of nothing is 0", "kLowest : 0", "0 : 0"),
+        ("second stage", "    x = maximum ? warp_max(x) : warp_sum(x);\n    __syncthreads();  //", "    __syncthreads();  //"),
+    ],
+    "reduce_partials_kernel": [
+        ("every part", "p += kReduceRows", "p += 1"),
+        ("last part", "p < parts", "p < parts - 1"),
+        ("bounds", "i >= count) return", "i > count) return"),
+        ("barrier", "__syncthreads();", ""),
+        ("overwrites", "out[i] += sum", "out[i] = sum"),
+        ("second row", "int y = 1", "int y = 2"),
+    ],
+    "reduce_partials": [("too few blocks", "blocks_for(count, kWarp)", "unsigned((count + kWarp - 2) / kWarp)")],
+
+    # ---- counting sort
+    "bucket_of": [("no shift", ">> shift", ">> 0"), ("no order", "items ? items[i] : int(i)", "int(i)")],
+    "sort_count_kernel": [
+        ("barrier 1", "found[t] = 0;\n    __syncthreads();", "found[t] = 0;"),
+        ("barrier 2", "    __syncthreads();\n    counts", "    counts"),
+        ("past the end", "min(first + kSortTile, int64_t(count))", "first + kSortTile"),
+        ("stride", "i += kThreads", "i += 2 * kThreads"),
+        ("no atomic", "atomicAdd(&found[bucket_of(keys, items, i, shift)], 1)", "found[bucket_of(keys, items, i, shift)] += 1"),
+    ],
+    "sort_scan_kernel": [
+        ("tiles not added", "total += n;", "total = n;"),
+        ("not the tiles before", "* kBuckets + t] = total;", "* kBuckets + t] = 0;"),
+        ("distance", "distance *= 2", "distance *= 4"),
+        ("lane", ">= distance) upto", "> distance) upto"),
+        ("barrier", "__syncthreads();", ""),
+        ("own warp twice", "w < warp_id()", "w <= warp_id()"),
+        ("bounds", "t >= buckets", "t > buckets"),
+        ("load", "load[t] = total", "load[t] = upto"),
+        ("first offset", "if (t == 0) offset[0] = 0;", ""),
+        ("capacity", "(t + 1) * capacity", "t * capacity"),
+    ],
+    "sort_place_kernel": [
+        ("rank counts itself", "(1u << lane_id()) - 1", "(2u << lane_id()) - 1"),
+        ("last bit", "bit < kBuckets;", "bit < kBuckets / 2;"),
+        ("peers", "set : ~set", "set : set"),
+        ("idle lanes", "__ballot_sync(kAllLanes, here)", "kAllLanes",
+         "only the lanes and warps behind the last item are idle: what they add to bucket 0's count is counted behind every item"),
+        ("barrier 1", "rank_of[w][t] = 0;\n        __syncthreads();", "rank_of[w][t] = 0;"),
+        ("barrier 2", "= __popc(peers);\n        __syncthreads();", "= __popc(peers);"),
+        ("barrier 3", "next[t] = rank;\n        __syncthreads();", "next[t] = rank;"),
+        ("barrier 4", "        }\n        __syncthreads();\n    }", "        }\n    }"),
+        ("ranks start again", "next[t] = rank;\n", "\n"),
+        ("not the tiles before", "next[t] = counts[int64_t(blockIdx.x) * kBuckets + t];", "next[t] = 0;"),
+        ("one too many", "in_bucket < capacity", "in_bucket <= capacity"),
+        ("dropped", "in_bucket : -1", "in_bucket : 0"),
+    ],
+    "counting_sort": [("capacity", "shift, count, capacity);\n    CHECK", "shift, count, 0);\n    CHECK")],
+
+    # ---- matrix products and memory
+    "matmul": [("accumulate", "accumulate ? 1 : 0", "0"), ("transposition", "op(a.transposed), n, m, k, &one, b.data, in, b.ld, a.data, in, a.ld, &keep",
+                                                        "op(false), n, m, k, &one, b.data, in, b.ld, a.data, in, a.ld, &keep")],
+    "zero": [("half", "memory, 0, bytes, stream", "memory, 0, bytes / 2, stream")],
+    "linear_forward": [("accumulate", "O, I, accumulate", "O, I, false")],
+    "linear_backward": [
+        ("accumulate", "I, O, accumulate", "I, O, false"),
+        ("weight overwritten", "rows, true, stream", "rows, false, stream"),
+        ("ld", "{d_in, ld_d_in}", "{d_in, I}"),
+    ],
+
+    # ---- embedding
+    "embedding_forward_kernel": [("rows", "row * C + c", "row * c + c"), ("stride", "c += blockDim.x * width", "c += blockDim.x")],
+    "embedding_forward": [("one row less", "<width>, rows, row_threads", "<width>, rows - 1, row_threads")],
+    "embedding_backward_kernel": [
+        ("every position", "== token) return;", "== token && false) return;"),
+        ("one position", "while (same == int(blockDim.x))", "while (false)"),
+        ("not itself", "int i = first;", "int i = first + 1;"),
+        ("run past the end", "candidate < rows &&", "candidate <= rows &&"),
+        ("overwrites", "sum.v[j] += old.v[j]", "sum.v[j] += 0 * old.v[j]"),
+    ],
+    "embedding_backward": [
+        ("one pass", "(V - 1) >> shift > 0", "(V - 1) >> shift > 1"),
+        ("in place", "pass ^= 1", "pass ^= 0"),
+    ],
+    "EmbeddingScratch": [("counts", "int64_t(sort_tiles(rows)) * kBuckets", "kBuckets")],
+
+    # ---- RMSNorm
+    "rmsnorm_forward_kernel": [
+        ("bounds", "row >= rows", "row > rows"),
+        ("eps", "/ C + eps", "/ C"),
+        ("mean", "warp_sum(squares) / C", "warp_sum(squares)"),
+        ("branch", "x.v[j] += add.v[j]", "x.v[j] -= add.v[j]"),
+        ("weight", "scale * w.v[j]", "scale"),
+        ("stride", "c += kWarp * width) {\n        auto x = load<width>(sum", "c += 2 * kWarp * width) {\n        auto x = load<width>(sum"),
+    ],
+    "rmsnorm_forward": [("blocks", "blocks_for(rows, kNormWarps)", "blocks_for(rows, 2 * kNormWarps)")],
+    "rmsnorm_backward_kernel": [
+        ("not cleared", "mine[c + j] = 0;", ";"),
+        ("barrier", "__syncthreads();", ""),
+        ("sign", "- x.v[j] * pull", "+ x.v[j] * pull"),
+        ("scale of the pull", "* scale * scale;", "* scale;"),
+        ("scale of the weight's", "d.v[j] * x.v[j] * scale", "d.v[j] * x.v[j]"),
+        ("one warp less", "w < warps", "w < warps - 1"),
+        ("weight in dot", "w.v[j] * d.v[j] * x.v[j]", "d.v[j] * x.v[j]"),
+        ("rows of later rounds", "row += int64_t(gridDim.x) * warps", "row += rows"),
+        ("d_branch", "store(d_branch + row * C + c, total)", "store(d_branch + row * C + c, d)"),
+    ],
+    "rmsnorm_backward": [("parts", "s.partials, blocks, C", "s.partials, blocks - 1, C"),
+                         ("shared bytes", "warps * C * sizeof(real), stream", "(warps * C - 1) * sizeof(real), stream")],
+
+    # ---- convolution
+    "conv_shape": [("segments end early", "ceil_div(T, int64_t(steps) * kConvSegments)", "T / (int64_t(steps) * kConvSegments)")],
+    "conv_thread": [
+        ("past T", "t.end = t.active ? int(min(begin + shape.segment_steps, int64_t(shape.T))) : 0;", "t.end = t.active ? int(begin + shape.segment_steps) : 0;"),
+        ("past D", "t.d < shape.D &&", "t.d <= shape.D &&"),
+        ("sequence", "t.b = t.part / shape.segment_blocks", "t.b = 0 * t.part"),
+    ],
+    "conv_input": [
+        ("first input", "t >= 0)", "t > 0)"),
+        ("oldest of the state", "t >= 1 - shape.W", "t > 1 - shape.W"),
+        ("state's order", "shape.W - 1 + t)", "- 1 - t)"),
+    ],
+    "ConvWindow": [
+        ("taps reversed", "shape.W + shape.W - 1 - k", "shape.W + k"),
+        ("late", "thread.begin - taps + k", "thread.begin - taps + k + 1"),
+        ("a tap less", "if (k < W) bias +=", "if (k < W - 1) bias +="),
+        ("stands still", "x[i - 1] = x[i];", ";"),
+        ("starts empty", "k > 0 && k > taps - shape.W ?", "k > taps ?"),
+    ],
+    "conv_forward_kernel": [
+        ("a step more", "if (t >= thread.end) break;", "if (t > thread.end) break;"),
+        ("SiLU", "a * sigmoid(a)", "sigmoid(a)"),
+        ("every segment's state", "if (final_state && thread.end == shape.T)", "if (final_state)"),
+        ("state's row", "i - (taps - W + 1)", "i - (taps - W + 2)"),
+        ("bias", "window.sum(W, j, b.v[j])", "window.sum(W, j, 0)"),
+    ],
+    "conv_forward": [("state's address", "blocks_for(int64_t(B) * shape.segment_blocks * shape.channel_blocks, 1)",
+                      "blocks_for(int64_t(B) * shape.segment_blocks * shape.channel_blocks - 1, 1)")],
+    "with_conv_width": [("taps", "W <= kConvTaps", "W <= kMaxConvTaps")],
+    "conv_backward_kernel": [
+        ("derivative of SiLU", "1 + a * (1 - gate)", "1 - a * (1 - gate)"),
+        ("a step twice", "if (t < thread.end) {", "if (t <= thread.end) {"),
+        ("last gradients", "min(thread.end + W - 1, T)", "min(thread.end + W - 2, T)"),
+        ("final state's", "s > T - W)", "s > T - W + 1)"),
+        ("initial state's", "s >= 1 - W &&", "s > 1 - W &&"),
+        ("barrier 1", "d_w[k < 0 ? 0 : k].v[j];\n        __syncthreads();", "d_w[k < 0 ? 0 : k].v[j];"),
+        ("barrier 2", "            }\n        __syncthreads();\n    }", "            }\n    }"),
+        ("a segment less", "y < kConvSegments", "y < kConvSegments - 1"),
+        ("taps reversed", "channel * W + W - 1 - k", "channel * W + k"),
+        ("bias's", "d_b.v[j] += d_a", "d_b.v[j] -= d_a"),
+        ("window of gradients", "d_a[k - 1] = d_a[k];", "d_a[k - 1] = d_a[0];"),
+    ],
+    "conv_backward": [("bias's parts", "s.bias_parts, parts, D", "s.bias_parts, parts - 1, D"), ("weight's parts", "parts, int64_t(D) * W", "1, int64_t(D) * W")],
+
+    # ---- scan
+    "ScanThread": [
+        ("past T", "min(begin + in.segment_steps, in.T)", "begin + in.segment_steps"),
+        ("segment", "begin = blockIdx.z * in.segment_steps", "begin = 0 * in.segment_steps"),
+        ("lanes", "lane = lane_id() / Block::warp_channels", "lane = lane_id() / Block::warp_channels ^ 1"),
+        ("row of a segment", "b() * in.segments + blockIdx.z", "b() * in.segments"),
+        ("row of a chunk", "b() * in.chunks + chunk", "b() + chunk"),
+        ("first state", "n = lane * kStates", "n = lane * (kStates - 1)"),
+    ],
+    "ScanPlace": [
+        ("a step past the end", "first + step < end ?", "first + step <= end ?"),
+        ("channels past D", "min(in.D - d, kWidth)", "kWidth"),
+        ("sequence", "in.T + first + step", "in.T + step"),
+    ],
+    "exchange": [("gives what it keeps", "upper ? first : second, bit", "upper ? second : first, bit"), ("distance", "second, bit);", "second, bit / 2);")],
+    "load_part": [("a channel more", "i < valid ?", "i <= valid ?")],
+    "store_part": [("a channel more", "if (i < valid)", "if (i <= valid)"), ("always wide", "vectors && valid == kWidth", "vectors")],
+    "load_states": [("a state more", "if (n + j < N)", "if (n + j <= N)"), ("always wide", "p && vectors && n < N", "p && n < N")],
+    "store_states": [("a state more", "if (n + j < N)", "if (n + j <= N)")],
+    "load_decay": [("sign", "-kLog2e", "kLog2e"), ("past N", "valid && n + j < N", "valid && n + j < N - 1")],
+    "sum_lanes": [
+        ("swapped", "exchange(x[0], x[1], stride)", "exchange(x[1], x[0], stride)"),
+        ("distance", "2 * stride", "stride"),
+        ("more than 4 lanes", "bit = 4", "bit = 8"),
+    ],
+    "scan_forward_kernel": [
+        ("barrier: bias", "__syncthreads();  // bias", "// bias"),
+        ("barrier: first tile", "put(thread.begin);\n    __syncthreads();", "put(thread.begin);"),
+        ("barrier: out", "        __syncthreads();\n        if (!local) store_out", "        if (!local) store_out"),
+        ("barrier: next tile", "if (more) put(first + Block::tile);\n        __syncthreads();", "if (more) put(first + Block::tile);"),
+        ("chunk states", "unsigned(first) % kScanChunk == 0", "first >= 0"),
+        ("a tile less of B and C", "wanted = t < thread.end", "wanted = t < thread.end - 1"),
+        ("B and C", ">= Block::columns / 2, wanted", "> Block::columns / 2, wanted"),
+        ("a state more", "n < in.N &&", "n <= in.N &&"),
+        ("next tile", "fetch(first + Block::tile);", "fetch(first + Block::tile + 1);"),
+        ("input", "* h.v[j] + du * b.v[j]", "* h.v[j] + dt * b.v[j]"),
+        ("bias", "+ bias[p.at % Block::channels + i])", ")"),
+        ("skip", "sum + skip[thread.channel] * real(u[at])", "sum"),
+        ("gate", "gate * sigmoid(gate)", "sigmoid(gate)"),
+        ("lanes over 4", "if (thread.lane < kScanSteps)", "if (thread.lane >= 0)"),
+        ("every segment's state", "final_state && thread.end == in.T", "final_state"),
+        ("entering state", "in.segments > 1 ?", "in.segments > 99 ?"),
+        ("sum of deltas", "delta_sum += dt", "delta_sum = dt"),
+        ("output before input", "y[s] += c.v[j] * h.v[j]", "y[s] += c.v[j] * b.v[j]"),
+    ],
+    "scan_backward_local_kernel": [
+        ("order", "* (dh.v[j] + gs * cs.v[j])", "* dh.v[j] + gs * cs.v[j]"),
+        ("barrier 1", "        __syncthreads();\n        UNROLL", "        UNROLL"),
+        ("barrier 2", "delta_sum += dt;\n        }\n        __syncthreads();", "delta_sum += dt;\n        }"),
+        ("sum of deltas", "delta_sum += dt", "delta_sum = dt"),
+        ("gate", "* real(z.v[i]) * sigmoid", "* sigmoid"),
+        ("last tile", "ceil_div(thread.end - thread.begin, Block::tile) - 1)", "ceil_div(thread.end - thread.begin, Block::tile) - 2)"),
+    ],
+    "scan_carry_kernel": [
+        ("order", "reverse ? segments - 1 - k : k", "k"),
+        ("sign", "exp_(A * delta", "exp_(-A * delta"),
+        ("what was made", "* enters + made", "* enters"),
+        ("entry", "entry ? entry[i] : 0", "0"),
+        ("bounds", "i >= count", "i > count"),
+    ],
+    "scan_step_kernel": [
+        ("last shuffle", "mask > 0", "mask > 1"),
+        ("skip", "y + in.skip[d] * real(in.u[i])", "y"),
+        ("gate", "* z * sigmoid(z)", "* sigmoid(z)"),
+        ("bias", "+ in.dt_bias[d])", ")"),
+        ("sequence", "in.C_t[b * in.ld_bc", "in.C_t[0 * b * in.ld_bc"),
+        ("state", "initial_state ? initial_state + i * in.N : nullptr", "nullptr"),
+        ("bounds", "group < channels", "group <= channels"),
+        ("chunk state", "chunk_states + i * in.N, h,", "chunk_states + i * in.N, {},"),
+    ],
+    "scan_split": [("half the steps", "segment_chunks * kScanChunk", "segment_chunks * kScanChunk / 2"), ("channels", "ceil_div(in.D, ", "(in.D / ")],
+    "scan_input": [("vectors", "D % kWidth == 0 &&", ""), ("state vectors", "N % kStates == 0 &&", "")],
+    "with_lanes": [("few lanes", "N <= 16", "N <= 24")],
+    "scan_forward": [("entry", "s.delta_sums, initial_state, in, B, false", "s.delta_sums, nullptr, in, B, false"),
+                     ("lanes of a step", "lanes * kStates < N", "2 * lanes * kStates < N")],
+    "StateStack": [("push", "x[i - 1] = x[i];", ";"), ("pop", "x[i] = x[i - 1];", ";")],
+    "scan_backward_kernel": [
+        ("barrier: bias", "in.skip[d] : 0;\n    }\n    __syncthreads();", "in.skip[d] : 0;\n    }"),
+        ("barrier: tile", "load_tile(tile, true);\n            __syncthreads();", "load_tile(tile, true);"),
+        ("barrier: sums", "__syncthreads();  // bc_sums\n for", "for"),
+        ("barrier: sums read", "__syncthreads();  // bc_sums of", "// bc_sums of"),
+        ("barrier: before storing", "            __syncthreads();\n            store_tile", "            store_tile"),
+        ("barrier: earlier tile", "load_tile(earlier, false);\n                __syncthreads();", "load_tile(earlier, false);"),
+        ("earlier tiles", "earlier < tile;", "earlier < 0 * tile;"),
+        ("syncwarp", "__syncwarp();  //", "//"),
+        ("derivative of SiLU", "* gate * (1 + z_own", "* gate * (1 - z_own"),
+        ("output of z's", "y_own + skip[thread.channel] * u_own", "y_own"),
+        ("skip's", "d_skip += g_own * u_own", "d_skip += g_own"),
+        ("C's state", "d_c = g * before[s + 1]", "d_c = g * before[s]"),
+        ("B's", "d_b = dh.v[j] * du", "d_b = dh.v[j] * dt"),
+        ("sums over channels", "half = kStates / 2; bit", "half = kStates / 4; bit"),
+        ("channels of 128 states", "else d_bc[j] = d_b, d_bc[kStates + j] = d_c;", "else d_bc[j] = d_c, d_bc[kStates + j] = d_b;"),
+        ("decayed state", "dh_a * before[s].v[j]", "dh_a * before[s + 1].v[j]"),
+        ("delta's, of the decay", "dh_ah[s] += decayed * decay.v[j]", "dh_ah[s] += decayed"),
+        ("A's", "dA.v[j] += decayed * dt", "dA.v[j] += decayed"),
+        ("A's scale", "*= decay.v[j] * kLn2", "*= decay.v[j]"),
+        ("gradient does not decay", "dh.v[j] = dh_a;", ";"),
+        ("output's gradient", "dh.v[j] += g * c.v[j]", "dh.v[j] = g * c.v[j]"),
+        ("slope", "-expm1_(-dt_own)", "1"),
+        ("u's skip", "dt_own * dh_b_own + skip[thread.channel] * g_own", "dt_own * dh_b_own"),
+        ("delta's, of the input", "u_own * dh_b_own + kLn2", "kLn2"),
+        ("another lane's step", "own = thread.lane % kScanSteps;", "own = (thread.lane + 1) % kScanSteps;"),
+        ("starts not popped", "h = starts.pop();", ";"),
+        ("groups not popped", "h = group_starts.pop();", ";"),
+        ("sums past T", "t < thread.end && n < in.N)\n", "n < in.N)\n"),
+        ("a warp less", "w < Block::warps;", "w < Block::warps - 1;"),
+        ("sums over lanes", "bit < kScanSteps; bit *= 2", "bit < 2; bit *= 2"),
+        ("every segment's initial state", "d_initial_state && blockIdx.z == 0", "d_initial_state"),
+        ("arriving gradient", "in.segments > 1 ?", "in.segments > 99 ?"),
+        ("last tile", "(thread.end - 1) / Block::chunk_tile", "thread.end / Block::chunk_tile"),
+        ("lanes write each other's sums", "if (thread.lane > 0) return;", ""),
+    ],
+    "scan_backward_bc_kernel": [("a block less", "p < channel_blocks", "p < channel_blocks - 1"), ("B and C", "n < N ?", "n <= N ?"), ("bounds", "i >= count", "i > count")],
+    "scan_backward": [
+        ("not reversed", "in, B, true, stream", "in, B, false, stream"),
+        ("final state's", "s.delta_sums, d_final_state, in", "s.delta_sums, nullptr, in"),
+        ("A's segments", "s.A_parts, B * in.segments", "s.A_parts, B"),
+        ("skip's parts", "reduce_partials(d_skip, s.skip_parts", "reduce_partials(d_skip, s.bias_parts"),
+    ],
+
+    # ---- router
+    "to_real_kernel": [("bounds", "i < count", "i <= count", None, "bf16"), ("offset", "store(out + i", "store(out + i / 2", None, "bf16")],
+    "router_forward_kernel": [
+        ("bounds", "row >= rows", "row > rows"),
+        ("no maximum", "exp_(p[i] - most)", "exp_(p[i])"),
+        ("lse", "most + log_(sum)", "log_(sum)"),
+        ("ties to the higher", "other_expert < expert)", "other_expert > expert)"),
+        ("taken twice", "taken |= 1u", "taken |= 0u"),
+        ("distance", "mask = kWarp / 2", "mask = kWarp / 4"),
+        ("renormalised by one", "chosen_sum += best", "chosen_sum = best"),
+        ("padding counts", "lane + i * kWarp < E ? exp_", "lane + i * kWarp <= E ? exp_"),
+        ("best of the lane", "p[i] > best)", "p[i] < best)"),
+    ],
+    "RouterScratch": [("logits", "take<real>(int64_t(rows) * E)", "take<real>(rows)")],
+    "router_forward": [("blocks", "blocks_for(rows, kRouterWarps)", "blocks_for(rows, 2 * kRouterWarps)")],
+    "router_losses_kernel": [
+        ("share", "real(load[i % E]) / rows", "real(load[i % E])"),
+        ("expert", "load[i % E]", "load[i % rows % E]"),
+        ("square", "lse[i] * lse[i]", "lse[i]"),
+        ("parts", "parts[gridDim.x + blockIdx.x]", "parts[gridDim.x - 1 + blockIdx.x]"),
+    ],
+    "router_losses_sum_kernel": [("overwrites", "losses[i] += sum", "losses[i] = sum"), ("parts", "parts[i * count + p]", "parts[p]"),
+                                 ("a part less", "p < count", "p < count - 1")],
+    "router_losses": [("scale", "real(E) / rows, real(1)", "real(1) / rows, real(1)")],
+    "router_backward_kernel": [
+        ("balance", "balance_weight * E *", "balance_weight *"),
+        ("z", "z_weight * 2 *", "z_weight *"),
+        ("softmax", "d_p[i] - dot + d_lse", "d_p[i] + d_lse"),
+        ("pull", "row * K + k] - pull)", "row * K + k])"),
+        ("sum of the chosen", "chosen_sum += probs", "chosen_sum = probs"),
+        ("bounds", "row >= rows", "row > rows"),
+        ("gate's", "d_p[i] += d;", "d_p[i] = d;"),
+    ],
+    "add_kernel": [("overwrites", "x.v[j] += y.v[j]", "x.v[j] = y.v[j]", None, "bf16"), ("bounds", "i >= count", "i > count", None, "bf16")],
+    "router_backward_input": [("overwrites", "rows, C, E, true", "rows, C, E, false")],
+    "router_backward": [("weight overwritten", "rows, true, stream", "rows, false, stream")],
+
+    # ---- dispatch and combine
+    "dispatch_plan": [("empty slots", "0xff, slots", "0xff, slots / 2"), ("capacity", "int(choices), E, capacity", "int(choices), E, 0")],
+    "dispatch_forward_kernel": [("row of the choice", "from / K", "from"), ("empty slots", "from < 0 ?", "from < -1 ?")],
+    "dispatch_forward": [("slots", "<width>, slots,", "<width>, slots - 1,")],
+    "dispatch_backward": [("gates", "d_out, nullptr, slot", "d_out, nullptr, slot + 0 * K, rows, C, 1, accumulate, stream), (void)(slot")],
+    "gather_kernel": [
+        ("dropped", "if (s < 0) continue;", "if (s < -1) continue;"),
+        ("gate", "gate * x.v[j]", "x.v[j]"),
+        ("overwrites", "if (accumulate) sum", "if (false) sum"),
+        ("first choice only", "k < K;", "k < 1;"),
+    ],
+    "gather": [("rows", "<width>, rows, row", "<width>, rows - 1, row")],
+    "combine_forward": [("accumulate", "accumulate, stream);", "false, stream);")],
+    "combine_backward_kernel": [
+        ("gate", "d.v[j] *= gate", "d.v[j] *= 1"),
+        ("row of the choice", "from / K", "from"),
+        ("gate's gradient", "dot += d.v[j] * x.v[j];\n                d.v[j] *= gate;", "d.v[j] *= gate;\n                dot += d.v[j] * x.v[j];"),
+        ("partial dot", "dot = block_sum(dot);", ""),
+    ],
+    "combine_backward": [("dropped choices", "zero(d_gates,", "if (false) zero(d_gates,")],
+
+    # ---- experts
+    "each_expert": [("last expert", "e < E;", "e < E - 1;"), ("rows", "host_offset[e + 1] - host_offset[e])", "1)")],
+    "experts_forward": [("weight", "int64_t(e) * O * I, I, true}", "0, I, true}"), ("stride", "{weight, I, true, int64_t(O) * I}", "{weight, I, true, 0}")],
+    "experts_backward": [
+        ("weight overwritten", "O, I, capacity, true", "O, I, capacity, false"),
+        ("weight overwritten without capacity", "O, I, rows, true", "O, I, rows, false"),
+        ("stride", "out_stride = int64_t(capacity) * O", "out_stride = int64_t(capacity) * I"),
+        ("weight", "of_expert = int64_t(e) * O * I", "of_expert = 0 * int64_t(e) * O * I"),
+    ],
+
+    # ---- activations
+    "swiglu_forward_kernel": [("halves", "2 * F + F + f", "2 * F + f"), ("gate", "*= sigmoid(gate.v[j]) * up", "= sigmoid(gate.v[j]) * up")],
+    "swiglu_forward": [("alignment", "with_width({F}", "with_width({2 * F}")],
+    "swiglu_backward_kernel": [("derivative", "1 + g * (1 - s)", "1 + g * s"), ("up", "d.v[j] * g * s", "d.v[j] * s"), ("halves", "+ F + f, up)", "+ F + f, gate)")],
+    "swiglu_backward": [("rows", "<width>, rows,", "<width>, rows - 1,")],
+    "relu_forward_kernel": [("minimum", "<= 0 ? 0", ">= 0 ? 0"), ("bounds", "i >= count", "i > count")],
+    "relu_forward": [("blocks", "blocks_for(count, kThreads * width)", "blocks_for(count, 2 * kThreads * width)")],
+    "relu_backward_kernel": [("input", "x.v[j] <= 0 ?", "d.v[j] <= 0 ?"), ("bounds", "i >= count", "i > count")],
+    "relu_backward": [("alignment", "with_width({count}", "with_width({0 * count}")],
+
+    # ---- classifier
+    "load_logits": [("past V", "c + j < V ? real(row[c + j]) : kLowest", "real(row[c + j])"), ("whole vectors only", "c + width <= V", "c <= V")],
+    "softmax_of_row": [
+        ("scale of the sum", "sum *= exp_(most - larger);", ""),
+        ("sign", "exp_(most - larger)", "exp_(larger - most)"),
+        ("padding", "if (c + j < V) sum", "if (c + j <= V) sum"),
+        ("threads' maxima", "sum * exp_(most - of_all)", "sum"),
+        ("scale", "c + j < V ? x.v[j] * scale", "c + j < V ? x.v[j]"),
+        ("stride", "c += blockDim.x * width", "c += 2 * blockDim.x * width"),
+    ],
+    "classifier_kernel": [
+        ("ignored rows", "target < 0", "target < -1"),
+        ("ignored loss", "if (threadIdx.x == 0) losses[r] = 0;", ""),
+        ("ignored gradient", "store(row + c, Lanes<width>{})", "(void)c"),
+        ("target", "c + j == target ? d_loss : 0", "c + j == target ? 1 : 0"),
+        ("loss", "log_(s.sum) - at_target", "log_(s.sum) + at_target"),
+        ("scale", "d_loss / s.sum", "1 / s.sum"),
+        ("kept as they are", "if (d_loss == 0) return;", ""),
+        ("padding", "c + j < V ? exp_", "c + j <= V ? exp_"),
+        ("target read late", "losses[r] = s.most + log_(s.sum) - at_target;\n    if (d_loss == 0) return;",
+         "losses[r] = s.most + log_(s.sum);\n    if (d_loss == 0) return;"),
+    ],
+    "classifier": [("rows", "<width>, rows, row", "<width>, rows - 1, row"), ("alignment", "with_width({ld}", "with_width({kWidth * ld}")],
+    "softmax_forward_kernel": [("scale", "real(row[c]) * scale", "real(row[c])"), ("rows", "probs[r * V + c]", "probs[r * ld + c]")],
+    "softmax_forward": [("temperature", "1 / temperature", "temperature")],
+
+    # ---- sums and the optimizer
+    "sum_kernel": [("squares", "squares ? x.v[j] * x.v[j] : x.v[j]", "x.v[j] * x.v[j]"), ("stride", "gridDim.x) * kThreads * width", "gridDim.x) * kThreads"),
+                   ("one lane", "sum += sums.v[j]", "sum = sums.v[j]")],
+    "sum_all": [("parts", "parts, blocks, 1, stream", "parts, blocks - 1, 1, stream")],
+    "adamw_kernel": [
+        ("first moment", "(1 - f.beta1) * g;", "f.beta1 * g;"),
+        ("second moment", "(1 - f.beta2) * g * g", "(1 - f.beta2) * g"),
+        ("decay's sign", "+ f.weight_decay", "- f.weight_decay"),
+        ("eps", "+ f.eps)", ")"),
+        ("scale", "f.grad_scale * g_i.v[j]", "g_i.v[j]"),
+        ("bias correction", "v_i.v[j] * f.v_scale", "v_i.v[j] * f.m_scale"),
+        ("bounds", "i >= count", "i > count"),
+        ("weight", "store(weight + i, w)", "store(weight + i, m_i)"),
+    ],
+    "adamw": [("step", "std::pow(double(beta1), step)", "std::pow(double(beta1), step + 1)")],
+    "scratch_bytes": [("norm", "need(NormScratch(nullptr, rows, c.d_model));", ""), ("scan", "need(ScanBackwardScratch(nullptr, in, B));", "need(ScanScratch(nullptr, in, B));"),
+                      ("sort", "need(EmbeddingScratch(nullptr, rows));", "")],
+}
+
+
+class Fault:
+    def __init__(self, number, function, name, old, new, harmless=None, precision="float"):
+        self.number, self.function, self.old, self.new, self.harmless, self.precision = number, function, old, new, harmless, precision
+        self.name = f"{function}: {name}"
+
+
+def faults():
+    return [Fault(number, function, *fields) for number, (function, fields) in enumerate(((f, x) for f, all in FAULTS.items() for x in all), 1)]
+
+
+def kernel_part(source):
+    """moemamba.cu before, within and after namespace gpu."""
+    begin, end = source.index("\nnamespace gpu {"), source.index("}  // namespace gpu\n") + len("}  // namespace gpu\n")
+    return source[:begin], source[begin:end], source[end:]
+
+
+def region(source, function):
+    """The definition of a function or struct: from a line that starts at the margin to the next closing brace there."""
+    found = list(re.finditer(rf"^(?:struct|class) {function}\b[^;\n]*{{$|^(?![ #/])[^\n]*\b{function}\((?=[^{{;]*{{)", source, re.M))
+    if len(found) != 1:
+        raise LookupError(f"{function}: defined {len(found)} times")
+    begin = found[0].start()
+    return begin, source.index("\n}", begin)
+
+
+def plant(source, fault):
+    begin, end = region(source, fault.function)
+    pattern = re.compile(r"\s+".join(re.escape(word) for word in fault.old.split()))  # however it is indented
+    found = list(pattern.finditer(source, begin, end))
+    if len(found) != 1:
+        raise LookupError(f"{fault.name}: its fragment occurs {len(found)} times: {fault.old!r}")
+    return source[:found[0].start()] + fault.new + source[found[0].end():]
+
+
+def uncovered(source):
+    """Kernels and functions of the table that no fault is listed for."""
+    kernels = re.findall(r"\b(\w+_kernel)\((?=[^;{]*\) {)", source)
+    table = re.findall(r"^    \.(\w+) = \1,", source, re.M)
+    plain = {"allocate", "release", "upload", "download", "synchronize", "sum", "sum_of_squares"}  # calls of one line
+    return sorted(set(kernels + table) - plain - set(FAULTS))
+
+
+def run(command, **options):
+    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", **options)
+
+
+class Base:
+    """What all faults of a precision share: the objects, the commands, and how long the tests take without a fault."""
+    def __init__(self, precision, source):
+        self.directory = f"{BUILD}/{precision}"
+        make = ["make", "--no-print-directory", "-j2", "CUDA=0", f"PRECISION={precision}", f"BUILD={self.directory}", "OPTIMIZE=-O1"]
+        program = f"{self.directory}/test_kernels"
+        built = run(make + [program])
+        if built.returncode:
+            sys.exit(f"{built.stdout}\n{program} cannot be built")
+        compile, link = run(make + ["-n", "-W", "moemamba.cu", program]).stdout.strip().splitlines()
+        # -Og compiles a third faster than -O1, and so does a header compiled once.
+        self.compile = shlex.split(compile) + ["-Og", "-g0", "-w"]
+        self.compile.insert(1, f"-I{self.directory}")
+        self.build("moemamba.h", f"{self.directory}/moemamba.h.gch", "c++-header")
+        # The Model lies behind the kernels in the same file: it is compiled once.
+        before, _, after = kernel_part(source)
+        includes = "\n".join(line for line in before.splitlines() if line.startswith("#include"))
+        host = f"{self.directory}/host.o"
+        with open(host[:-2] + ".cu", "w") as file:
+            file.write(f"{includes}\n{after}")
+        self.build(host[:-2] + ".cu", host)
+        self.link = shlex.split(link)
+        self.link.insert(self.link.index(f"{self.directory}/moemamba.o"), host)
+        directory = f"{self.directory}/none"
+        os.makedirs(directory, exist_ok=True)
+        result, what = self.test(directory, before + kernel_part(source)[1], 1200)
+        if result != "alive":
+            sys.exit(f"the tests fail without any fault: {what}")
+        self.limit = 30 + 5 * self.seconds
+
+    def build(self, source, object, language="c++"):
+        replaced = {"moemamba.cu": source, f"{self.directory}/moemamba.o": object, "c++": language}
+        compiled = run([replaced.get(word, word) for word in self.compile])
+        if compiled.returncode:
+            raise RuntimeError(compiled.stdout)
+
+    def test(self, directory, kernels, limit):
+        """caught, alive or broken; and by what"""
+        with open(f"{directory}/moemamba.cu", "w") as file:
+            file.write(kernels)
+        object, program = f"{directory}/moemamba.o", f"{directory}/test_kernels"
+        try:
+            self.build(f"{directory}/moemamba.cu", object)
+        except RuntimeError as error:
+            return "broken", next((line for line in str(error).splitlines() if "error" in line), str(error)[:200])
+        replaced = {f"{self.directory}/moemamba.o": object, f"{self.directory}/test_kernels": program}
+        linked = run([replaced.get(word, word) for word in self.link])
+        if linked.returncode:
+            return "broken", linked.stdout[:200]
+        start = time.monotonic()
+        try:
+            tests = run([program, TESTS, "--abort"], timeout=limit, env=dict(os.environ, OMP_NUM_THREADS="1"))
+        except subprocess.TimeoutExpired:
+            return "caught", f"not done in {limit:.0f} s"
+        finally:
+            os.remove(program)
+            os.remove(object)
+        self.seconds = time.monotonic() - start
+        with open(f"{directory}/log", "w") as file:
+            file.write(tests.stdout)
+        return ("alive", "") if tests.returncode == 0 else ("caught", first_failure(tests.stdout))
+
+
+def first_failure(log):
+    report = re.search(r"^simt: (.*)", log, re.M)
+    if report:
+        return f"simt.h: {report[1]}"
+    section = re.search(r"^-{70,}\n(?:.*\n)*?(.*)\n-{70,}\n", log, re.M)
+    which = re.search(r"^  (.* against .*|\S+: \S.*)$", log, re.M)
+    return " | ".join(part[1].strip() for part in (section, which) if part) or "exit code"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", metavar="REGEX", default="", help="faults whose name matches")
+    parser.add_argument("--list", action="store_true", help="lists the faults and checks that each can be planted")
+    parser.add_argument("--jobs", type=int, default=2)
+    arguments = parser.parse_args()
+    os.chdir(os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+    source = open("moemamba.cu").read()
+    before, kernels, _ = kernel_part(source)
+
+    chosen = [f for f in faults() if re.search(arguments.only, f.name)]
+    planted, misplaced = {}, [f"{name}: has no fault listed" for name in uncovered(kernels)]
+    for fault in chosen:
+        try:
+            planted[fault] = plant(kernels, fault)
+        except LookupError as error:
+            misplaced.append(str(error))
+    for line in misplaced:
+        print(f"MISPLACED {line}")
+    if arguments.list:
+        for fault in chosen:
+            print(f"{fault.number:3} {fault.name:60} {fault.old!r} -> {fault.new!r}" + (f"  (harmless: {fault.harmless})" if fault.harmless else ""))
+    if arguments.list or misplaced:
+        print(f"{len(chosen)} mutants, {len(misplaced)} misplaced")
+        return 1 if misplaced else 0
+
+    bases = {precision: Base(precision, source) for precision in sorted({f.precision for f in planted})}
+    start = time.monotonic()
+    results = {}
+
+    def examine(fault):
+        directory = f"{BUILD}/{fault.number}"
+        os.makedirs(directory, exist_ok=True)
+        base = bases[fault.precision]
+        return fault, base.test(directory, before + planted[fault], base.limit)
+
+    with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
+        for fault, (result, what) in pool.map(examine, planted):
+            if result == "alive" and fault.harmless:
+                result, what = "harmless", fault.harmless
+            elif fault.harmless:
+                result, what = "broken", f"said to be harmless ({fault.harmless}), but {result}: {what}"
+            results[fault] = result, what
+            print(f"{len(results):3}/{len(planted)} {result:8} {fault.name}" + (f": {what}" if what else ""), flush=True)
+
+    count = {kind: sum(result == kind for result, _ in results.values()) for kind in ("caught", "harmless", "alive", "broken")}
+    for kind in ("harmless", "broken", "alive"):
+        for fault, (result, what) in results.items():
+            if result == kind:
+                print(f"{kind.upper()} {fault.name}: {fault.old!r} -> {fault.new!r}" + (f": {what}" if what else ""))
+    print(f"{time.monotonic() - start:.0f} s")
+    print(f"{len(results)} mutants: {count['caught']} caught, {count['harmless']} harmless (argued), {count['alive']} alive"
+          + (f", {count['broken']} that do not compile or are not harmless" if count["broken"] else ""))
+    return 1 if count["alive"] or count["broken"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
