@@ -1,38 +1,97 @@
-# make            builds ./train ./infer ./data_prep for this machine and says what it found
-# make PRECISION=float|bf16|double   CUDA=0|1   SANITIZE=1
+# make              builds ./train, ./infer and ./data_prep for this machine, and says what it found
+# make demo         a text, tokens, a few minutes of training, a sample      (TEXT=file or directory: another text)
+# make test         every test in every precision                            make bench    speed, as ratios
+# make deps         installs the distribution's packages                     make ptxas    registers and spills of every kernel
+# make gpu-check    everything that only a GPU can show                      make mutants  faults planted in kernels, one by one
+# Options: PRECISION=float|bf16|double  CUDA=0|1  SANITIZE=1 (AddressSanitizer, UndefinedBehaviorSanitizer)  ARCHS="80 90 120"
 .DEFAULT_GOAL := all
+SHELL := /bin/bash
 
+# ---- what this machine has
 CXX ?= g++
-NVCC ?= $(firstword $(shell command -v nvcc 2>/dev/null) $(wildcard /usr/local/cuda/bin/nvcc))
-GPU := $(shell nvidia-smi -L 2>/dev/null | head -n 1)
-# nvcc builds where there is a GPU to run them; CUDA=1 builds them without one.
+NVCC ?= $(firstword $(shell command -v nvcc) $(wildcard /usr/local/cuda/bin/nvcc))
+GPU := $(shell nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1)
+JOBS := $(shell nproc 2>/dev/null || echo 2)
+# Where there is no GPU to run them, programs are built by g++ even if nvcc is there; CUDA=1 builds them with nvcc all the same.
 CUDA ?= $(if $(and $(NVCC),$(GPU)),1,0)
 PRECISION ?= $(if $(filter 1,$(CUDA)),bf16,float)
 SANITIZE ?= 0
 BUILD := build/$(if $(filter 1,$(CUDA)),cuda,cpu)-$(PRECISION)$(if $(filter 1,$(SANITIZE)),-sanitize)
 
-DEFINES := -DPRECISION_$(shell echo $(PRECISION) | tr a-z A-Z)
-# -fno-math-errno, -fno-trapping-math: let loops with sqrt and comparisons vectorise; neither changes a result. NaN and infinity keep their meaning.
-CXXFLAGS ?= -O3 -march=native -g
-CXXFLAGS += -std=c++20 -Wall -Wextra -Werror -fopenmp -fno-math-errno -fno-trapping-math -I. -MMD -MP $(DEFINES)
-LDLIBS += -lboost_context -lopenblas -fopenmp
-ifeq ($(SANITIZE),1)
-CXXFLAGS += -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
-LDLIBS += -fsanitize=address,undefined
-else
-# simt.h sees every memory access of a kernel through the callbacks that this option compiles in; its runtime is simt.h's own.
-CHECKED := -fsanitize=thread
+ifeq ($(filter float bf16 double,$(PRECISION)),)
+$(error PRECISION=$(PRECISION): there are float, bf16 and double)
 endif
 
-COMMON := $(BUILD)/moemamba.o $(BUILD)/model.o $(BUILD)/layers.o
+# ---- options
+DEFINES := -DPRECISION_$(shell echo $(PRECISION) | tr a-z A-Z)
+# -fno-math-errno, -fno-trapping-math: sqrt and comparisons vectorise. Neither changes a result; NaN and infinity keep their meaning.
+RELAXED := -fno-math-errno -fno-trapping-math
+OPTIMIZE ?= -O3 -march=native
+CXXFLAGS = $(OPTIMIZE) -g -std=c++20 -Wall -Wextra -Werror -fopenmp $(RELAXED) -I. -MMD -MP $(DEFINES)
+LDLIBS = -lopenblas -fopenmp -lz
+ifeq ($(CUDA),1)
+# The architecture of the GPU that is there; without one a list. PTX for the newest serves later ones.
+ARCHS ?= $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | tr -d . | sort -u),80 90 120)
+GENCODE = $(foreach a,$(ARCHS),-gencode arch=compute_$(a),code=sm_$(a)) -gencode arch=compute_$(lastword $(ARCHS)),code=compute_$(lastword $(ARCHS))
+CUDA_HOME := $(patsubst %/bin/nvcc,%,$(realpath $(NVCC)))
+DEFINES += -DUSE_CUDA
+CXXFLAGS += -idirafter $(CUDA_HOME)/include
+# 128: a loop that this precision does not reach.
+NVCCFLAGS = -O3 -std=c++20 -I. -MMD -MP $(DEFINES) -Werror all-warnings -diag-suppress 128 -Xcompiler -Wall,-Wextra,-Werror,-fopenmp,-Wno-unused-parameter
+LDLIBS += -L$(CUDA_HOME)/lib64 -lcublas -lcudart
+else
+LDLIBS += -lboost_context
+ifeq ($(SANITIZE),1)
+# -Wno-maybe-uninitialized: with sanitizers g++ 12 sees it where it is not, in the standard library.
+CXXFLAGS += -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -Wno-maybe-uninitialized
+LDLIBS += -fsanitize=address,undefined
+$(BUILD)/test_simt.o: CXXFLAGS += -fsanitize-recover=undefined  # its faults are planted: simt.h is to report them
+else
+# The compiler reports every memory access of a kernel to simt.h, which supplies the runtime that this option would otherwise link.
+CHECKED := -fsanitize=thread
+endif
+endif
 
-all: $(BUILD)/train $(BUILD)/infer $(BUILD)/data_prep
+# ---- programs
+PROGRAMS := train infer data_prep
+COMMON := $(BUILD)/moemamba.o $(BUILD)/layers.o
 
-$(BUILD)/moemamba.o: moemamba.cu | $(BUILD)
-	$(CXX) $(CXXFLAGS) $(CHECKED) -x c++ -c $< -o $@
+all: $(PROGRAMS:%=$(BUILD)/%) found
+	@for p in $(PROGRAMS); do ln -sf $(BUILD)/$$p $$p; done
+
+found:
+	@echo "compiler  $$($(CXX) --version | head -n 1)"
+	@echo "OpenMP    $$(echo 'int main(){}' | $(CXX) -fopenmp -x c++ - -o /dev/null 2>/dev/null && echo yes || echo 'NO: install libgomp'), $(JOBS) cores"
+	@echo "BLAS      $$(ldd $(BUILD)/train 2>/dev/null | awk '/blas/ {print $$3}' | xargs -r readlink -f)"
+ifeq ($(CUDA),1)
+	@echo "CUDA      $$($(NVCC) --version | grep release | sed 's/.*release //'), sm_$(ARCHS), GPU: $(or $(GPU),none here)"
+else
+	@echo "CUDA      $(if $(NVCC),nvcc is here$(if $(GPU),, but no GPU): programs run on the CPU (CUDA=1 builds them with nvcc),no nvcc: programs run on the CPU); --device simt runs the CUDA kernels there too"
+endif
+	@echo "built     ./train ./infer ./data_prep ($(PRECISION))"
+
+ifeq ($(CUDA),1)
+$(BUILD)/%.o: %.cu | $(BUILD)
+	$(NVCC) $(NVCCFLAGS) $(GENCODE) -g -c $< -o $@
+# What the assembler says of each kernel on one architecture.
+$(BUILD)/sm_%.ptx: moemamba.cu | $(BUILD)
+	$(NVCC) $(NVCCFLAGS) -arch=compute_$* -ptx $< -o $@
+$(BUILD)/sm_%.txt: $(BUILD)/sm_%.ptx
+	$(NVCC) -arch=sm_$* -cubin -Werror all-warnings -Xptxas -v $< -o $(@:.txt=.cubin) > $@ 2>&1 || { cat $@; rm $@; exit 1; }
+else
+$(BUILD)/moemamba.o $(BUILD)/test_simt.o: CXXFLAGS += $(CHECKED)
+# So that the accesses which simt.h sees and counts are those of the source: at -O3 g++ reads some of them twice.
+$(BUILD)/moemamba.o: OPTIMIZE := -O1
 $(BUILD)/%.o: %.cu | $(BUILD)
 	$(CXX) $(CXXFLAGS) -x c++ -c $< -o $@
+$(BUILD)/%.o: cpu/%.cu | $(BUILD)
+	$(CXX) $(CXXFLAGS) -x c++ -c $< -o $@
+endif
+$(BUILD)/%.o: bench/%.cu | $(BUILD)
+	$(CXX) $(CXXFLAGS) -x c++ -c $< -o $@
 $(BUILD)/%.o: cpu/%.cpp | $(BUILD)
+	$(CXX) $(CXXFLAGS) -c $< -o $@
+$(BUILD)/%.o: tests/%.cpp | $(BUILD)
 	$(CXX) $(CXXFLAGS) -c $< -o $@
 $(BUILD)/%.o: %.cpp | $(BUILD)
 	$(CXX) $(CXXFLAGS) -c $< -o $@
@@ -41,6 +100,50 @@ $(BUILD)/%: $(BUILD)/%.o $(COMMON)
 $(BUILD):
 	@mkdir -p $@
 
+# ---- tests
+TESTS := test_kernels test_programs $(if $(filter 0,$(CUDA)),test_simt)
+# Catch2 version 3 is a library; version 2 was a header.
+$(TESTS:%=$(BUILD)/%): LDLIBS += $(if $(wildcard /usr/include/catch2/catch_all.hpp),-lCatch2Main -lCatch2)
+$(BUILD)/test_kernels.o $(BUILD)/test_simt.o $(BUILD)/test_programs.o: OPTIMIZE := -O1
+$(BUILD)/test_programs.o: DEFINES += -DPROGRAMS_DIR='"$(BUILD)"'
+tests: $(TESTS:%=$(BUILD)/%) $(PROGRAMS:%=$(BUILD)/%)
+
+test:
+	@tests/run.sh
+
+# ---- the main job: text -> tokens -> checkpoint -> text
+TEXT ?= build/demo/bible.txt
+build/demo/bible.txt:
+	@mkdir -p $(@D)
+	@command -v bible > /dev/null || { echo "error: no text: install bible-kjv (make deps) or give one: make demo TEXT=file"; exit 1; }
+	@bible -f gen1:1-rev22:21 | cut -d ' ' -f 2- > $@.tmp && mv $@.tmp $@  # one verse a line, without its number
+demo: $(TEXT)
+	@$(MAKE) --no-print-directory -j $(JOBS) all
+	./data_prep --input $(TEXT) --output build/demo/data --val-fraction 0.02
+	@rm -rf build/demo/run
+	./train --data build/demo/data --out build/demo/run $(DEMO)
+	./infer --checkpoint build/demo/run --prompt "And it came to pass" --tokens 400 --temperature 0.7
+DEMO := --preset moe-mamba-tiny --batch 16 --seq-len 256 --steps 300 --lr 3e-3 --eval-every 100 --save-every 100
+
+bench:
+	@$(MAKE) --no-print-directory -j $(JOBS) $(BUILD)/bench
+	@$(BUILD)/bench
+
+# ---- the CUDA side, where there is no GPU: what nvcc and ptxas say of every kernel
+ptxas:
+	@tools/ptxas.py "$(NVCC)"
+mutants:
+	@tools/mutants.py
+gpu-check:
+	@tools/gpu_check.sh
+
+deps:
+	$(if $(filter 0,$(shell id -u)),,sudo )sh -c 'apt-get update && apt-get install -y g++ make python3 libopenblas-openmp-dev \
+	  libboost-context-dev nlohmann-json3-dev libcli11-dev zlib1g-dev catch2 bible-kjv'
+
+clean:
+	rm -rf build $(PROGRAMS)
+
 -include $(wildcard $(BUILD)/*.d)
-.PHONY: all
+.PHONY: all found tests test demo bench ptxas mutants gpu-check deps clean
 .SECONDARY:
