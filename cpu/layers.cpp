@@ -383,42 +383,44 @@ void write_back(T* x, int ld, Block block, int rows, int columns) {
     }
 }
 
-// A few rows: dot products, each weight read once, at the speed of memory. Four outputs at a time keep enough loads in flight.
+// A few rows: dot products, each weight read once, in the order of memory, at its speed. The first half of the outputs goes beside the
+// second: two streams, because one alone does not keep enough loads in flight.
 constexpr int kFewRows = 8;
 template <int kRows, class Out, class Weight>
 void dot_rows(Out* out, int ld_out, const floatX* in, int ld_in, const Weight* weight, int I, Range outputs, bool accumulate) {
-    constexpr int kOutputs = 4;
-    for (int64_t o = outputs.begin; o < outputs.end; o += kOutputs) {
+    constexpr int kStreams = 2, kSums = kRows == 1 ? 2 : 1;  // sums of each dot product: one alone would wait for its additions
+    const int64_t half = ceil_div(outputs.end - outputs.begin, kStreams);
+    for (int64_t o = outputs.begin; o < outputs.begin + half; o++) {
         const int64_t last = outputs.end - 1;  // past it the work is repeated and not stored
-        const Weight* w[kOutputs];
-        for (int j = 0; j < kOutputs; j++) w[j] = weight + std::min(o + j, last) * I;
-        vec sums[kOutputs][kRows] = {};
-        const auto add = [&](int i, auto load) {
-            vec x[kRows];
-#pragma GCC unroll 4
-            for (int r = 0; r < kRows; r++) x[r] = load(in + int64_t(r) * ld_in + i);
-#pragma GCC unroll 4
-            for (int j = 0; j < kOutputs; j++) {
+        const Weight* w[kStreams] = {weight + o * I, weight + std::min(o + half, last) * I};
+        vec sums[kStreams][kRows][kSums] = {};
+        const auto add = [&](int i, int sum, auto load) {
+#pragma GCC unroll 2
+            for (int j = 0; j < kStreams; j++) {
                 const vec v = load(w[j] + i);
-#pragma GCC unroll 4
-                for (int r = 0; r < kRows; r++) sums[j][r] += x[r] * v;
+#pragma GCC unroll 8
+                for (int r = 0; r < kRows; r++) sums[j][r][sum] += load(in + int64_t(r) * ld_in + i) * v;
             }
         };
+        constexpr int kStep = 2 * kLanes;
         int i = 0;
-        if constexpr (kMixedPrecision && std::is_same_v<Weight, floatX>)
-            for (; i + 2 * kLanes <= I; i += 2 * kLanes) {
-                add(i, [](auto* x) { return load_even(x); });
-                add(i, [](auto* x) { return load_odd(x); });
+        for (; i + kStep <= I; i += kStep)
+            if constexpr (kMixedPrecision && std::is_same_v<Weight, floatX>) {
+                add(i, 0, [](auto* x) { return load_even(x); });
+                add(i, kSums - 1, [](auto* x) { return load_odd(x); });
+            } else {
+                add(i, 0, [](auto* x) { return load_vec(x); });
+                add(i + kLanes, kSums - 1, [](auto* x) { return load_vec(x); });
             }
-        for (; i + kLanes <= I; i += kLanes) add(i, [](auto* x) { return load_vec(x); });
-        if (i < I) add(i, [=](auto* x) { return i > 0 ? load_last(x, I - i) : load_vec(x, I - i); });
-#pragma GCC unroll 4
-        for (int j = 0; j < kOutputs; j++)
-#pragma GCC unroll 4
+        if (i + kLanes <= I) add(i, 0, [](auto* x) { return load_vec(x); }), i += kLanes;
+        if (i < I) add(i, 0, [=](auto* x) { return i > 0 ? load_last(x, I - i) : load_vec(x, I - i); });
+#pragma GCC unroll 2
+        for (int j = 0; j < kStreams; j++)
+#pragma GCC unroll 8
             for (int r = 0; r < kRows; r++)
-                if (o + j <= last) {
-                    Out& y = out[int64_t(r) * ld_out + o + j];
-                    store(y, sum_lanes(sums[j][r]) + (accumulate ? load(y) : 0));
+                if (const int64_t of = o + j * half; of <= last) {
+                    Out& y = out[int64_t(r) * ld_out + of];
+                    store(y, sum_lanes(sums[j][r][0] + (kSums > 1 ? sums[j][r][kSums - 1] : vec{})) + (accumulate ? load(y) : 0));
                 }
     }
 }
@@ -427,14 +429,12 @@ void dot_rows(Out* out, int ld_out, const floatX* in, int ld_in, const Weight* w
 template <class Out, class Weight>
 void multiply(Out* out, int ld_out, const floatX* in, int ld_in, const Weight* weight, int rows, int I, int O, bool accumulate) {
     if (rows <= kFewRows) {
-        const int64_t blocks = ceil_div(O, 32);  // of outputs: small enough that the second four rows find the weights in cache
+        const auto dot = [&]<int... kRows>(std::integer_sequence<int, kRows...>) {
+            return std::array{dot_rows<kRows + 1, Out, Weight>...}[rows - 1];
+        }(std::make_integer_sequence<int, kFewRows>());
+        const int parts = omp_get_max_threads();
 #pragma omp parallel for if (worth_threads(int64_t(I) * O))
-        for (int64_t block = 0; block < blocks; block++)
-            for (int r = 0; r < rows; r += 4) {
-                const auto dot = std::array{dot_rows<1, Out, Weight>, dot_rows<2, Out, Weight>, dot_rows<3, Out, Weight>,
-                                            dot_rows<4, Out, Weight>}[std::min(rows - r, 4) - 1];
-                dot(out + int64_t(r) * ld_out, ld_out, in + int64_t(r) * ld_in, ld_in, weight, I, Range(O, block, blocks, 32), accumulate);
-            }
+        for (int part = 0; part < parts; part++) dot(out, ld_out, in, ld_in, weight, I, Range(O, part, parts), accumulate);
         return;
     }
     const int row_step = block_rows<floatX>(rows), out_step = block_rows<Weight>(O);
@@ -692,9 +692,43 @@ struct ScanSteps {
     }
 };
 
+// One step: there is no time to walk along, so the lanes take the states of a channel, which lie side by side in memory.
+void scan_step(floatX* out, real* final_state, real* chunk_states, const floatX* u, const floatX* dt, const floatX* B_t, const floatX* C_t,
+               int ld_bc, const floatX* z, int ld_z, const real* A_log, const real* skip, const real* dt_bias, const real* initial_state,
+               int B, int D, int N) {
+#pragma omp parallel for collapse(2) if (worth_threads(int64_t(B) * D * N))
+    for (int b = 0; b < B; b++)
+        for (int first = 0; first < D; first += kLanes) {
+            const int channels = std::min(kLanes, D - first);
+            const int64_t at = int64_t(b) * D + first;
+            const vec u_d = load_vec(u + at, channels), z_d = load_vec(z + int64_t(b) * ld_z + first, channels);
+            const vec delta = softplus(load_vec(dt + at, channels) + load_vec(dt_bias + first, channels)), delta_u = delta * u_d;
+            vec y = load_vec(skip + first, channels) * u_d;
+            for (int lane = 0; lane < channels; lane++) {
+                vec sum = {};
+                for (int n = 0; n < N; n += kLanes) {
+                    const int states = std::min(kLanes, N - n);
+                    const int64_t state = (at + lane) * N + n, bc = int64_t(b) * ld_bc + n;
+                    const vec A = exp(load_vec(A_log + int64_t(first + lane) * N + n, states)) * -kLog2e;
+                    vec h = initial_state ? load_vec(initial_state + state, states) : vec{};
+                    if (chunk_states) store_vec(chunk_states + state, h, states);
+                    h = exp2_negative(delta[lane] * A) * h + delta_u[lane] * load_vec(B_t + bc, states);
+                    if (final_state) store_vec(final_state + state, h, states);
+                    sum += h * load_vec(C_t + bc, states);
+                }
+                y[lane] += sum_lanes(sum);
+            }
+            store_vec(out + at, y * z_d * sigmoid(z_d), channels);
+        }
+}
+
 void scan_forward(floatX* out, real* final_state, real* chunk_states, const floatX* u, const floatX* dt, const floatX* B_t,
                   const floatX* C_t, int ld_bc, const floatX* z, int ld_z, const real* A_log, const real* skip, const real* dt_bias,
                   const real* initial_state, void* scratch, int B, int T, int D, int N, cudaStream_t) {
+    if (T == 1) {
+        scan_step(out, final_state, chunk_states, u, dt, B_t, C_t, ld_bc, z, ld_z, A_log, skip, dt_bias, initial_state, B, D, N);
+        return;
+    }
     const ScanScratch s(scratch, B, T, D, N, false);
     const bool parallel = worth_threads(int64_t(B) * T * D * N);
 

@@ -27,7 +27,7 @@ FAULTS = {
     ],
     "with_width": [
         ("sizes of 2", "n % kWidth == 0", "n % 2 == 0"),
-        ("no addresses", "% 16 == 0", "% 1 == 0"),
+        ("no addresses", "std::all_of(addresses.begin(), addresses.end(), aligned)", "true"),
     ],
     "warp_sum": [("distance", "kWarp / 2", "kWarp / 4"), ("last step", "mask > 0", "mask > 1")],
     "warp_max": [("minimum", "other > x ?", "other < x ?"), ("distance", "kWarp / 2", "kWarp / 4")],
@@ -218,7 +218,7 @@ FAULTS = {
         ("a state more", "n < in.N &&", "n <= in.N &&"),
         ("next tile", "fetch(first + Block::tile);", "fetch(first + Block::tile + 1);"),
         ("input", "* h.v[j] + du * b.v[j]", "* h.v[j] + dt * b.v[j]"),
-        ("bias", "+ bias[p.at % Block::channels + i])", ")"),
+        ("bias", "+ bias[p.column + i])", ")"),
         ("skip", "sum + skip[thread.channel] * real(u[at])", "sum"),
         ("gate", "gate * sigmoid(gate)", "sigmoid(gate)"),
         ("lanes over 4", "if (thread.lane < kScanSteps)", "if (thread.lane >= 0)"),
@@ -362,12 +362,12 @@ FAULTS = {
 
     # ---- experts
     "each_expert": [("last expert", "e < E;", "e < E - 1;"), ("rows", "host_offset[e + 1] - host_offset[e])", "1)")],
-    "experts_forward": [("weight", "int64_t(e) * O * I, I, true}", "0, I, true}"), ("stride", "{weight, I, true, int64_t(O) * I}", "{weight, I, true, 0}")],
+    "experts_forward": [("weight", "In{weight + e * one, I}.t()", "In{weight, I}.t()"), ("stride", "In{weight, I, one}.t()", "In{weight, I, 0}.t()")],
     "experts_backward": [
         ("weight overwritten", "O, I, capacity, true", "O, I, capacity, false"),
         ("weight overwritten without capacity", "O, I, rows, true", "O, I, rows, false"),
-        ("stride", "out_stride = int64_t(capacity) * O", "out_stride = int64_t(capacity) * I"),
-        ("weight", "of_expert = int64_t(e) * O * I", "of_expert = 0 * int64_t(e) * O * I"),
+        ("stride", "const In d{d_out, O, int64_t(capacity) * O}", "const In d{d_out, O, int64_t(capacity) * I}"),
+        ("weight", "Gradient{d_weight + e * one, I}", "Gradient{d_weight, I}"),
     ],
 
     # ---- activations
