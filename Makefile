@@ -56,6 +56,10 @@ endif
 PROGRAMS := train infer data_prep
 COMMON := $(BUILD)/moemamba.o $(BUILD)/layers.o
 
+# What a build needs besides the compiler: name:header of each.
+NEEDS := OpenMP:omp.h BLAS:cblas.h nlohmann-json:nlohmann/json.hpp CLI11:CLI/CLI.hpp zlib:zlib.h \
+  $(if $(filter 0,$(CUDA)),Boost.Context:boost/context/detail/fcontext.hpp)
+
 all: $(PROGRAMS:%=$(BUILD)/%) found
 	@for p in $(PROGRAMS); do ln -sf $(BUILD)/$$p $$p; done
 
@@ -98,6 +102,10 @@ $(BUILD)/%.o: %.cpp | $(BUILD)
 $(BUILD)/%: $(BUILD)/%.o $(COMMON)
 	$(CXX) $^ $(LDLIBS) -o $@
 $(BUILD):
+	@command -v $(firstword $(CXX)) > /dev/null || { echo "error: no C++ compiler ($(CXX)): run make deps"; exit 1; }
+	@missing=; for need in $(NEEDS); do \
+	  echo "#include <$${need#*:}>" | $(CXX) -fopenmp -E -x c++ - > /dev/null 2>&1 || missing="$$missing $${need%%:*}"; done; \
+	[ -z "$$missing" ] || { echo "error: not found:$$missing. Install the distribution's packages: make deps"; exit 1; }
 	@mkdir -p $@
 
 # ---- tests
@@ -116,7 +124,7 @@ TEXT ?= build/demo/bible.txt
 build/demo/bible.txt:
 	@mkdir -p $(@D)
 	@command -v bible > /dev/null || { echo "error: no text: install bible-kjv (make deps) or give one: make demo TEXT=file"; exit 1; }
-	@bible -f gen1:1-rev22:21 | cut -d ' ' -f 2- > $@.tmp && mv $@.tmp $@  # one verse a line, without its number
+	@set -o pipefail; bible -f gen1:1-rev22:21 | cut -d ' ' -f 2- > $@.tmp && mv $@.tmp $@  # one verse a line, without its number
 demo: $(TEXT)
 	@$(MAKE) --no-print-directory -j $(JOBS) all
 	./data_prep --input $(TEXT) --output build/demo/data --val-fraction 0.02

@@ -20,7 +20,7 @@ def dynamic_shared(kernel, lanes, floatX, real):
     threads = 1024 // floatX
     warps, channels, columns = threads // 32, threads // (lanes or 1), 8 * (lanes or 1)
     if kernel == "scan_forward_kernel":
-        tile = min(32, threads * (16 // floatX) // channels, 256 // lanes)
+        tile = min(32, threads * (16 // floatX) // channels, 128 // lanes)
         return tile * channels * (real + 2 * floatX) + (tile * columns + 2 * channels) * real
     if kernel == "scan_backward_kernel":
         tile = min(64, 512 // lanes)
