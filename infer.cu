@@ -25,8 +25,8 @@ struct Options {
     void check() const {
         if (tokens < 0 || tokens > UINT32_MAX) fail("--tokens %lld: must be from 0 to 2^32 - 1", (long long)tokens);
         if (samples < 1 || samples > INT32_MAX) fail("--samples %lld: must be from 1 to 2^31 - 1", (long long)samples);
-        if (!(sampling.temperature >= 0 && std::isfinite(sampling.temperature)))
-            fail("--temperature %g: must be at least 0", sampling.temperature);
+        if (sampling.temperature != 0 && !(sampling.temperature >= 1e-3 && std::isfinite(sampling.temperature)))
+            fail("--temperature %g: must be 0, or at least 0.001", sampling.temperature);
         if (sampling.top_k < 0) fail("--top-k %d: must be at least 0", sampling.top_k);
         if (!(sampling.top_p > 0 && sampling.top_p <= 1)) fail("--top-p %g: must be above 0 and at most 1", sampling.top_p);
         if (!prompt.empty() && !prompt_file.empty()) fail("--prompt or --prompt-file, not both");
@@ -124,7 +124,7 @@ static int infer(int argc, char** argv) {
     app.add_option("--temperature", options.sampling.temperature, "below 1 favours probable tokens; 0 takes the most probable one");
     app.add_option("--top-k", options.sampling.top_k, "draw from the k most probable tokens; 0 = all");
     app.add_option("--top-p", options.sampling.top_p, "of those, from the fewest that have this share of the probability");
-    app.add_option("--seed", options.sampling.seed, "same seed, same text");
+    app.add_option("--seed", options.sampling.seed, "same seed, same text")->check(CLI::NonNegativeNumber);
     app.add_option("--samples", options.samples, "texts to draw");
     app.add_option("--device", options.device, "auto, cpu, simt or cuda; auto is the fastest there is");
     app.add_flag("--bench", options.bench, "time a prompt (512 tokens, or the one given) and decoding");

@@ -21,6 +21,7 @@
 #include <cstring>
 #include <limits>
 #include <nlohmann/json.hpp>
+#include <numeric>
 #include <type_traits>
 
 namespace gpu {
@@ -57,13 +58,12 @@ void check_cublas(cublasStatus_t status, const char* file, int line) {
 #define CUBLAS_CHECK(call) check_cublas(call, __FILE__, __LINE__)
 #define CHECK_LAUNCH() CUDA_CHECK(cudaGetLastError())
 
-// Sizes of scratch depend on this number, and --dry-run plans for a GPU where there is none: then it is an H100's.
 int multiprocessors() {
     static const int count = [] {
         int device = 0, n = 0;
-        const bool known = cudaGetDevice(&device) == cudaSuccess &&
-                           cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, device) == cudaSuccess;
-        return known && n > 0 ? n : 132;
+        CUDA_CHECK(cudaGetDevice(&device));
+        CUDA_CHECK(cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, device));
+        return n;
     }();
     return count;
 }
@@ -305,10 +305,12 @@ cublasHandle_t cublas(cudaStream_t stream) {
     static const cublasHandle_t handle = [] {
         cublasHandle_t created;
         CUBLAS_CHECK(cublasCreate(&created));
+        // Where cuBLAS cuts k into parts, it adds them up in float32, not in the type of the output.
+        CUBLAS_CHECK(cublasSetMathMode(created, CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION));
         return created;
     }();
     CUBLAS_CHECK(cublasSetStream(handle, stream));  // this takes the workspace away: set it again
-    // With a workspace of our own, results do not depend on what else ran.
+    // With a workspace of our own, results do not depend on what else ran: on this stream, the only one there is.
     constexpr size_t workspace_bytes = 32 << 20;
     static void* const workspace = [] {
         void* memory;
@@ -366,7 +368,7 @@ void* allocate(size_t bytes, const char* name) {
 #endif
     return memory;
 }
-void release(void* memory) { CUDA_CHECK(cudaFree(memory)); }
+void release(void* memory) { cudaFree(memory); }  // called by destructors; an error that it repeats was reported where it happened
 void zero(void* memory, size_t bytes, cudaStream_t stream) {
     if (bytes > 0) CUDA_CHECK(cudaMemsetAsync(memory, 0, bytes, stream));
 }
@@ -395,27 +397,39 @@ void embedding_forward(real* out, const int* tokens, const floatX* table, int ro
     CHECK_LAUNCH();
 }
 
-// A block per position in the sorted order; the block at the head of a run of equal tokens adds up the run.
+// A block per position in the sorted order; the block at the head of a run of equal tokens adds up the run. Runs can be long (every
+// fifth byte of a text is a space): blockDim.y groups of threads take every blockDim.y-th row of it, then the first adds the groups.
 template <int width>
 __global__ void embedding_backward_kernel(real* d_table, const real* d_out, const int* tokens, const int* sorted, int rows, int C) {
+    SHARED(real[kThreads * width], sums);  // (groups, vectors of a row, width)
     const int first = blockIdx.x, token = tokens[sorted[first]];
     if (first > 0 && tokens[sorted[first - 1]] == token) return;
+    const int thread = threadIdx.y * blockDim.x + threadIdx.x, threads = blockDim.x * blockDim.y, groups = blockDim.y;
     int last = first + 1, same;
     do {
-        const int candidate = last + threadIdx.x;
+        const int candidate = last + thread;
         same = __syncthreads_count(candidate < rows && tokens[sorted[min(candidate, rows - 1)]] == token);
         last += same;
-    } while (same == int(blockDim.x));
-    for (int c = threadIdx.x * width; c < C; c += blockDim.x * width) {
+    } while (same == threads);
+    for (int begin = 0; begin < C; begin += blockDim.x * width) {
+        const int c = begin + threadIdx.x * width;
         Lanes<width> sum = {};
-        for (int i = first; i < last; i++) {
+        for (int i = first + threadIdx.y; i < last && c < C; i += groups) {
             const auto x = load<width>(d_out + int64_t(sorted[i]) * C + c);
             UNROLL for (int j = 0; j < width; j++) sum.v[j] += x.v[j];
         }
-        real* to = d_table + int64_t(token) * C + c;
-        const auto old = load<width>(to);
-        UNROLL for (int j = 0; j < width; j++) sum.v[j] += old.v[j];
-        store(to, sum);
+        store(sums + thread * width, sum);
+        __syncthreads();
+        if (threadIdx.y == 0 && c < C) {
+            real* to = d_table + int64_t(token) * C + c;
+            auto total = load<width>(to);
+            for (int y = 0; y < groups; y++) {
+                const auto x = load<width>(sums + (y * blockDim.x + threadIdx.x) * width);
+                UNROLL for (int j = 0; j < width; j++) total.v[j] += x.v[j];
+            }
+            store(to, total);
+        }
+        __syncthreads();
     }
 }
 struct EmbeddingScratch : Scratch {
@@ -435,7 +449,9 @@ void embedding_backward(real* d_table, const real* d_out, const int* tokens, voi
         sorted = s.sorted[pass];
     }
     with_width({C}, {d_table, d_out}, [&](auto width) {
-        LAUNCH(embedding_backward_kernel<width>, rows, row_threads(ceil_div(C, width)), 0, stream)(d_table, d_out, tokens, sorted, rows, C);
+        const int vectors = row_threads(ceil_div(C, width));
+        LAUNCH(embedding_backward_kernel<width>, rows, dim3(vectors, kThreads / vectors), 0, stream)
+        (d_table, d_out, tokens, sorted, rows, C);
     });
     CHECK_LAUNCH();
 }
@@ -485,8 +501,7 @@ __global__ void rmsnorm_backward_kernel(real* d_sum, floatX* d_branch, real* par
     DYNAMIC_SHARED(real, d_weight);  // (warps, C)
     const int warps = blockDim.x / kWarp;
     real* mine = d_weight + warp_id() * C;
-    for (int c = lane_id() * width; c < C; c += kWarp * width)
-        UNROLL for (int j = 0; j < width; j++) mine[c + j] = 0;
+    for (int c = lane_id() * width; c < C; c += kWarp * width) store(mine + c, Lanes<width>{});
     for (int64_t row = int64_t(blockIdx.x) * warps + warp_id(); row < rows; row += int64_t(gridDim.x) * warps) {
         real dot = 0;
         for (int c = lane_id() * width; c < C; c += kWarp * width) {
@@ -496,11 +511,12 @@ __global__ void rmsnorm_backward_kernel(real* d_sum, floatX* d_branch, real* par
         const real scale = rstd[row], pull = warp_sum(dot) / C * scale * scale;
         for (int c = lane_id() * width; c < C; c += kWarp * width) {
             const auto x = load<width>(sum + row * C + c), w = load<width>(weight + c), d = load<width>(d_out + row * C + c);
-            auto total = load<width>(d_sum + row * C + c);
+            auto total = load<width>(d_sum + row * C + c), sums = load<width>(mine + c);
             UNROLL for (int j = 0; j < width; j++) {
-                mine[c + j] += d.v[j] * x.v[j] * scale;
+                sums.v[j] += d.v[j] * x.v[j] * scale;
                 total.v[j] += scale * (w.v[j] * d.v[j] - x.v[j] * pull);
             }
+            store(mine + c, sums);
             store(d_sum + row * C + c, total);
             if (d_branch) store(d_branch + row * C + c, total);
         }
@@ -2248,7 +2264,7 @@ static std::vector<std::string> parse_layers(const std::string& text) {
             if (!group) bad(i, "')' without '('");
             if (unit.back().empty()) bad(i, "an empty group");
             group = false;
-        } else if (strchr("MFE", letter)) {
+        } else if (letter && strchr("MFE", letter)) {
             if (group) unit.back() += letter;
             else unit.emplace_back(1, letter);
         } else {
@@ -2309,7 +2325,8 @@ void Config::resolve() {
 
 int Config::capacity_rows(int rows) const {
     if (capacity == 0) return 0;
-    return std::max(1, int(std::min(double(rows) * top_k, std::floor(capacity * rows * top_k / experts))));
+    const double choices = double(rows) * top_k, largest = std::numeric_limits<int>::max();
+    return int(std::clamp(std::floor(capacity * choices / experts), 1.0, std::min(choices, largest)));
 }
 
 double Config::matmul_flops_per_token(bool training) const {
@@ -2335,7 +2352,11 @@ Config Config::from_json(const std::string& text, const std::string& where) {
     } catch (const Json::exception& e) {
         fail("%s: the model's config cannot be read (%s)", where.c_str(), e.what());
     }
-    config.resolve();
+    try {
+        config.resolve();
+    } catch (const Error& e) {
+        fail("%s: the model's config is damaged: %s", where.c_str(), e.what());
+    }
     return config;
 }
 
@@ -2595,15 +2616,18 @@ static constexpr int kHeadRows = 1024;
 // Training keeps what the backward pass needs. Without it every step works in the same memory.
 void Model::plan_activations(Arena& arena, int B, int T, bool training) {
     const int64_t C = config.d_model, D = config.d_inner, N = config.d_state, R = config.dt_rank, E = config.experts, K = config.top_k;
-    const int64_t rows = int64_t(B) * T;
+    const int64_t rows = int64_t(B) * T, parts = training ? planned_parts : 1;
     const int64_t slots = expert_slots(int(rows), int(E), int(K), training ? config.capacity_rows(int(rows)) : 0);
+    if (config.count('E') && slots > std::numeric_limits<int>::max())
+        fail("%lld tokens in a batch make %lld rows for the experts, more than 2^31 - 1: use a smaller batch, --top-k or --capacity",
+             (long long)rows, (long long)slots);
     auto add = [&](auto** pointer, const std::string& name, int64_t count) { arena.add(pointer, name, count); };
 
     add(&buffers.tokens, "tokens", rows);
     add(&buffers.targets, "targets", rows);
     add(&buffers.losses, "losses", kLossCount);
     add(&buffers.row_losses, "row losses", rows);
-    add(&buffers.loads, "expert loads", std::max<int64_t>(1, config.count('E') * E));
+    add(&buffers.loads, "expert loads", std::max<int64_t>(1, parts * config.count('E') * E));
     add(&buffers.branch, "branch", rows * C);
     add(&buffers.logits, "logits", std::min<int64_t>(rows, kHeadRows) * config.padded_vocab());
     add(&buffers.probs, "probabilities", int64_t(B) * config.vocab);
@@ -2671,11 +2695,12 @@ void Model::plan_activations(Arena& arena, int B, int T, bool training) {
     add(&buffers.d_expert_hidden, "d expert hidden", slots * config.d_expert);
 }
 
-void Model::plan_training(int B, int T) {
+void Model::plan_training(int B, int T, int accumulation) {
     if (B < 1 || T < 1 || int64_t(B) * T > (1 << 24))
         fail("--batch %d --seq-len %d: both must be at least 1, and their product at most 2^24", B, T);
     batch = B;
     time = T;
+    planned_parts = accumulation;
     if (masters.entries.empty()) plan_weights();
     for (Tensor* t : tensors) {
         gradients.add(&t->grad, "gradient of " + t->name, t->count);
@@ -2685,8 +2710,8 @@ void Model::plan_training(int B, int T) {
     plan_activations(activations, B, T, true);
 }
 
-void Model::allocate_training(int B, int T) {
-    plan_training(B, T);
+void Model::allocate_training(int B, int T, int accumulation) {
+    plan_training(B, T, accumulation);
     allocate_weights();
     gradients.allocate(layers);
     moments.allocate(layers);
@@ -2753,12 +2778,13 @@ void Model::feed_forward_backward(FeedForwardLayer& f, const floatX* normed, boo
 
 void Model::experts_forward(ExpertsLayer& e, const floatX* normed, bool accumulate, int rows, int capacity) {
     const int C = config.d_model, F = config.d_expert, E = config.experts, K = config.top_k;
-    const int slots = expert_slots(rows, E, K, capacity);
-    int* load = buffers.loads + int64_t(e.index) * E;
+    const int slots = int(expert_slots(rows, E, K, capacity));
+    const int part = training_pass ? parts % planned_parts : 0;
+    e.load = buffers.loads + (int64_t(part) * config.count('E') + e.index) * E;
     layers.router_forward(e.probs, e.lse, e.experts, e.gates, normed, e.router.master, buffers.scratch, rows, C, E, K, config.renormalize,
                           stream);
-    layers.dispatch_plan(e.slot, e.choice, load, e.offset, e.experts, buffers.scratch, rows, E, K, capacity, stream);
-    layers.router_losses(buffers.losses + kBalance, e.probs, e.lse, load, buffers.scratch, rows, E, stream);
+    layers.dispatch_plan(e.slot, e.choice, e.load, e.offset, e.experts, buffers.scratch, rows, E, K, capacity, stream);
+    if (training_pass) layers.router_losses(buffers.losses + kBalance, e.probs, e.lse, e.load, buffers.scratch, rows, E, stream);
     if (capacity == 0) {  // only then does the host have to know how many rows each expert has
         e.host_offset.resize(E + 1);
         layers.download(e.host_offset.data(), e.offset, (E + 1) * sizeof(int), stream);
@@ -2778,9 +2804,9 @@ void Model::experts_forward(ExpertsLayer& e, const floatX* normed, bool accumula
 
 void Model::experts_backward(ExpertsLayer& e, const floatX* normed, bool accumulate, int accumulation) {
     const int rows = batch * time, C = config.d_model, F = config.d_expert, E = config.experts, K = config.top_k;
-    const int capacity = config.capacity_rows(rows), slots = expert_slots(rows, E, K, capacity);
+    const int capacity = config.capacity_rows(rows), slots = int(expert_slots(rows, E, K, capacity));
     const real share = real(1) / real(accumulation * config.count('E'));
-    const int *load = buffers.loads + int64_t(e.index) * E, *offset = capacity ? nullptr : e.host_offset.data();
+    const int* offset = capacity ? nullptr : e.host_offset.data();
     Buffers& b = buffers;
     layers.combine_backward(b.d_slots, b.d_gates, b.d_branch, e.y, e.gates, e.slot, e.choice, rows, slots, C, K, stream);
     layers.experts_backward(b.d_expert_hidden, e.out.grad, b.d_slots, e.hidden, e.out.weight, offset, slots, F, C, E, capacity, stream);
@@ -2794,15 +2820,17 @@ void Model::experts_backward(ExpertsLayer& e, const floatX* normed, bool accumul
     const int wide = config.swiglu_experts ? 2 * F : F;
     layers.experts_backward(b.d_slots, e.in.grad, d_in, e.dispatched, e.in.weight, offset, slots, C, wide, E, capacity, stream);
     layers.dispatch_backward(b.d_normed, b.d_slots, e.slot, rows, C, K, accumulate, stream);
-    layers.router_backward(b.d_normed, e.router.grad, b.d_gates, e.probs, e.lse, e.experts, e.gates, load, normed, e.router.master,
+    layers.router_backward(b.d_normed, e.router.grad, b.d_gates, e.probs, e.lse, e.experts, e.gates, e.load, normed, e.router.master,
                            b.scratch, rows, C, E, K, config.renormalize, real(config.balance_loss) * share, real(config.z_loss) * share, stream);
 }
 
-// From tokens (on the host) to the normed residual stream that the head reads.
-void Model::forward(const int* tokens, int B, int T, DecodeState* state) {
+// From tokens (on the host) to the normed residual stream that the head reads. targets: null, or on the host, for cross_entropy; they
+// are uploaded here because an upload between two layers would wait for the first.
+void Model::forward(const int* tokens, const int* targets, int B, int T, DecodeState* state) {
     const int rows = B * T, C = config.d_model;
     const int capacity = training_pass ? config.capacity_rows(rows) : 0;
     layers.upload(buffers.tokens, tokens, rows * sizeof(int), stream);
+    if (targets) layers.upload(buffers.targets, targets, rows * sizeof(int), stream);
     layers.embedding_forward(steps[0]->sum, buffers.tokens, embedding.weight, rows, C, stream);
     const real* residual = steps[0]->sum;
     const floatX* branch = nullptr;
@@ -2842,10 +2870,8 @@ void Model::head_blocks(const floatX* normed, int ld_normed, int rows, F&& each)
 
 // Adds the sum of the rows' cross-entropies to losses[kCrossEntropy]. d_loss != 0: logits become gradients, `each` uses them.
 template <class F>
-void Model::cross_entropy(const int* targets, int rows, real d_loss, F&& each) {
-    const floatX* normed = steps.back()->normed;
-    layers.upload(buffers.targets, targets, rows * sizeof(int), stream);
-    head_blocks(normed, config.d_model, rows, [&](int first, int block) {
+void Model::cross_entropy(int rows, real d_loss, F&& each) {
+    head_blocks(steps.back()->normed, config.d_model, rows, [&](int first, int block) {
         layers.classifier(buffers.row_losses + first, buffers.logits, buffers.targets + first, block, config.vocab, config.padded_vocab(),
                           d_loss, stream);
         each(first, block);
@@ -2858,12 +2884,12 @@ void Model::forward_backward(const int* tokens, const int* targets, int accumula
     Buffers& b = buffers;
     activations.bind();
     training_pass = true;
-    forward(tokens, batch, time, nullptr);
+    forward(tokens, targets, batch, time, nullptr);
     const int64_t counted = rows - std::count(targets, targets + rows, -1);
     parts++;
     targets_seen += counted;
     const floatX* normed = steps.back()->normed;
-    cross_entropy(targets, rows, real(1) / real(std::max<int64_t>(1, counted) * accumulation), [&](int first, int block) {
+    cross_entropy(rows, real(1) / real(std::max<int64_t>(1, counted) * accumulation), [&](int first, int block) {
         const int64_t at = int64_t(first) * C;
         layers.linear_backward(b.d_normed + at, C, head->grad, b.logits, Vp, normed + at, C, head->weight, block, C, Vp, false, stream);
     });
@@ -2897,16 +2923,16 @@ Losses Model::read_losses() {
     const int E = config.experts, moe_layers = config.count('E'), rows = batch * time, capacity = config.capacity_rows(rows);
     for (Tensor* t : tensors) layers.sum_of_squares(buffers.losses + kGradSquares, t->grad, buffers.scratch, t->count, stream);
     real sums[kLossCount];
-    std::vector<int> loads(int64_t(moe_layers) * E);
+    std::vector<int> loads(int64_t(std::min(parts, planned_parts)) * moe_layers * E);
     layers.download(sums, buffers.losses, sizeof(sums), stream);
-    if (moe_layers) layers.download(loads.data(), buffers.loads, loads.size() * sizeof(int), stream);
+    if (!loads.empty()) layers.download(loads.data(), buffers.loads, loads.size() * sizeof(int), stream);
     layers.zero(buffers.losses + kGradSquares, sizeof(real), stream);  // so that reading twice gives the same
     Losses losses;
     losses.cross_entropy = sums[kCrossEntropy] / double(std::max<int64_t>(1, targets_seen));
     losses.grad_norm = std::sqrt(double(sums[kGradSquares]));
-    if (!moe_layers) return losses;
-    losses.balance = sums[kBalance] / double(std::max(1, parts) * moe_layers);
-    losses.z = sums[kZ] / double(std::max(1, parts) * moe_layers);
+    if (loads.empty()) return losses;
+    losses.balance = sums[kBalance] / (double(parts) * moe_layers);
+    losses.z = sums[kZ] / (double(parts) * moe_layers);
     int64_t dropped = 0;
     int fullest = 0;
     for (int load : loads) {
@@ -2915,19 +2941,25 @@ Losses Model::read_losses() {
     }
     const double choices = double(rows) * config.top_k;
     losses.expert_load = fullest / (choices / E);
-    losses.dropped = double(dropped) / (choices * moe_layers);
+    losses.dropped = double(dropped) / (choices * double(loads.size() / E));
     return losses;
 }
 
 std::string Model::first_bad_tensor() {
-    for (const char* what : {"weight", "gradient"})
-        for (Tensor* t : tensors) {
-            layers.zero(buffers.losses + kGradSquares, sizeof(real), stream);
-            layers.sum_of_squares(buffers.losses + kGradSquares, what[0] == 'w' ? t->master : t->grad, buffers.scratch, t->count, stream);
-            real squares;
-            layers.download(&squares, buffers.losses + kGradSquares, sizeof(real), stream);
-            if (!std::isfinite(squares)) return std::string(what) + " of " + t->name;
-        }
+    const auto bad = [&](const real* values, int64_t count) {
+        real sum = 0;
+        layers.zero(buffers.losses + kGradSquares, sizeof(real), stream);
+        layers.sum(buffers.losses + kGradSquares, values, buffers.scratch, count, stream);
+        layers.download(&sum, buffers.losses + kGradSquares, sizeof(real), stream);
+        return !std::isfinite(sum);
+    };
+    activations.bind();
+    for (const Tensor* t : tensors)
+        if (bad(t->master, t->count)) return "weight of " + t->name;
+    for (size_t s = 0; parts > 0 && s < steps.size(); s++)
+        if (bad(steps[s]->sum, int64_t(batch) * time * config.d_model)) return "residual stream that reaches " + steps[s]->norm.name;
+    for (size_t i = tensors.size(); i-- > 0;)
+        if (bad(tensors[i]->grad, tensors[i]->count)) return "gradient of " + tensors[i]->name;
     return "";
 }
 
@@ -2942,6 +2974,8 @@ void Model::update(const AdamW& o, const Losses& losses, int step) {
 // Model: evaluation and decoding. They have an arena of their own, so that they can run between two training steps.
 
 void Model::begin_inference(int B, int T) {
+    if (int64_t(T) * config.d_model > std::numeric_limits<int>::max())
+        fail("%d tokens at once are too many for a model of width %d: give the text in parts", T, config.d_model);
     if (B != inference_batch || T > inference_time) {
         inference.release();
         inference_batch = B;
@@ -2957,8 +2991,8 @@ void Model::begin_inference(int B, int T) {
 double Model::evaluate(const int* tokens, const int* targets, int B, int T) {
     const int rows = B * T;
     begin_inference(B, T);
-    forward(tokens, B, T, nullptr);
-    cross_entropy(targets, rows, 0, [](int, int) {});
+    forward(tokens, targets, B, T, nullptr);
+    cross_entropy(rows, 0, [](int, int) {});
     real sum;
     layers.download(&sum, buffers.losses + kCrossEntropy, sizeof(sum), stream);
     return sum / double(std::max<int64_t>(1, rows - std::count(targets, targets + rows, -1)));
@@ -2986,7 +3020,7 @@ size_t Model::decode_state_bytes() const {
 const real* Model::decode(DecodeState& state, const int* tokens, int T, real temperature) {
     const int B = state.B, C = config.d_model, V = config.vocab, Vp = config.padded_vocab();
     begin_inference(B, T);
-    forward(tokens, B, T, &state);
+    forward(tokens, nullptr, B, T, &state);
     // Only the last position of each sequence reaches the head: rows that lie T * C apart.
     const floatX* last = steps.back()->normed + int64_t(T - 1) * C;
     probabilities.resize(int64_t(B) * V);
@@ -3000,7 +3034,7 @@ const real* Model::decode(DecodeState& state, const int* tokens, int T, real tem
 std::vector<real> Model::logits(const int* tokens, int B, int T) {
     const int V = config.vocab, Vp = config.padded_vocab();
     begin_inference(B, T);
-    forward(tokens, B, T, nullptr);
+    forward(tokens, nullptr, B, T, nullptr);
     std::vector<real> out;
     out.reserve(int64_t(B) * T * V);
     head_blocks(steps.back()->normed, config.d_model, B * T, [&](int, int block) {
@@ -3041,6 +3075,8 @@ void generate(Model& model, const Tokenizer& tokenizer, std::vector<int> prompt,
     model.start(state, 1);
     for (int64_t i = 0; i < count; i++) {
         const real* probs = model.decode(state, prompt.data(), int(prompt.size()), real(sampling.temperature));
+        if (!std::isfinite(std::accumulate(probs, probs + tokenizer.vocab, 0.0)))
+            fail("the model's probabilities are not finite: its weights are damaged, perhaps by too high a learning rate");
         const double u = random_uniform(sampling.seed, kSampleStream, uint64_t(sample) << 32 | uint64_t(i));
         const int token = sample_token(probs, tokenizer.vocab, sampling.temperature == 0, sampling.top_k, sampling.top_p, u);
         if (token == tokenizer.end_of_text || !emit(token)) return;
@@ -3069,7 +3105,13 @@ void write_atomically(const std::string& path, const std::function<void(std::FIL
     std::FILE* file = fopen(temporary.c_str(), "wb");
     if (!file) fail("cannot write %s: %s", temporary.c_str(), strerror(errno));
     errno = 0;
-    write(file);
+    try {
+        write(file);
+    } catch (...) {
+        fclose(file);
+        unlink(temporary.c_str());
+        throw;
+    }
     bool good = !ferror(file) && fflush(file) == 0 && fsync(fileno(file)) == 0;
     int reason = errno;
     if (fclose(file) != 0 && good) good = false, reason = errno;
@@ -3131,6 +3173,8 @@ Safetensors::Safetensors(const std::string& path) : path(path) {
         if (header_bytes > uint64_t(size - 8))
             fail("%s: not a safetensors file, or cut off: it claims a header of %llu bytes and has %lld in all", p,
                  (unsigned long long)header_bytes, (long long)size);
+        if (header_bytes > 100'000'000)  // the format's own limit
+            fail("%s: not a safetensors file: it claims a header of %llu bytes", p, (unsigned long long)header_bytes);
         std::string header(header_bytes, 0);
         if (fread(header.data(), 1, header.size(), file) != header.size()) fail("%s: cannot be read (%s)", p, strerror(errno));
         const Json json = Json::parse(header);

@@ -61,7 +61,7 @@ inline constexpr int kScanChunk = 64;
 inline int64_t scan_chunks(int T) { return (T + kScanChunk - 1) / kScanChunk; }
 
 // Rows of the experts' input: with a capacity each expert has that many, without one there is a row for every choice.
-inline int expert_slots(int rows, int E, int K, int capacity) { return capacity > 0 ? E * capacity : rows * K; }
+inline int64_t expert_slots(int rows, int E, int K, int capacity) { return capacity > 0 ? int64_t(E) * capacity : int64_t(rows) * K; }
 
 // ------------------------------------------------------------------------------------------------------------------
 // Errors. Whatever a user can cause is one clear line (what is wrong, where, what to do) and exit code 1.
@@ -166,7 +166,7 @@ struct Layers {
     // -------- embedding:  out[r] = table[tokens[r]]
     // out (rows, C) real, the residual stream; tokens (rows), all in [0, V); table (V, C)
     void (*embedding_forward)(real* out, const int* tokens, const floatX* table, int rows, int C, cudaStream_t stream);
-    // Sums the rows of each token in order of their position (stable sort by token, then one sum per run).
+    // Sums the rows of each token in a fixed order (on a GPU: a stable sort by token, then one sum per run).
     void (*embedding_backward)(real* d_table, const real* d_out, const int* tokens, void* scratch, int rows, int V, int C,
                                cudaStream_t stream);
 
@@ -351,7 +351,8 @@ struct ExpertsLayer {
     int index;               // among the model's E layers
     Tensor router, in, out;  // (E, C); per expert (2F or F, C), (C, F)
     real *probs, *lse, *gates;
-    int *experts, *slot, *choice, *offset;        // as in Layers; load is in buffers.loads
+    int *experts, *slot, *choice, *offset;        // as in Layers
+    int* load;                                    // this layer's and part's place in buffers.loads
     std::vector<int> host_offset;                 // offset on the host, read back only where there is no capacity
     floatX *dispatched, *gate_up, *hidden, *y;    // (slots, C); (slots, 2F), SwiGLU only; (slots, F); (slots, C)
 };
@@ -379,11 +380,11 @@ struct DecodeState {
     int current = 0;
 };
 
-struct Losses {               // of one optimizer step, summed over its accumulation steps
+struct Losses {               // of one optimizer step: means over its accumulation parts
     double cross_entropy = 0;  // nats per token
     double balance = 0, z = 0;  // mean over the E layers, unweighted
     double grad_norm = 0;
-    double expert_load = 0, dropped = 0;  // fullest expert over the mean, worst layer; share of choices dropped
+    double expert_load = 0, dropped = 0;  // fullest expert over the mean, worst layer and part; share of choices dropped
 };
 struct AdamW {
     double lr = 1e-3, beta1 = 0.9, beta2 = 0.999, eps = 1e-8, weight_decay = 0.1, grad_clip = 0.5;
@@ -403,14 +404,16 @@ struct Model {
     void initialize(uint64_t seed);          // allocates the weights and draws them
 
     // ---- training: plan_training() only computes sizes; allocate_training() takes the memory.
-    void plan_training(int B, int T);
-    void allocate_training(int B, int T);
+    void plan_training(int B, int T, int accumulation = 1);
+    void allocate_training(int B, int T, int accumulation = 1);
     // One of `accumulation` equal parts of a step: gradients of mean cross-entropy + weighted auxiliary losses are added to grad.
-    // tokens, targets (B, T) on the host; a target of -1 is ignored. Returns without waiting for the device.
+    // tokens, targets (B, T) on the host; a target of -1 is ignored. Returns while the device computes: what it waits for is the upload,
+    // which follows the part before, and the counts of E layers without capacity.
     void forward_backward(const int* tokens, const int* targets, int accumulation);
     void zero_gradients();
     Losses read_losses();               // waits; losses and gradient norm since the last zero_gradients()
-    std::string first_bad_tensor();     // name of the first gradient or weight with a NaN or infinity; "" if there is none
+    // The first with a NaN or infinity: of the weights, of the residual stream on its way up, of the gradients on theirs down; "" if none.
+    std::string first_bad_tensor();
     void update(const AdamW& optimizer, const Losses& losses, int step);  // step counts from 1
     double evaluate(const int* tokens, const int* targets, int B, int T);  // mean cross-entropy; no token is dropped
 
@@ -431,7 +434,7 @@ struct Model {
 
     // ---- what the above is made of
     Arena weights{"weights"}, masters{"master weights"}, gradients{"gradients"}, moments{"optimizer"}, activations{"activations"},
-        inference{"inference"};
+        inference{"validation and sampling"};
     std::vector<std::unique_ptr<Step>> steps;
     Tensor embedding, head_table;
     Tensor* head;                  // &embedding if tied
@@ -440,7 +443,7 @@ struct Model {
     struct Buffers {                // shared by all layers
         int *tokens, *targets;      // (rows)
         real *losses, *row_losses;  // (kLossCount), sums over a step; (rows)
-        int* loads;                 // (E layers, E)
+        int* loads;                 // (accumulation, E layers, E)
         floatX *branch, *logits;    // (rows, C) the current step's output; (kHeadRows, Vp)
         real* probs;                // (B, V)
         char* scratch;
@@ -454,6 +457,7 @@ struct Model {
     int batch = 0, time = 0;                       // of training
     int inference_batch = 0, inference_time = 0;   // what the inference arena has room for
     bool training_pass = false;                    // is the forward pass now running one of training?
+    int planned_parts = 1;                         // accumulation parts that buffers.loads has room for
     int parts = 0;                                 // accumulation parts and targets since zero_gradients()
     int64_t targets_seen = 0;
     std::vector<real> probabilities;
@@ -462,7 +466,7 @@ struct Model {
     void allocate_weights();
     void plan_activations(Arena& arena, int B, int T, bool training);
     void begin_inference(int B, int T);
-    void forward(const int* tokens, int B, int T, DecodeState* state);
+    void forward(const int* tokens, const int* targets, int B, int T, DecodeState* state);
     void mamba_forward(MambaLayer& m, const floatX* normed, bool accumulate, int B, int T, DecodeState::Mixer* state, int current);
     void mamba_backward(MambaLayer& m, const floatX* normed, bool accumulate);
     void feed_forward_forward(FeedForwardLayer& f, const floatX* normed, bool accumulate, int rows);
@@ -470,7 +474,7 @@ struct Model {
     void experts_forward(ExpertsLayer& e, const floatX* normed, bool accumulate, int rows, int capacity);
     void experts_backward(ExpertsLayer& e, const floatX* normed, bool accumulate, int accumulation);
     template <class F> void head_blocks(const floatX* normed, int ld_normed, int rows, F&& each);
-    template <class F> void cross_entropy(const int* targets, int rows, real d_loss, F&& each);
+    template <class F> void cross_entropy(int rows, real d_loss, F&& each);
 };
 
 // Draws an index from probabilities: the top_k largest (0 = all), of those the fewest that reach top_p, by u in [0, 1).

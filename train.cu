@@ -15,17 +15,18 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <charconv>
 #include <cmath>
 #include <csignal>
 #include <cstring>
 #include <filesystem>
-#include <fstream>
+#include <sstream>
 
 namespace fs = std::filesystem;
 using Json = nlohmann::ordered_json;
 
 // ------------------------------------------------------------------------------------------------------------------
-// What defines a run besides the model: on the same data, device and build, the same values give the same bits.
+// What defines a run besides the model: on the same data, device, build and number of threads, the same values give the same bits.
 struct Run {
     int batch = 16, seq_len = 256, grad_accum = 1, steps = 1000;
     double lr = 1e-3;
@@ -57,7 +58,7 @@ struct Run {
         check(batch >= 1, "batch", batch, "at least 1");
         check(seq_len >= 1, "seq-len", seq_len, "at least 1");
         check(grad_accum >= 1, "grad-accum", grad_accum, "at least 1");
-        check(steps >= 1, "steps", steps, "at least 1");
+        check(steps >= 1 && steps <= 1'000'000'000, "steps", steps, "from 1 to 1e9");
         check(lr >= 0 && std::isfinite(lr), "lr", lr, "at least 0");
         check(warmup >= 0, "warmup", warmup, "at least 0");
         check(weight_decay >= 0 && std::isfinite(weight_decay), "weight-decay", weight_decay, "at least 0");
@@ -65,7 +66,7 @@ struct Run {
         check(beta1 >= 0 && beta1 < 1, "beta1", beta1, "at least 0 and below 1");
         check(beta2 >= 0 && beta2 < 1, "beta2", beta2, "at least 0 and below 1");
         if (schedule != "cosine" && schedule != "constant") fail("--schedule %s: must be cosine or constant", schedule.c_str());
-        if (warmup == 0) warmup = (steps + 99) / 100;
+        if (warmup == 0) warmup = (steps - 1) / 100 + 1;
     }
     double learning_rate(int step) const {  // step counts from 1
         if (step <= warmup) return lr * step / warmup;
@@ -166,7 +167,8 @@ struct Dataset {
     }
 };
 
-// Batches of windows of T + 1 tokens, T apart, so that every token but the first is a target once in an epoch. The order of an epoch
+// Batches of windows of T + 1 tokens, T apart, so that every token but the first, and what does not fill a last
+// window, is a target once in an epoch. The order of an epoch
 // is a pure function of seed and epoch, so a position is just the number of sequences drawn: to resume, the step is enough.
 struct Loader {
     const TokenStream& stream;
@@ -218,10 +220,9 @@ static Json to_json(const Run& run) {
 static void save_checkpoint(const Model& model, const fs::path& out, int step, const Run& run, const Dataset& data) {
     const std::string optimizer = "optimizer-" + std::to_string(step) + ".safetensors";
     try {
-        model.save_optimizer((out / optimizer).string(), {{"step", std::to_string(step)}});
+        model.save_optimizer((out / optimizer).string(), {});
         model.save((out / kModelFile).string(), {{"step", std::to_string(step)},
                                                  {"tokenizer", data.tokenizer.to_json()},
-                                                 {"seed", std::to_string(run.seed)},
                                                  {"training", to_json(run).dump()},
                                                  {"train_tokens", std::to_string(data.train->count)},
                                                  {"optimizer", optimizer}});
@@ -230,9 +231,13 @@ static void save_checkpoint(const Model& model, const fs::path& out, int step, c
         fs::remove(out / optimizer, ignored);
         throw;
     }
-    for (const fs::directory_entry& entry : fs::directory_iterator(out)) {
+    std::error_code ignored;
+    for (const fs::directory_entry& entry : fs::directory_iterator(out, ignored)) {
         const std::string name = entry.path().filename().string();
-        if (name.starts_with("optimizer-") && name != optimizer) fs::remove(entry.path());
+        int of_step = 0, length = 0;  // optimizer-STEP.safetensors, or one that a kill left as .tmp
+        if (sscanf(name.c_str(), "optimizer-%d.safetensors%n", &of_step, &length) != 1 || length == 0) continue;
+        const std::string rest = name.substr(length);
+        if (name != optimizer && (rest.empty() || rest == ".tmp")) fs::remove(entry.path(), ignored);
     }
 }
 
@@ -247,16 +252,25 @@ struct Checkpoint {
         const Safetensors file(model);
         config = Config::from_json(file.meta("config"), model);
         optimizer = (out / fs::path(file.meta("optimizer")).filename()).string();
-        const std::string training = file.meta("training"), steps = file.meta("step"), tokens = file.meta("train_tokens");
+        const std::string training = file.meta("training");
+        const auto number = [&](const char* key) {
+            const std::string text = file.meta(key);
+            int64_t value = 0;
+            const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+            if (error != std::errc() || end != text.data() + text.size() || value < 1)
+                fail("%s: its metadata has \"%s\": \"%s\", where a count belongs", model.c_str(), key, text.c_str());
+            return value;
+        };
         try {
             const Json json = Json::parse(training);
             Run::each_field(run, [&](const char* flag, auto& field, const char*) { json.at(flag).get_to(field); });
-            step = std::stoi(steps);
-            train_tokens = std::stoll(tokens);
-        } catch (const std::exception& e) {
+        } catch (const Json::exception& e) {
             fail("%s: what it says of its training cannot be read (%s)", model.c_str(), e.what());
         }
         run.resolve();
+        train_tokens = number("train_tokens");
+        if (number("step") > run.steps) fail("%s: it is of step %s of %d", model.c_str(), file.meta("step").c_str(), run.steps);
+        step = int(number("step"));
     }
 };
 
@@ -293,11 +307,13 @@ struct Log {
 
     Log(const fs::path& out, int resumed_step) : path((out / "log.jsonl").string()) {
         if (resumed_step > 0) {
-            std::ifstream old(path);
+            std::istringstream old(fs::exists(path) ? read_file(path, "log") : "");
             write_atomically(path, [&](FILE* kept) {
                 for (std::string line; std::getline(old, line);) {
                     const Json json = Json::parse(line, nullptr, false);  // a kill can leave half a line
-                    if (json.is_object() && json.value("step", 0) <= resumed_step) fprintf(kept, "%s\n", line.c_str());
+                    if (!json.is_object()) continue;
+                    const auto step = json.find("step");  // the first line, of the run, has none
+                    if (step == json.end() || (step->is_number() && *step <= resumed_step)) fprintf(kept, "%s\n", line.c_str());
                 }
             });
         }
@@ -334,7 +350,8 @@ static void print_model(const Model& model) {
 // What training would take, without taking any of it.
 static void dry_run(const Config& config, const Layers& layers, const Run& run) {
     Model model(config, layers);
-    model.plan_training(run.batch, run.seq_len);
+    model.plan_training(run.batch, run.seq_len, run.grad_accum);
+    model.plan_activations(model.inference, run.batch, run.seq_len, false);
     const Config& c = model.config;
     print_model(model);
     printf("\nconfiguration\n");
@@ -343,7 +360,8 @@ static void dry_run(const Config& config, const Layers& layers, const Run& run) 
     });
     printf("\nmemory for training, B = %d, T = %d\n", run.batch, run.seq_len);
     double total = 0;
-    for (const Arena* arena : {&model.weights, &model.masters, &model.gradients, &model.moments, &model.activations}) {
+    for (const Arena* arena :
+         {&model.weights, &model.masters, &model.gradients, &model.moments, &model.activations, &model.inference}) {
         printf("  %-36s %14s\n", arena->name.c_str(), bytes_text(double(arena->bytes)).c_str());
         total += double(arena->bytes);
     }
@@ -440,6 +458,7 @@ static void train_steps(Model& model, const Options& options, const Run& run, co
     std::vector<int> tokens(int64_t(B) * T), targets(tokens.size());
     AdamW optimizer{.lr = 0, .beta1 = run.beta1, .beta2 = run.beta2, .weight_decay = run.weight_decay, .grad_clip = run.grad_clip};
     int saved = done;
+    const auto checkpoint = [&] { return saved ? "the checkpoint of step " + std::to_string(saved) : std::string("no checkpoint yet"); };
     const double start = omp_get_wtime();
     for (int step = done + 1; step <= run.steps; step++) {
         const double step_start = omp_get_wtime();
@@ -456,9 +475,8 @@ static void train_steps(Model& model, const Options& options, const Run& run, co
         const double aux = config.balance_loss * losses.balance + config.z_loss * losses.z;
         if (!std::isfinite(losses.cross_entropy + aux + losses.grad_norm)) {
             const std::string bad = model.first_bad_tensor();
-            const std::string kept = saved ? "the checkpoint of step " + std::to_string(saved) : "no checkpoint yet";
             fail("step %d: loss %g, gradient norm %g; stopped before the update. First bad tensor: %s. %s has %s", step,
-                 losses.cross_entropy, losses.grad_norm, bad.empty() ? "none" : bad.c_str(), options.out.c_str(), kept.c_str());
+                 losses.cross_entropy, losses.grad_norm, bad.empty() ? "none" : bad.c_str(), options.out.c_str(), checkpoint().c_str());
         }
         optimizer.lr = run.learning_rate(step);
         model.update(optimizer, losses, step);
@@ -470,12 +488,12 @@ static void train_steps(Model& model, const Options& options, const Run& run, co
         if (config.count('E')) printf("  aux %.4f  load %.2f  dropped %4.1f %%", aux, losses.expert_load, 100 * losses.dropped);
         printf("  norm %7.3f  lr %.2e  %6.0f ms  %7.0f tokens/s  %4.1f %% of peak  %ld:%02ld left\n", losses.grad_norm, optimizer.lr,
                1e3 * seconds, rate, 100 * share, left / 60, left % 60);
-        log.write({{"kind", "train"}, {"step", step}, {"loss", losses.cross_entropy}, {"balance", losses.balance}, {"z", losses.z},
-                   {"grad_norm", losses.grad_norm}, {"lr", optimizer.lr}, {"ms", 1e3 * seconds}, {"tokens_per_second", rate},
-                   {"peak_share", share}, {"expert_load", losses.expert_load}, {"dropped", losses.dropped}});
+        log.write({{"kind", "train"}, {"step", step}, {"loss", losses.cross_entropy}, {"aux", aux}, {"balance", losses.balance},
+                   {"z", losses.z}, {"grad_norm", losses.grad_norm}, {"lr", optimizer.lr}, {"ms", 1e3 * seconds},
+                   {"tokens_per_second", rate}, {"peak_share", share}, {"expert_load", losses.expert_load}, {"dropped", losses.dropped},
+                   {"seconds_left", left}});
 
         const bool last = step == run.steps;
-        const bool stop = interrupted || (options.max_minutes > 0 && now - start > 60 * options.max_minutes);
         auto due = [&](int every) { return every > 0 && step % every == 0; };
         if (val && (last || due(options.eval_every))) {
             const double loss = validate(model, *val, B, options.eval_batches), bits = loss / std::log(2.0);
@@ -495,7 +513,12 @@ static void train_steps(Model& model, const Options& options, const Run& run, co
             });
             printf("\n");
         }
+        const bool stop = interrupted || (options.max_minutes > 0 && now - start > 60 * options.max_minutes);
         if (last || stop || due(options.save_every)) {
+            const double loss = model.evaluate(tokens.data(), targets.data(), B, T);
+            if (!std::isfinite(loss))  // the update itself has ruined the weights
+                fail("step %d: after its update the loss is %g: not saved, %s has %s; a lower --lr may help", step, loss,
+                     options.out.c_str(), checkpoint().c_str());
             save_checkpoint(model, out, step, run, data);
             saved = step;
         }
@@ -526,11 +549,13 @@ static int train(int argc, char** argv) {
     app.add_option("--max-minutes", options.max_minutes, "stop and save, as on Ctrl-C, after so long; 0 = no limit");
     app.add_option("--peak-flops", options.peak_flops, "operations/s of matrix products that count as the peak; 0 = measure them now");
     app.add_flag("--resume", options.resume,
-                 "continue the run in --out, bit for bit; it knows its model and its run: only --steps can grow, with a constant schedule");
+                 "continue the run in --out, bit for bit with as many threads; it knows its model and its run: only --steps can grow, with a "
+                 "constant schedule");
     app.add_flag("--dry-run", options.dry_run, "print parameters, memory and compute, take none of them; needs no --data or --out");
     app.add_flag("--list-presets", options.list_presets, "print the presets");
     Run::each_field(run_flags, [&](const char* flag, auto& field, const char* help) {
-        app.add_option(std::string("--") + flag, field, help)->group("The run");
+        CLI::Option* option = app.add_option(std::string("--") + flag, field, help)->group("The run");
+        if (std::is_unsigned_v<std::remove_reference_t<decltype(field)>>) option->check(CLI::NonNegativeNumber);
     });
     app.add_option("--preset", options.preset, "a model by name (see --list-presets); the flags below change it")->group("The model");
     Config::each_field(model_flags, [&](const char* flag, auto& field, const char* help) {
@@ -590,7 +615,7 @@ static int train(int argc, char** argv) {
     Model model(config, layers);
     if (checkpoint) model.load(checkpoint->model);
     else model.initialize(run.seed);
-    model.allocate_training(run.batch, run.seq_len);
+    model.allocate_training(run.batch, run.seq_len, run.grad_accum);
     if (checkpoint) model.load_optimizer(checkpoint->optimizer);
     train_steps(model, options, run, data, checkpoint ? checkpoint->step : 0);
     return 0;

@@ -15,6 +15,11 @@ import time
 
 TESTS = "[gpu],[traffic]"
 BUILD = "build/mutants"
+# A function whose name begins so is tested on its own layer first; most faults show there, and only the others need all tests.
+LAYERS = {"embedding|Embedding|sort_|bucket_of": "embedding", "rmsnorm": "rmsnorm", "linear|matmul": "linear", "conv|Conv|with_conv": "conv",
+          "scan|Scan|exchange|load_part|store_part|load_states|store_states|load_decay|sum_lanes|with_lanes|State": "scan",
+          "router|Router|to_real|add_kernel|dispatch|gather|combine|each_expert|experts": "moe", "swiglu": "feed-forward", "relu": "relu",
+          "load_logits|softmax_of_row|classifier": "classifier", "softmax_forward": "softmax", "sum_kernel|sum_all": "sum", "adamw": "adamw"}
 
 # function: [(name, fragment, replacement, why it is harmless if it is)]
 FAULTS = {
@@ -103,10 +108,15 @@ FAULTS = {
     "embedding_forward": [("one row less", "<width>, rows, row_threads", "<width>, rows - 1, row_threads")],
     "embedding_backward_kernel": [
         ("every position", "== token) return;", "== token && false) return;"),
-        ("one position", "while (same == int(blockDim.x))", "while (false)"),
-        ("not itself", "int i = first;", "int i = first + 1;"),
+        ("one round", "while (same == threads)", "while (false)"),
+        ("not itself", "int i = first + threadIdx.y;", "int i = first + 1 + threadIdx.y;"),
         ("run past the end", "candidate < rows &&", "candidate <= rows &&"),
-        ("overwrites", "sum.v[j] += old.v[j]", "sum.v[j] += 0 * old.v[j]"),
+        ("overwrites", "auto total = load<width>(to)", "auto total = Lanes<width>{}"),
+        ("first group only", "y < groups", "y < 1"),
+        ("rows of other groups", "i += groups", "i += 1"),
+        ("barrier 1", "store(sums + thread * width, sum);\n        __syncthreads();", "store(sums + thread * width, sum);"),
+        ("barrier 2", "            store(to, total);\n        }\n        __syncthreads();", "            store(to, total);\n        }"),
+        ("first vectors only", "begin += blockDim.x * width", "begin += C"),
     ],
     "embedding_backward": [
         ("one pass", "(V - 1) >> shift > 0", "(V - 1) >> shift > 1"),
@@ -125,7 +135,8 @@ FAULTS = {
     ],
     "rmsnorm_forward": [("blocks", "blocks_for(rows, kNormWarps)", "blocks_for(rows, 2 * kNormWarps)")],
     "rmsnorm_backward_kernel": [
-        ("not cleared", "mine[c + j] = 0;", ";"),
+        ("not cleared", "store(mine + c, Lanes<width>{})", "(void)mine"),
+        ("not added up", "store(mine + c, sums)", "store(mine + c, d)"),
         ("barrier", "__syncthreads();", ""),
         ("sign", "- x.v[j] * pull", "+ x.v[j] * pull"),
         ("scale of the pull", "* scale * scale;", "* scale;"),
@@ -508,7 +519,7 @@ class Base:
         if compiled.returncode:
             raise RuntimeError(compiled.stdout)
 
-    def test(self, directory, kernels, limit):
+    def test(self, directory, kernels, limit, function=""):
         """caught, alive or broken; and by what"""
         with open(f"{directory}/moemamba.cu", "w") as file:
             file.write(kernels)
@@ -522,8 +533,12 @@ class Base:
         if linked.returncode:
             return "broken", linked.stdout[:200]
         start = time.monotonic()
+        own = [("[layers][gpu]", {"MOEMAMBA_TEST_LAYER": layer}) for names, layer in LAYERS.items() if re.match(names, function)]
         try:
-            tests = run([program, TESTS, "--abort"], timeout=limit, env=dict(os.environ, OMP_NUM_THREADS="1"))
+            for which, layer in own + [(TESTS, {})]:
+                tests = run([program, which, "--abort"], timeout=limit, env={**os.environ, "OMP_NUM_THREADS": "1", **layer})
+                if tests.returncode:
+                    break
         except subprocess.TimeoutExpired:
             return "caught", f"not done in {limit:.0f} s"
         finally:
@@ -578,7 +593,7 @@ def main():
         directory = f"{BUILD}/{fault.number}"
         os.makedirs(directory, exist_ok=True)
         base = bases[fault.precision]
-        return fault, base.test(directory, before + planted[fault], base.limit)
+        return fault, base.test(directory, before + planted[fault], base.limit, fault.function)
 
     with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
         for fault, (result, what) in pool.map(examine, planted):
