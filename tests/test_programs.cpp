@@ -11,6 +11,7 @@
 #include <nlohmann/json.hpp>
 #include <signal.h>
 #include <sys/resource.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 #include <zlib.h>
@@ -176,6 +177,22 @@ static std::vector<std::string> documents(const std::vector<int>& tokens) {
     return all;
 }
 
+// Checks that the pieces, in some order and each once, are the text. Each must be long enough to be found where it is, and nowhere else.
+static void check_joined(const std::vector<std::string>& pieces, const std::string& text) {
+    size_t joined = 0;
+    std::vector<bool> used(pieces.size());
+    while (joined < text.size()) {
+        size_t next = pieces.size();
+        for (size_t i = 0; i < pieces.size(); i++)
+            if (!used[i] && text.compare(joined, pieces[i].size(), pieces[i]) == 0) next = i;
+        REQUIRE(next < pieces.size());
+        used[next] = true;
+        joined += pieces[next].size();
+    }
+    CHECK(joined == text.size());
+    CHECK(std::count(used.begin(), used.end(), false) == 0);
+}
+
 static void make_data(const Workplace& at, size_t bytes = 30000) {
     write_text(at / "text.txt", prose(bytes));
     at.succeed("data_prep", {"--input", at / "text.txt", "--output", at / "data", "--val-fraction", "0.1"});
@@ -214,6 +231,13 @@ static void check_same_checkpoint(const std::string& a, const std::string& b, in
     CHECK(read_text(a + optimizer) == read_text(b + optimizer));
     CHECK(losses(a) == losses(b));
 }
+
+// Replaces a file by one that not even root can read: a link to itself.
+static void unreadable(const fs::path& path) {
+    fs::remove(path);
+    fs::create_symlink(path.filename(), path);
+}
+static const char* const kLoop = "Too many levels of symbolic links";
 
 // ------------------------------------------------------------------------------------------------------------------
 
@@ -302,24 +326,10 @@ TEST_CASE("one document is split by position: every byte is in exactly one split
     write_text(at / "text.txt", text);
     auto check = [&](const std::string& out, double fraction) {
         const std::vector<int> train = read_tokens(at / out, "train"), val = read_tokens(at / out, "val");
-        std::vector<std::string> pieces = documents(train);
         const std::vector<std::string> held_out = documents(val);
         CHECK(held_out.size() >= 2);
         CHECK(std::abs(double(val.size()) / double(train.size() + val.size()) - fraction) < 0.5 * fraction);
-        pieces.insert(pieces.end(), held_out.begin(), held_out.end());
-        // In the order of the text the pieces are the text. Each is long enough to be found where it is, and nowhere else.
-        std::string joined;
-        std::vector<bool> used(pieces.size());
-        while (joined.size() < text.size()) {
-            size_t next = pieces.size();
-            for (size_t i = 0; i < pieces.size(); i++)
-                if (!used[i] && text.compare(joined.size(), pieces[i].size(), pieces[i]) == 0) next = i;
-            REQUIRE(next < pieces.size());
-            used[next] = true;
-            joined += pieces[next];
-        }
-        CHECK(joined == text);
-        CHECK(std::count(used.begin(), used.end(), false) == 0);
+        check_joined(documents(train) + held_out, text);
         CHECK(Json::parse(read_text(at / out + "/dataset.json")).at("split") == "pieces");
     };
     at.succeed("data_prep", {"--input", at / "text.txt", "--output", at / "file", "--val-fraction", "0.05"});
@@ -360,6 +370,131 @@ TEST_CASE("many documents are split whole") {
     CHECK(json.at("tokenizer").at("kind") == "bytes");
 }
 
+static const std::string kSeparatorLine = "<|endoftext|>\n";
+
+TEST_CASE("many documents in one file or stream are split whole") {
+    const Workplace at;
+    auto check = [&](const std::vector<std::string>& expected, const std::string& fraction, size_t held_out) {
+        std::string text;
+        for (const std::string& document : expected) text += document + kSeparatorLine;
+        write_text(at / "text", text);
+        at.succeed("data_prep", {"--input", at / "text", "--output", at / "file", "--val-fraction", fraction});
+        at.succeed("data_prep", {"--input", "-", "--output", at / "stream", "--val-fraction", fraction}, {.input = at / "text"});
+        for (const char* out : {"file", "stream"}) {
+            const std::vector<std::string> val = documents(read_tokens(at / out, "val"));
+            CHECK(val.size() == held_out);
+            std::vector<std::string> found = documents(read_tokens(at / out, "train")) + val, all = expected;
+            std::sort(found.begin(), found.end());
+            std::sort(all.begin(), all.end());
+            CHECK((found == all));  // in parentheses: not to be printed
+            const Json json = Json::parse(read_text(at / out + "/dataset.json"));
+            CHECK(json.at("split") == "documents");
+            CHECK(json.at("documents") == expected.size());
+        }
+    };
+    std::vector<std::string> expected;
+    for (int i = 0; i < 300; i++) expected.push_back("document " + std::to_string(i) + "\n" + prose(i * 37 % 3000) + "\n");
+    check(expected, "0.02", 6);
+    // So many that the end is out of sight when the first are dealt, longer than a block, and with lines longer than any limit.
+    expected.clear();
+    std::string line = prose(100000);
+    std::replace(line.begin(), line.end(), '\n', ' ');
+    for (int i = 0; i < 200; i++) expected.push_back("document " + std::to_string(i) + " " + line + "\n");
+    check(expected, "0.01", 2);
+}
+
+TEST_CASE("only a document that is too long for validation is cut") {
+    const Workplace at;
+    const std::string long_document = "long\n" + prose(200000) + "\n";
+    std::vector<std::string> expected;
+    for (int i = 0; i < 100; i++) expected.push_back("document " + std::to_string(i) + "\n" + prose(i % 10 * 100) + "\n");
+    std::string text;
+    for (int i = 0; i < 100; i++) text += expected[i] + kSeparatorLine + (i == 50 ? long_document + kSeparatorLine : "");
+    write_text(at / "text", text);
+    at.succeed("data_prep", {"--input", at / "text", "--output", at / "data", "--val-fraction", "0.05"});
+    const std::vector<int> train = read_tokens(at / "data", "train"), val = read_tokens(at / "data", "val");
+    CHECK(std::abs(double(val.size()) / double(train.size() + val.size()) - 0.05) < 0.025);
+    std::vector<std::string> whole, pieces;
+    for (const std::string& document : documents(train) + documents(val))
+        (document.starts_with("document ") ? whole : pieces).push_back(document);
+    std::sort(whole.begin(), whole.end());
+    std::sort(expected.begin(), expected.end());
+    CHECK(whole == expected);
+    check_joined(pieces, long_document);
+    CHECK(Json::parse(read_text(at / "data/dataset.json")).at("split") == "pieces");
+}
+
+TEST_CASE("validation gets its share of documents, whatever the share") {
+    const Workplace at;
+    std::string text;
+    for (int i = 0; i < 200; i++) text += "document " + std::to_string(i) + "\n" + kSeparatorLine;
+    write_text(at / "text", text);
+    for (const double fraction : {0.03, 0.07, 0.13, 0.22, 0.3, 0.35, 0.4, 0.45, 0.48, 0.5}) {
+        INFO(fraction);
+        at.succeed("data_prep", {"--input", at / "text", "--output", at / "data", "--val-fraction", std::to_string(fraction)});
+        CHECK(std::abs(double(documents(read_tokens(at / "data", "val")).size()) - 200 * fraction) <= 1);
+    }
+}
+
+TEST_CASE("a text without any newline is split, and not within a character") {
+    const Workplace at;
+    // In each of these sizes some block of the input ends exactly where a piece must, or within the character that ends it.
+    for (const auto& [size, fraction] : {std::pair(466040, 0.125), std::pair(1048496, 0.5), std::pair(200000, 0.05)}) {
+        for (const bool ascii : {true, false}) {
+            std::string text = prose(size);
+            text.resize(size);
+            std::replace(text.begin(), text.end(), '\n', ' ');
+            for (int i = 1; i + 1 < size && !ascii; i += 2) {  // numbers of two-byte characters, at odd places
+                text[i] = char(0xC2 + text[i] % 16);
+                text[i + 1] = char(0x80 + text[i + 1] % 64);
+            }
+            write_text(at / "text", text);
+            at.succeed("data_prep", {"--input", "-", "--output", at / "data", "--val-fraction", std::to_string(fraction)},
+                       {.input = at / "text"});
+            const std::vector<int> train = read_tokens(at / "data", "train"), val = read_tokens(at / "data", "val");
+            INFO(size << " bytes, validation " << val.size());
+            CHECK(std::abs(double(val.size()) / double(train.size() + val.size()) - fraction) < 0.5 * fraction);
+            const std::vector<std::string> pieces = documents(train) + documents(val);
+            check_joined(pieces, text);
+            for (const std::string& piece : pieces) CHECK((piece[0] & 0xC0) != 0x80);
+        }
+    }
+}
+
+TEST_CASE("data_prep's memory does not grow with its input") {
+    const Workplace at;
+    const std::string pipe = at / "pipe";
+    REQUIRE(mkfifo(pipe.c_str(), 0600) == 0);
+    std::string small, endless(1 << 16, 'a');  // many documents; one without any line
+    int64_t written = 0, expected = 1;
+    while (small.size() < 1 << 16) small += "and the river\n" + kSeparatorLine;
+    const Limits limits{.input = pipe, .meanwhile = [&](pid_t child) {
+        auto before = signal(SIGPIPE, SIG_IGN);  // should it end early
+        const int file = open(pipe.c_str(), O_WRONLY);
+        auto feed = [&](const std::string& block, int64_t bytes) {
+            for (int64_t end = written + bytes; written < end; written += int64_t(block.size())) {
+                if (write(file, block.data(), block.size()) != ssize_t(block.size())) return;
+                if (&block == &small) expected += int64_t(block.size() / (strlen("and the river\n") + kSeparatorLine.size()));
+            }
+        };
+        feed(small, 40 << 20);
+        // From here on it may take 8 MiB more, and gets 144.
+        int64_t pages = 0;
+        std::ifstream("/proc/" + std::to_string(child) + "/statm") >> pages;
+        CHECK(pages > 0);
+        const rlim_t bytes = rlim_t(pages) * rlim_t(sysconf(_SC_PAGESIZE)) + (8 << 20);
+        const rlimit limit{bytes, bytes};
+        CHECK(prlimit(child, RLIMIT_AS, &limit, nullptr) == 0);
+        feed(small, 72 << 20);
+        feed(endless, 72 << 20);
+        close(file);
+        signal(SIGPIPE, before);
+    }};
+    at.succeed("data_prep", {"--input", "-", "--output", at / "data"}, limits);
+    CHECK(written >= 180 << 20);
+    CHECK(Json::parse(read_text(at / "data/dataset.json")).at("documents") == expected);
+}
+
 TEST_CASE("separator lines, wherever blocks end, and gzip") {
     const Workplace at;
     const std::string separator = "<|endoftext|>";
@@ -395,13 +530,16 @@ TEST_CASE("data_prep refuses bad input") {
     refuse({"--input", at / "nothing", "--output", out}, {"no files in"});
     refuse({"--input", at / "binary", "--output", out}, {at / "binary", "not text"});
     refuse({"--input", text, "--output", text}, {"cannot create directory"});
-    refuse({"--input", text, "--output", out, "--val-fraction", "0.6"}, {"--val-fraction", "0 to 0.5"});
-    refuse({"--input", text, "--output", out, "--val-fraction", "-0.1"}, {"--val-fraction"});
-    refuse({"--input", text, "--output", out, "--val-fraction", "nan"}, {"--val-fraction"});
-    refuse({"--input", text, "--output", out, "--val-fraction", "x"}, {"--val-fraction"});
+    for (const char* bad : {"0.6", "-0.1", "-.1", "nan", "-nan", "inf", "x", "0.1x", "0,1", "1e999", "1e-999", "", " "})
+        refuse({"--input", text, "--output", out, "--val-fraction", bad}, {"--val-fraction", "0 to 0.5", std::string("'") + bad + "'"});
     refuse({"--input", text, "--output", out, "--tokenizer", "words"}, {"--tokenizer", "words", "bytes"});
-    refuse({"--input", text, "--output", out, "--shard-tokens", "0"}, {"--shard-tokens"});
-    refuse({"--input", text, "--output", out, "--shard-tokens", "3000000000"}, {"--shard-tokens"});
+    for (const char* bad : {"0", "-1", "3000000000", "9223372036854775808", "99999999999999999999", "10x", "0x10", "1e6", "1.5", "nan", ""})
+        refuse({"--input", text, "--output", out, "--shard-tokens", bad},
+               {"--shard-tokens", "1 to 2147483647", std::string("'") + bad + "'"});
+    for (const char* flag : {"--val-fraction", "--shard-tokens"}) {
+        refuse({"--input", text, "--output", out, flag}, {flag});
+        refuse({"--input", text, "--output", out, flag, "0.1", flag, "0.2"}, {flag});
+    }
     refuse({"--input", text, "--output", out, "--shuffle"}, {"--shuffle"});
     const std::string gz = at / "text.gz";
     gzFile file = gzopen(gz.c_str(), "wb");
@@ -416,6 +554,12 @@ TEST_CASE("data_prep refuses bad input") {
     write_text(gz, damaged);
     refuse({"--input", gz, "--output", out}, {gz});
     CHECK(files(out).empty());  // nothing is left of what failed halfway
+    fs::create_directory(at / "texts");
+    write_text(at / "texts/a", prose(5000));
+    for (const char* loop : {"loop", "texts/loop"}) {
+        unreadable(at / loop);
+        refuse({"--input", fs::path(at / loop).parent_path() == at.path ? at / loop : at / "texts", "--output", out}, {loop, kLoop});
+    }
     if (geteuid() != 0) {
         fs::permissions(text, fs::perms::none);
         refuse({"--input", text, "--output", out}, {"Permission denied"});
