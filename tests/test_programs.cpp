@@ -318,6 +318,41 @@ TEST_CASE("checkpoints follow the safetensors format") {
     }
 }
 
+TEST_CASE("Python's safetensors library opens checkpoints") {
+    if (system("python3 -c 'import safetensors, numpy' 2> /dev/null") != 0) {
+        printf("skipped: Python's safetensors library opens checkpoints (python3 has no safetensors or no numpy)\n");
+        return;
+    }
+    const Workplace at;
+    make_data(at);
+    at.succeed("train", train_flags(at, "run", 1));
+    write_text(at / "list.py", "import json, sys, zlib, safetensors\n"
+                               "tensors = {}\n"
+                               "with safetensors.safe_open(sys.argv[1], 'np') as file:\n"
+                               "    for name in file.keys():\n"
+                               "        t = file.get_tensor(name)\n"
+                               "        tensors[name] = [list(t.shape), str(t.dtype), zlib.crc32(t.tobytes())]\n"
+                               "    print(json.dumps({'metadata': file.metadata(), 'tensors': tensors}))\n");
+    for (const char* name : {"/model.safetensors", "/optimizer-1.safetensors"}) {
+        const std::string path = at / "run" + name;
+        REQUIRE(system(("python3 '" + at / "list.py" + "' '" + path + "' > '" + at / "list.json" + "'").c_str()) == 0);
+        const Json list = Json::parse(read_text(at / "list.json"));
+        const std::string file = read_text(path);
+        uint64_t header_bytes;
+        memcpy(&header_bytes, file.data(), 8);
+        Json header = Json::parse(file.substr(8, header_bytes));
+        CHECK(list.at("metadata") == header.at("__metadata__"));
+        CHECK(list.at("metadata").at("step") == "1");
+        header.erase("__metadata__");
+        CHECK(list.at("tensors").size() == header.size());
+        for (const auto& [tensor, entry] : header.items()) {
+            const size_t from = entry.at("data_offsets")[0], to = entry.at("data_offsets")[1];
+            const auto* data = reinterpret_cast<const Bytef*>(file.data() + 8 + header_bytes + from);
+            CHECK(list.at("tensors").at(tensor) == Json{entry.at("shape"), "float32", crc32(0, data, uInt(to - from))});
+        }
+    }
+}
+
 // ---- data_prep
 
 TEST_CASE("one document is split by position: every byte is in exactly one split") {
@@ -336,6 +371,12 @@ TEST_CASE("one document is split by position: every byte is in exactly one split
     check("file", 0.05);
     at.succeed("data_prep", {"--input", "-", "--output", at / "stream", "--val-fraction", "0.05"}, {.input = at / "text.txt"});
     check("stream", 0.05);
+    // What there is to split is the text, not what else is there.
+    fs::create_directory(at / "texts");
+    fs::copy(at / "text.txt", at / "texts/text.txt");
+    write_text(at / "texts/binary", std::string(10 << 20, 0));
+    at.succeed("data_prep", {"--input", at / "texts", "--output", at / "directory", "--val-fraction", "0.05"});
+    check("directory", 0.05);
     at.succeed("data_prep", {"--input", at / "text.txt", "--output", at / "again", "--val-fraction", "0.05", "--shard-tokens", "1000"});
     CHECK(files(at / "again").size() > 45);
     for (const char* split : {"train", "val"}) CHECK(read_tokens(at / "again", split) == read_tokens(at / "file", split));
@@ -438,26 +479,31 @@ TEST_CASE("validation gets its share of documents, whatever the share") {
 
 TEST_CASE("a text without any newline is split, and not within a character") {
     const Workplace at;
-    // In each of these sizes some block of the input ends exactly where a piece must, or within the character that ends it.
-    for (const auto& [size, fraction] : {std::pair(466040, 0.125), std::pair(1048496, 0.5), std::pair(200000, 0.05)}) {
-        for (const bool ascii : {true, false}) {
-            std::string text = prose(size);
-            text.resize(size);
-            std::replace(text.begin(), text.end(), '\n', ' ');
-            for (int i = 1; i + 1 < size && !ascii; i += 2) {  // numbers of two-byte characters, at odd places
-                text[i] = char(0xC2 + text[i] % 16);
-                text[i + 1] = char(0x80 + text[i + 1] % 64);
-            }
-            write_text(at / "text", text);
-            at.succeed("data_prep", {"--input", "-", "--output", at / "data", "--val-fraction", std::to_string(fraction)},
-                       {.input = at / "text"});
-            const std::vector<int> train = read_tokens(at / "data", "train"), val = read_tokens(at / "data", "val");
-            INFO(size << " bytes, validation " << val.size());
-            CHECK(std::abs(double(val.size()) / double(train.size() + val.size()) - fraction) < 0.5 * fraction);
-            const std::vector<std::string> pieces = documents(train) + documents(val);
-            check_joined(pieces, text);
-            for (const std::string& piece : pieces) CHECK((piece[0] & 0xC0) != 0x80);
+    struct Case {
+        int size;
+        double fraction;
+        int width;  // bytes of a character
+    };
+    // In the first three the beginning of the document must end at byte 65536 or, the third, at 65535: there ends a block of 64 KiB,
+    // after the first, the second and again the second byte of a character.
+    for (const auto& [size, fraction, width] : {Case{466040, 0.125, 1}, Case{466040, 0.125, 2}, Case{466032, 0.125, 3},
+                                                Case{1000000, 0.5, 1}, Case{200000, 0.05, 3}}) {
+        std::string text = prose(size);
+        text.resize(size);
+        std::replace(text.begin(), text.end(), '\n', ' ');
+        for (int i = width - 1; width > 1 && i + width <= size; i += width) {
+            text[i] = char((width == 2 ? 0xC2 : 0xE1) + text[i] % 8);
+            for (int j = 1; j < width; j++) text[i + j] = char(0x80 + text[i + j] % 64);
         }
+        write_text(at / "text", text);
+        at.succeed("data_prep", {"--input", "-", "--output", at / "data", "--val-fraction", std::to_string(fraction)},
+                   {.input = at / "text"});
+        const std::vector<int> train = read_tokens(at / "data", "train"), val = read_tokens(at / "data", "val");
+        INFO(size << " bytes, validation " << val.size());
+        CHECK(std::abs(double(val.size()) / double(train.size() + val.size()) - fraction) < 0.5 * fraction);
+        const std::vector<std::string> pieces = documents(train) + documents(val);
+        check_joined(pieces, text);
+        for (const std::string& piece : pieces) CHECK((piece[0] & 0xC0) != 0x80);
     }
 }
 
@@ -630,6 +676,62 @@ TEST_CASE("Ctrl-C saves, and resuming equals never having stopped") {
     CHECK(at.succeed("train", {"--data", at / "data", "--out", at / "parts", "--resume"}).out.find("complete") != std::string::npos);
 }
 
+TEST_CASE("the CUDA kernels, run on the CPU, train and sample as the CPU's layers do") {
+    const Workplace at;
+    make_data(at);
+    const Result probe = at.run("train", {"--dry-run", "--preset", "mamba-tiny", "--device", "simt"});
+    if (probe.err.find("this build has") != std::string::npos) {
+        printf("skipped: --device simt, which builds by nvcc do not have\n");
+        return;
+    }
+    const std::vector<std::string> devices = {"cpu", "simt"};
+    std::vector<double> curves[2];
+    std::string texts[2];
+    double tolerance = 1e-5;
+    for (int i = 0; i < 2; i++) {
+        const std::string out = at / devices[i];
+        at.succeed("train", train_flags(at, devices[i], 2) + Arguments{"--device", devices[i]});
+        const Json run = read_log(out, "run").at(0);
+        CHECK(run.at("device") == devices[i]);
+        if (run.at("precision") == "bf16") tolerance = 1e-2;
+        curves[i] = losses(out);
+        for (double loss : losses(out, "val")) curves[i].push_back(loss);
+        REQUIRE(curves[i].size() == 3);
+        texts[i] = at.succeed("infer", {"--checkpoint", at / "cpu", "--device", devices[i], "--temperature", "0", "--tokens", "40",
+                                        "--prompt", "the river"}).out;
+    }
+    for (int i = 0; i < 3; i++) {
+        INFO(curves[0][i] << " " << curves[1][i]);
+        CHECK(std::abs(curves[1][i] - curves[0][i]) <= tolerance * curves[0][i]);
+    }
+    CHECK(texts[0].size() > strlen("the river"));
+    CHECK(texts[0] == texts[1]);
+}
+
+TEST_CASE("token files of version 2 train as those of version 1") {
+    const Workplace at;
+    make_data(at);
+    at.succeed("train", train_flags(at, "narrow", 2));
+    for (const char* split : {"train", "val"}) {
+        const std::vector<int> tokens = read_tokens(at / "data", split);
+        int32_t header[256] = {20240520, 2, int32_t(tokens.size())};
+        std::string file(reinterpret_cast<const char*>(header), sizeof(header));
+        for (const uint32_t token : tokens) file.append(reinterpret_cast<const char*>(&token), sizeof(token));
+        write_text(at / ("data/" + std::string(split) + "_000000.bin"), file);
+    }
+    at.succeed("train", train_flags(at, "wide", 2));
+    check_same_checkpoint(at / "narrow", at / "wide", 2);
+    CHECK(losses(at / "narrow", "val").size() == 1);
+    CHECK(losses(at / "narrow", "val") == losses(at / "wide", "val"));
+    // A token is all of its 32 bits.
+    const std::string shard = at / "data/train_000000.bin";
+    std::string file = read_text(shard);
+    const uint32_t token = 1 << 16 | 'a';
+    memcpy(file.data() + 1024 + 4 * 1234, &token, sizeof(token));
+    write_text(shard, file);
+    at.refuse("train", train_flags(at, "run", 300) + Arguments{"--save-every", "0"}, {shard, "token 1234 is 65633", "257"});
+}
+
 TEST_CASE("a constant schedule can be prolonged") {
     const Workplace at;
     make_data(at);
@@ -651,10 +753,40 @@ TEST_CASE("kill -9 at any time leaves a checkpoint that resumes") {
         const bool resume = fs::exists(at / "parts/model.safetensors");
         return train_flags(at, "parts", steps) + often + (resume ? Arguments{"--resume"} : Arguments{});
     };
-    int kills = 0;
-    for (int round = 0; round < 40; round++) {
+    auto saving = [&](const std::string& name) {
+        std::error_code ignored;
+        for (const auto& entry : fs::directory_iterator(at / "parts", ignored)) {
+            const std::string found = entry.path().filename().string();
+            if (found.starts_with(name) && found.ends_with(".safetensors.tmp")) return true;
+        }
+        return false;
+    };
+    auto steps_logged = [&] {
+        const std::string text = read_text(at / "parts/log.jsonl");
+        return std::count(text.begin(), text.end(), '\n');
+    };
+    int kills = 0, inside = 0;
+    for (int round = 0; round < 16; round++) {
+        // Of four rounds one ends while the optimizer is being saved, one while the model is, two some steps and a bit later.
+        const std::string name = round % 4 == 1 ? "optimizer-" : round % 4 == 3 ? "model" : "";
+        const auto enough = steps_logged() + 2 + round % 5;
         const Limits limits{.meanwhile = [&](pid_t child) {
-            std::this_thread::sleep_for(std::chrono::milliseconds(60 + 37 * round % 100));
+            auto running = [&] {
+                siginfo_t info{};
+                return waitid(P_PID, id_t(child), &info, WEXITED | WNOHANG | WNOWAIT) == 0 && info.si_pid == 0;
+            };
+            if (name.empty()) {
+                while (running() && steps_logged() < enough) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+                std::this_thread::sleep_for(std::chrono::microseconds(700 * round));
+            }
+            while (!name.empty() && running()) {
+                if (!saving(name)) continue;
+                kill(child, SIGSTOP);  // and look again: it may have gone on
+                siginfo_t info{};
+                waitid(P_PID, id_t(child), &info, WEXITED | WSTOPPED | WNOWAIT);
+                if (saving(name)) break;
+                kill(child, SIGCONT);
+            }
             kill(child, SIGKILL);
         }};
         const Result result = at.run("train", flags(), limits);
@@ -662,10 +794,14 @@ TEST_CASE("kill -9 at any time leaves a checkpoint that resumes") {
         REQUIRE((result.code == -SIGKILL || result.code == 0));
         if (result.code == 0) break;
         kills++;
+        inside += saving("");
     }
+    printf("kill -9: %d, of which %d within a save\n", kills, inside);
     CHECK(kills >= 3);
+    CHECK(inside >= 2);
     at.succeed("train", flags());
     check_same_checkpoint(at / "whole", at / "parts", steps);
+    CHECK(files(at / "parts") == files(at / "whole"));
 }
 
 TEST_CASE("train on a full disk leaves the earlier checkpoint") {
@@ -719,6 +855,9 @@ TEST_CASE("a dry run of every preset takes no memory") {
             CHECK(out.find(part) != std::string::npos);
     }
     CHECK(count >= 20);
+    // The published mamba-130m has 129,135,360.
+    CHECK(at.succeed("train", {"--dry-run", "--preset", "mamba-130m"}).out.find("parameters   129.14 M, active") != std::string::npos);
+    CHECK(list.str().find("129.14 M parameters") != std::string::npos);
     // Sizes that a preset derives follow from the flags that change it.
     const std::string changed = at.succeed("train", {"--dry-run", "--preset", "moe-mamba-tiny", "--d-model", "32", "--experts", "16"}).out;
     const std::string same = at.succeed("train", {"--dry-run", "--layers", "ME*4", "--d-model", "32", "--experts", "16"}).out;
@@ -804,8 +943,13 @@ TEST_CASE("train refuses bad data") {
     refuse({"train_*.bin", "0 tokens"});
     fs::create_directory(shard);
     refuse({shard});
-    fs::remove(shard);
-    write_text(shard, good);
+    for (const std::string& path : {shard, at / "data/val_000000.bin", json}) {
+        const std::string readable = path == shard ? good : read_text(path);
+        unreadable(path);
+        refuse({path, kLoop});
+        fs::remove(path);
+        write_text(path, readable);
+    }
 
     fs::remove(json);
     refuse({json, "No such file"});
@@ -925,9 +1069,15 @@ TEST_CASE("infer and --resume refuse bad checkpoints and flags") {
     fs::remove(path);
     fs::create_directory(path);
     refuse({path});
+    unreadable(path);
+    refuse({path, kLoop});
     fs::remove(path);
     write_text(path, good);
 
+    unreadable(at / "prompt");
+    refuse_flags(infer + Arguments{"--prompt-file", at / "prompt"}, {at / "prompt", kLoop});
+    unreadable(optimizer);
+    at.refuse("train", resume, {optimizer, kLoop});
     fs::remove(optimizer);
     at.refuse("train", resume, {optimizer, "No such file"});
     write_text(optimizer, good_optimizer.substr(0, good_optimizer.size() / 2));
