@@ -427,7 +427,7 @@ TEST_CASE("many documents in one file or stream are split whole") {
             std::vector<std::string> found = documents(read_tokens(at / out, "train")) + val, all = expected;
             std::sort(found.begin(), found.end());
             std::sort(all.begin(), all.end());
-            CHECK((found == all));  // in parentheses: not to be printed
+            CHECK((found == all));  // in parentheses: too long to be printed
             const Json json = Json::parse(read_text(at / out + "/dataset.json"));
             CHECK(json.at("split") == "documents");
             CHECK(json.at("documents") == expected.size());
@@ -705,7 +705,7 @@ TEST_CASE("the CUDA kernels, run on the CPU, train and sample as the CPU's layer
         CHECK(std::abs(curves[1][i] - curves[0][i]) <= tolerance * curves[0][i]);
     }
     CHECK(texts[0].size() > strlen("the river"));
-    CHECK(texts[0] == texts[1]);
+    CHECK((texts[0] == texts[1]));  // in parentheses: they are not always printable
 }
 
 TEST_CASE("token files of version 2 train as those of version 1") {
@@ -766,7 +766,7 @@ TEST_CASE("kill -9 at any time leaves a checkpoint that resumes") {
         return std::count(text.begin(), text.end(), '\n');
     };
     int kills = 0, inside = 0;
-    for (int round = 0; round < 16; round++) {
+    for (int round = 0; round < 12; round++) {
         // Of four rounds one ends while the optimizer is being saved, one while the model is, two some steps and a bit later.
         const std::string name = round % 4 == 1 ? "optimizer-" : round % 4 == 3 ? "model" : "";
         const auto enough = steps_logged() + 2 + round % 5;
