@@ -13,7 +13,7 @@
 
 #include <algorithm>
 #include <cerrno>
-#include <climits>
+#include <charconv>
 #include <cmath>
 #include <cstring>
 #include <filesystem>
@@ -104,64 +104,111 @@ struct ShardWriter {
 };
 
 // ------------------------------------------------------------------------------------------------------------------
-// Deals text to the two splits in units, whole documents where there are enough of them, else pieces: a unit ends at the first end
-// of a document once it has `soft` bytes, or failing that at the first end of a line after `hard` bytes.
-// Of every 1 / fraction units one, chosen at random, is for validation. Where a document is cut between the splits, both sides end
-// in end-of-text: no token is in both, and no model reads from one split into the other.
+// Deals text to the two splits in units: documents, but of one that is too long its beginning and then pieces. Too long is what exceeds
+// the share of all text that validation is to get; where there are documents enough for a whole one in validation, four times that.
+// A unit that is cut ends at the first end of a line after its size, half a piece later at the latest. Where a document is cut between
+// the splits, both sides end in end-of-text: no token is in both, and no model reads from one split into the other.
 struct Splitter {
+    static constexpr size_t kHeld = 16 << 20;
+
     const Tokenizer tokenizer;
     ShardWriter &train, &val;
     const double fraction;
-    const bool whole_documents;
-    const int64_t total_bytes;  // of all input, or 0 if unknown
-    int64_t bytes = 0, documents = 0;
+    int64_t total_bytes, total_documents;  // of all input, as far as known
+    int64_t bytes = 0, documents = 0, cuts = 0;
+
+    // What is too long depends on how much text there is, which files do not say well and streams not at all: the first 16 MiB wait
+    // here until there is more, or no more.
+    bool holding = true;
+    std::string held = {};
+    std::vector<size_t> held_ends = {};  // of documents
 
     ShardWriter* writer = nullptr;  // of the open unit
     bool unit_open = false, document_open = false;
     int64_t units = 0, chosen = 0;  // dealt so far; of them, for validation
-    int64_t unit_bytes = 0, soft = 0, hard = 0;
+    int64_t unit_bytes = 0, limit = 0, piece = 0;
     std::vector<int> tokens = {};
 
     void text(const char* data, size_t size) {
+        if (!holding) return deal(data, size);
+        held.append(data, size);
+        if (held.size() + held_ends.size() * sizeof(size_t) >= kHeld) release();
+    }
+    void end_document() {
+        if (!holding) end_dealt();
+        else if (held.size() > (held_ends.empty() ? 0 : held_ends.back())) held_ends.push_back(held.size());
+    }
+    void end_input() {
+        if (!holding) return;
+        total_bytes = total_documents = 0;
+        release();
+    }
+
+   private:
+    void release() {
+        holding = false;
+        total_bytes = std::max<int64_t>(total_bytes, held.size());
+        total_documents = std::max<int64_t>(total_documents, held_ends.size());
+        size_t from = 0;
+        for (size_t end : held_ends) {
+            deal(held.data() + from, end - from);
+            end_dealt();
+            from = end;
+        }
+        deal(held.data() + from, held.size() - from);
+        held = {};
+        held_ends = {};
+    }
+    void deal(const char* data, size_t size) {
         while (size > 0) {
             if (!unit_open) open_unit();
-            size_t n = unit_end(data, size);
+            size_t n = take(data, std::min(size, kBlock));
             tokens.clear();
             tokenizer.encode(tokens, data, n);
             writer->append(tokens.data(), tokens.size());
             document_open = true;
-            if (n < size) unit_open = false;
             data += n, size -= n, bytes += n, unit_bytes += n;
         }
     }
-    void end_document() {
+    void end_dealt() {
         if (!document_open) return;
         writer->append(&tokenizer.end_of_text, 1);
-        document_open = false;
+        document_open = unit_open = false;
         ++documents;
-        if (unit_bytes >= soft) unit_open = false;
     }
     void open_unit() {
         // Stratified: the k-th validation unit lies somewhere in the k-th run of 1 / fraction units. The seed is part of the format.
-        bool validation = fraction > 0 && units == int64_t((chosen + random_uniform(0, kShuffleStream, chosen)) / fraction);
-        chosen += validation;
+        bool validation = fraction > 0 && double(units + 1) > (chosen + random_uniform(0, kShuffleStream, chosen)) / fraction;
         ShardWriter* next = validation ? &val : &train;
         if (document_open && next != writer) writer->append(&tokenizer.end_of_text, 1);
         writer = next;
-        // Small enough for some pieces of validation even in a small text, large enough for long contexts in a large one.
-        double share = fraction * double(total_bytes > 0 ? total_bytes : bytes);
-        soft = whole_documents ? 0 : int64_t(std::clamp(share / 8, 128.0, 65536.0));
-        hard = whole_documents || fraction == 0 ? INT64_MAX / 2 : 2 * soft;
+        // Pieces are small enough for some of validation even in a small text, large enough for long contexts in a large one.
+        double share = fraction * double(std::max(total_bytes, bytes));
+        piece = int64_t(std::clamp(share / 4, 256.0, 131072.0));
+        bool enough = double(std::max(total_documents, documents)) * fraction >= 1;
+        limit = fraction == 0 ? INT64_MAX / 2 : document_open ? piece : std::max(int64_t(enough ? 4 * share : share), piece);
+        cuts += document_open;
         unit_bytes = 0;
         unit_open = true;
-        ++units;
+        count_units(1);
     }
-    // How much of data belongs to the open unit.
-    size_t unit_end(const char* data, size_t size) const {
-        if (unit_bytes + int64_t(size) <= hard) return size;
-        size_t from = std::max<int64_t>(hard - unit_bytes, 0), to = std::min<size_t>(size, hard + soft - unit_bytes);
-        if (const void* newline = memchr(data + from, '\n', to - from)) return static_cast<const char*>(newline) - data + 1;
-        while (to < size && (data[to] & 0xC0) == 0x80) ++to;  // a line without end: not within a UTF-8 character
+    void count_units(int64_t n) {
+        units += n;
+        if (writer == &val) chosen += n;
+    }
+    // How much of data belongs to the open unit. Closes the unit if it is cut there.
+    size_t take(const char* data, size_t size) {
+        if (unit_bytes + int64_t(size) <= limit) return size;
+        int64_t latest = limit + piece / 2 - unit_bytes;  // negative if only the rest of a UTF-8 character kept the unit open
+        size_t from = std::max<int64_t>(limit - unit_bytes, 0), to = std::clamp<int64_t>(latest, from, size);
+        if (const void* newline = memchr(data + from, '\n', to - from)) {
+            to = static_cast<const char*>(newline) - data + 1;
+        } else {
+            while (to < size && int64_t(to) < latest + 3 && (data[to] & 0xC0) == 0x80) ++to;  // not within a UTF-8 character
+            if (to == size) return size;
+        }
+        unit_open = false;
+        count_units(limit / piece - 1);  // the start of a document counts as the pieces that it could have been
         return to;
     }
 };
@@ -276,30 +323,39 @@ static bool read_documents(const Input& input, Splitter& splitter, Progress& pro
     return true;
 }
 
+// CLI11 itself takes 010 for 8, nothing for 0, and what is out of a type's range for its end.
+template <class T>
+static T parse_number(const char* flag, const std::string& text, T least, T most, const char* range) {
+    T value{};
+    const char* end = text.data() + text.size();
+    auto [stop, error] = std::from_chars(text.data(), end, value);
+    bool good = error == std::errc() && stop == end && value >= least && value <= most;
+    if (!good) fail("%s must be %s, not '%s'", flag, range, text.c_str());
+    return value;
+}
+
 static int data_prep(int argc, char** argv) {
     std::vector<std::string> paths;
-    std::string output, tokenizer_kind = "bytes";
-    double fraction = 0.01;
-    int64_t shard_tokens = 100'000'000;
+    std::string output, tokenizer_kind = "bytes", fraction_text = "0.01", shard_tokens_text = "100000000";
     CLI::App app("Turns text into token files for train. A file is one document, or several if it has lines that read <|endoftext|>; "
                  "every document is followed by the end-of-text token.");
     app.option_defaults()->always_capture_default();
     app.add_option("--input", paths, "text files, directories of them, or - for standard input; each may be gzipped")->required();
     app.add_option("--output", output, "directory for train_*.bin, val_*.bin and dataset.json; created if need be")->required();
     app.add_option("--tokenizer", tokenizer_kind, "bytes: a token is a byte, 256 is end-of-text")->check(CLI::IsMember({"bytes"}));
-    app.add_option("--val-fraction", fraction,
-                   "share for validation, 0 to 0.5: of every 1/share documents one, chosen at random but always the same; where there are "
-                   "fewer input files than that, of every 1/share pieces of about 1/4 of the share, 128 KiB at most, cut at the ends of "
-                   "documents or else of lines");
-    app.add_option("--shard-tokens", shard_tokens, "most tokens in one file");
+    app.add_option("--val-fraction", fraction_text,
+                   "share for validation, 0 to 0.5: of every 1/share documents one, chosen at random but always the same; a document "
+                   "longer than the share of all text (4 times that if there are at least 1/share documents) is dealt in pieces of about "
+                   "1/4 of the share, 128 KiB at most, cut at the ends of lines")
+        ->type_name("FLOAT");
+    app.add_option("--shard-tokens", shard_tokens_text, "most tokens in one file")->type_name("INT");
     try {
         app.parse(argc, argv);
     } catch (const CLI::Success& help) {
         return app.exit(help);
     }
-    if (!(fraction >= 0 && fraction <= 0.5)) fail("--val-fraction must be from 0 to 0.5, not %g", fraction);
-    if (shard_tokens < 1 || shard_tokens > INT32_MAX)
-        fail("--shard-tokens must be from 1 to %d, not %lld", INT32_MAX, (long long)shard_tokens);
+    double fraction = parse_number("--val-fraction", fraction_text, 0.0, 0.5, "a number from 0 to 0.5");
+    int32_t shard_tokens = parse_number("--shard-tokens", shard_tokens_text, 1, INT32_MAX, "a whole number from 1 to 2147483647");
 
     std::vector<Input> inputs = list_inputs(paths, output);
     Progress progress;
@@ -313,13 +369,13 @@ static int data_prep(int argc, char** argv) {
     Tokenizer tokenizer;
     tokenizer.kind = tokenizer_kind;
     ShardWriter train(output, "train", shard_tokens), val(output, "val", shard_tokens);
-    bool whole_documents = inputs.size() * fraction >= 1;
-    Splitter splitter{tokenizer, train, val, fraction, whole_documents, progress.total};
+    Splitter splitter{tokenizer, train, val, fraction, progress.total, int64_t(inputs.size())};
     int64_t done = 0, skipped = 0;
     for (const Input& input : inputs) {
         if (!read_documents(input, splitter, progress, done)) ++skipped;
         done += input.size;
     }
+    splitter.end_input();
     if (splitter.documents == 0) fail("no text in %s", paths[0].c_str());
     if (train.total == 0 || (fraction > 0 && val.total == 0))
         fail("too little text for --val-fraction %g: %lld bytes; change it, or use 0 for no validation", fraction,
@@ -336,7 +392,7 @@ static int data_prep(int argc, char** argv) {
                                    {"train_tokens", train.total},
                                    {"val_tokens", val.total},
                                    {"documents", splitter.documents},
-                                   {"split", fraction == 0 ? "none" : whole_documents ? "documents" : "pieces"}};
+                                   {"split", fraction == 0 ? "none" : splitter.cuts == 0 ? "documents" : "pieces"}};
     write_atomically(json_path, [&](FILE* file) { fprintf(file, "%s\n", json.dump(2).c_str()); });
     printf("%s: %lld training and %lld validation tokens (%.2f %%) from %lld document%s%s\n", output.c_str(), (long long)train.total,
            (long long)val.total, 100.0 * val.total / (train.total + val.total), (long long)splitter.documents,
