@@ -60,10 +60,10 @@ COMMON := $(BUILD)/moemamba.o $(BUILD)/layers.o
 NEEDS := OpenMP:omp.h BLAS:cblas.h nlohmann-json:nlohmann/json.hpp CLI11:CLI/CLI.hpp zlib:zlib.h \
   $(if $(filter 0,$(CUDA)),Boost.Context:boost/context/detail/fcontext.hpp)
 
-all: $(PROGRAMS:%=$(BUILD)/%) found
+all: found
 	@for p in $(PROGRAMS); do ln -sf $(BUILD)/$$p $$p; done
 
-found:
+found: $(PROGRAMS:%=$(BUILD)/%)
 	@echo "compiler  $$($(CXX) --version | head -n 1)"
 	@echo "OpenMP    $$(echo 'int main(){}' | $(CXX) -fopenmp -x c++ - -o /dev/null 2>/dev/null && echo yes || echo 'NO: install libgomp'), $(JOBS) cores"
 	@echo "BLAS      $$(ldd $(BUILD)/train 2>/dev/null | awk '/blas/ {print $$3}' | xargs -r readlink -f)"

@@ -13,7 +13,6 @@
 
 #include <algorithm>
 #include <cerrno>
-#include <charconv>
 #include <cmath>
 #include <cstring>
 #include <filesystem>
@@ -323,39 +322,29 @@ static bool read_documents(const Input& input, Splitter& splitter, Progress& pro
     return true;
 }
 
-// CLI11 itself takes 010 for 8, nothing for 0, and what is out of a type's range for its end.
-template <class T>
-static T parse_number(const char* flag, const std::string& text, T least, T most, const char* range) {
-    T value{};
-    const char* end = text.data() + text.size();
-    auto [stop, error] = std::from_chars(text.data(), end, value);
-    bool good = error == std::errc() && stop == end && value >= least && value <= most;
-    if (!good) fail("%s must be %s, not '%s'", flag, range, text.c_str());
-    return value;
-}
-
 static int data_prep(int argc, char** argv) {
     std::vector<std::string> paths;
-    std::string output, tokenizer_kind = "bytes", fraction_text = "0.01", shard_tokens_text = "100000000";
+    std::string output, tokenizer_kind = "bytes";
+    double fraction = 0.01;
+    int shard_tokens = 100'000'000;
     CLI::App app("Turns text into token files for train. A file is one document, or several if it has lines that read <|endoftext|>; "
                  "every document is followed by the end-of-text token.");
     app.option_defaults()->always_capture_default();
     app.add_option("--input", paths, "text files, directories of them, or - for standard input; each may be gzipped")->required();
     app.add_option("--output", output, "directory for train_*.bin, val_*.bin and dataset.json; created if need be")->required();
     app.add_option("--tokenizer", tokenizer_kind, "bytes: a token is a byte, 256 is end-of-text")->check(CLI::IsMember({"bytes"}));
-    app.add_option("--val-fraction", fraction_text,
-                   "share for validation, 0 to 0.5: of every 1/share documents one, chosen at random but always the same; a document "
-                   "longer than the share of all text (4 times that if there are at least 1/share documents) is dealt in pieces of about "
-                   "1/4 of the share, 128 KiB at most, cut at the ends of lines")
-        ->type_name("FLOAT");
-    app.add_option("--shard-tokens", shard_tokens_text, "most tokens in one file")->type_name("INT");
+    add_option(app, "--val-fraction", fraction,
+               "share for validation, 0 to 0.5: of every 1/share documents one, chosen at random but always the same; a document "
+               "longer than the share of all text (4 times that if there are at least 1/share documents) is dealt in pieces of about "
+               "1/4 of the share, 128 KiB at most, cut at the ends of lines");
+    add_option(app, "--shard-tokens", shard_tokens, "most tokens in one file");
     try {
         app.parse(argc, argv);
     } catch (const CLI::Success& help) {
         return app.exit(help);
     }
-    double fraction = parse_number("--val-fraction", fraction_text, 0.0, 0.5, "a number from 0 to 0.5");
-    int32_t shard_tokens = parse_number("--shard-tokens", shard_tokens_text, 1, INT32_MAX, "a whole number from 1 to 2147483647");
+    if (!(fraction >= 0 && fraction <= 0.5)) fail("--val-fraction %g: must be from 0 to 0.5", fraction);
+    if (shard_tokens < 1) fail("--shard-tokens %d: must be at least 1", shard_tokens);
 
     std::vector<Input> inputs = list_inputs(paths, output);
     Progress progress;

@@ -117,18 +117,18 @@ static int infer(int argc, char** argv) {
     Options options;
     CLI::App app("Samples text from a checkpoint of train. Ctrl-C ends it cleanly.");
     app.option_defaults()->always_capture_default();
-    app.add_option("--checkpoint", options.checkpoint, "model.safetensors, or the directory that it is in");
-    app.add_option("--prompt", options.prompt, "text to continue; empty: a new document");
-    app.add_option("--prompt-file", options.prompt_file, "file with the text to continue; - = standard input");
-    app.add_option("--tokens", options.tokens, "most tokens to draw; end-of-text ends a sample before");
-    app.add_option("--temperature", options.sampling.temperature, "below 1 favours probable tokens; 0 takes the most probable one");
-    app.add_option("--top-k", options.sampling.top_k, "draw from the k most probable tokens; 0 = all");
-    app.add_option("--top-p", options.sampling.top_p, "of those, from the fewest that have this share of the probability");
-    app.add_option("--seed", options.sampling.seed, "same seed, same text")->check(CLI::NonNegativeNumber);
-    app.add_option("--samples", options.samples, "texts to draw");
-    app.add_option("--device", options.device, "auto, cpu, simt or cuda; auto is the fastest there is");
+    add_option(app, "--checkpoint", options.checkpoint, "model.safetensors, or the directory that it is in");
+    add_option(app, "--prompt", options.prompt, "text to continue; empty: a new document");
+    add_option(app, "--prompt-file", options.prompt_file, "file with the text to continue; - = standard input");
+    add_option(app, "--tokens", options.tokens, "most tokens to draw; end-of-text ends a sample before");
+    add_option(app, "--temperature", options.sampling.temperature, "below 1 favours probable tokens; 0 takes the most probable one");
+    add_option(app, "--top-k", options.sampling.top_k, "draw from the k most probable tokens; 0 = all");
+    add_option(app, "--top-p", options.sampling.top_p, "of those, from the fewest that have this share of the probability");
+    add_option(app, "--seed", options.sampling.seed, "same seed, same text");
+    add_option(app, "--samples", options.samples, "texts to draw");
+    add_option(app, "--device", options.device, "auto, cpu, simt or cuda; auto is the fastest there is");
     app.add_flag("--bench", options.bench, "time a prompt (512 tokens, or the one given) and decoding");
-    app.add_option("--preset", options.preset, "with --bench, instead of --checkpoint: a model of train --list-presets, random weights");
+    add_option(app, "--preset", options.preset, "with --bench, instead of --checkpoint: a model of train --list-presets, random weights");
     try {
         app.parse(argc, argv);
     } catch (const CLI::Success& help) {

@@ -8,12 +8,14 @@
 //   ld_x      distance between two rows of x, in elements, where x may be a slice of wider rows
 #pragma once
 
+#include <charconv>
 #include <cstdint>
 #include <cstdio>
 #include <functional>
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 // ------------------------------------------------------------------------------------------------------------------
@@ -25,7 +27,6 @@
 #include <cublas_v2.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
-#include <type_traits>
 #define LAUNCH(kernel, ...) kernel<<<__VA_ARGS__>>>
 #define SHARED(type, name) __shared__ std::type_identity_t<type> name
 #define DYNAMIC_SHARED(type, name)                            \
@@ -70,6 +71,24 @@ struct Error : std::runtime_error {
 };
 [[noreturn, gnu::format(printf, 1, 2)]] void fail(const char* format, ...);  // throws Error
 int run_main(int (*body)(int, char**), int argc, char** argv);               // prints "error: ..." to stderr, returns 1
+
+// An option of a CLI::App. Numbers are read strictly: CLI11 itself takes 010 for 8, nothing for 0, and what is out of range for its end.
+template <class App, class T>
+auto* add_option(App& app, const std::string& flag, T& field, const std::string& help) {
+    auto* option = app.add_option(flag, field, help);
+    if constexpr (std::is_arithmetic_v<T>)
+        option->transform([flag](const std::string& text) {
+            T value{};
+            const char* last = text.data() + text.size();
+            const auto [end, error] = std::from_chars(text.data(), last, value);
+            if (error != std::errc() || end != last)
+                fail("%s: '%s' is not a %snumber%s", flag.c_str(), text.c_str(), std::is_integral_v<T> ? "whole " : "",
+                     error == std::errc::result_out_of_range ? " in range" : std::is_unsigned_v<T> ? " from 0 on" : "");
+            if constexpr (std::is_integral_v<T>) return std::to_string(value);
+            else return text;
+        });
+    return option;
+}
 
 // ------------------------------------------------------------------------------------------------------------------
 // Random numbers: a hash of (seed, stream, counter), so that any draw can be repeated in any order on any device.

@@ -15,7 +15,6 @@
 
 #include <algorithm>
 #include <cerrno>
-#include <charconv>
 #include <cmath>
 #include <csignal>
 #include <cstring>
@@ -537,29 +536,28 @@ static int train(int argc, char** argv) {
     CLI::App app("Trains a model on token files of data_prep. Needs --preset or --layers, or --resume. Ctrl-C: finish the step, save, "
                  "stop.");
     app.option_defaults()->always_capture_default();
-    app.add_option("--data", options.data, "directory that data_prep wrote");
-    app.add_option("--out", options.out, "directory for checkpoint and log; created if need be");
-    app.add_option("--device", options.device, "auto, cpu, simt or cuda; auto is the fastest there is");
-    app.add_option("--save-every", options.save_every, "steps from one checkpoint to the next, beside the last; 0 = only the last");
-    app.add_option("--eval-every", options.eval_every, "steps from one validation to the next, beside the last; 0 = none");
-    app.add_option("--eval-batches", options.eval_batches, "batches in a validation");
-    app.add_option("--sample-every", options.sample_every, "steps from one sample to the next; 0 = none");
-    app.add_option("--sample-tokens", options.sample_tokens, "most tokens in a sample");
-    app.add_option("--sample-prompt", options.sample_prompt, "what a sample continues; empty: a new document");
-    app.add_option("--max-minutes", options.max_minutes, "stop and save, as on Ctrl-C, after so long; 0 = no limit");
-    app.add_option("--peak-flops", options.peak_flops, "operations/s of matrix products that count as the peak; 0 = measure them now");
+    add_option(app, "--data", options.data, "directory that data_prep wrote");
+    add_option(app, "--out", options.out, "directory for checkpoint and log; created if need be");
+    add_option(app, "--device", options.device, "auto, cpu, simt or cuda; auto is the fastest there is");
+    add_option(app, "--save-every", options.save_every, "steps from one checkpoint to the next, beside the last; 0 = only the last");
+    add_option(app, "--eval-every", options.eval_every, "steps from one validation to the next, beside the last; 0 = none");
+    add_option(app, "--eval-batches", options.eval_batches, "batches in a validation");
+    add_option(app, "--sample-every", options.sample_every, "steps from one sample to the next; 0 = none");
+    add_option(app, "--sample-tokens", options.sample_tokens, "most tokens in a sample");
+    add_option(app, "--sample-prompt", options.sample_prompt, "what a sample continues; empty: a new document");
+    add_option(app, "--max-minutes", options.max_minutes, "stop and save, as on Ctrl-C, after so long; 0 = no limit");
+    add_option(app, "--peak-flops", options.peak_flops, "operations/s of matrix products that count as the peak; 0 = measure them now");
     app.add_flag("--resume", options.resume,
                  "continue the run in --out, bit for bit with as many threads; it knows its model and its run: only --steps can grow, with a "
                  "constant schedule");
     app.add_flag("--dry-run", options.dry_run, "print parameters, memory and compute, take none of them; needs no --data or --out");
     app.add_flag("--list-presets", options.list_presets, "print the presets");
     Run::each_field(run_flags, [&](const char* flag, auto& field, const char* help) {
-        CLI::Option* option = app.add_option(std::string("--") + flag, field, help)->group("The run");
-        if (std::is_unsigned_v<std::remove_reference_t<decltype(field)>>) option->check(CLI::NonNegativeNumber);
+        add_option(app, std::string("--") + flag, field, help)->group("The run");
     });
-    app.add_option("--preset", options.preset, "a model by name (see --list-presets); the flags below change it")->group("The model");
+    add_option(app, "--preset", options.preset, "a model by name (see --list-presets); the flags below change it")->group("The model");
     Config::each_field(model_flags, [&](const char* flag, auto& field, const char* help) {
-        app.add_option(std::string("--") + flag, field, help)->group("The model");
+        add_option(app, std::string("--") + flag, field, help)->group("The model");
     });
     try {
         app.parse(argc, argv);

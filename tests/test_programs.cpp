@@ -576,12 +576,17 @@ TEST_CASE("data_prep refuses bad input") {
     refuse({"--input", at / "nothing", "--output", out}, {"no files in"});
     refuse({"--input", at / "binary", "--output", out}, {at / "binary", "not text"});
     refuse({"--input", text, "--output", text}, {"cannot create directory"});
-    for (const char* bad : {"0.6", "-0.1", "-.1", "nan", "-nan", "inf", "x", "0.1x", "0,1", "1e999", "1e-999", "", " "})
-        refuse({"--input", text, "--output", out, "--val-fraction", bad}, {"--val-fraction", "0 to 0.5", std::string("'") + bad + "'"});
+    for (const char* bad : {"0.6", "-0.1", "-.1", "nan", "-nan", "inf"})
+        refuse({"--input", text, "--output", out, "--val-fraction", bad}, {"--val-fraction", "0 to 0.5"});
+    for (const char* bad : {"x", "0.1x", "0,1", "1e999", "1e-999", "", " "})
+        refuse({"--input", text, "--output", out, "--val-fraction", bad},
+               {"--val-fraction", std::string("'") + bad + "' is not a number"});
     refuse({"--input", text, "--output", out, "--tokenizer", "words"}, {"--tokenizer", "words", "bytes"});
-    for (const char* bad : {"0", "-1", "3000000000", "9223372036854775808", "99999999999999999999", "10x", "0x10", "1e6", "1.5", "nan", ""})
+    for (const char* bad : {"0", "-1"})
+        refuse({"--input", text, "--output", out, "--shard-tokens", bad}, {"--shard-tokens", bad, "at least 1"});
+    for (const char* bad : {"3000000000", "9223372036854775808", "99999999999999999999", "10x", "0x10", "1e6", "1.5", "nan", ""})
         refuse({"--input", text, "--output", out, "--shard-tokens", bad},
-               {"--shard-tokens", "1 to 2147483647", std::string("'") + bad + "'"});
+               {"--shard-tokens", std::string("'") + bad + "' is not a whole number"});
     for (const char* flag : {"--val-fraction", "--shard-tokens"}) {
         refuse({"--input", text, "--output", out, flag}, {flag});
         refuse({"--input", text, "--output", out, flag, "0.1", flag, "0.2"}, {flag});
@@ -829,17 +834,29 @@ TEST_CASE("train on a full disk leaves the earlier checkpoint") {
     check_same_checkpoint(at / "whole", at / "run", 6);
 }
 
-TEST_CASE("a loss or gradient that is not finite stops before the update") {
+TEST_CASE("a loss or gradient that is not finite stops before the update, and what an update has ruined is not saved") {
     const Workplace at;
     make_data(at);
-    const Result result = at.run("train", train_flags(at, "run", 12, "1e30") + Arguments{"--save-every", "1"});
-    INFO(result.err);
-    CHECK(result.code == 1);
-    CHECK(result.err.find("error: step 2: ") == 0);
-    CHECK(result.err.find("First bad tensor: ") != std::string::npos);
-    CHECK(result.err.find("checkpoint of step 1") != std::string::npos);
-    CHECK(losses(at / "run").size() == 1);
-    CHECK(files(at / "run") == std::vector<std::string>{"log.jsonl", "model.safetensors", "optimizer-1.safetensors"});
+    at.refuse("train", train_flags(at, "ruined", 12, "1e30") + Arguments{"--save-every", "1"},
+              {"step 1: after its update the loss is", "not saved", "no checkpoint yet", "--lr"});
+    CHECK(files(at / "ruined") == std::vector<std::string>{"log.jsonl"});
+
+    const std::string path = at / "run/model.safetensors";
+    const Arguments on = train_flags(at, "run", 4) + Arguments{"--schedule", "constant"};
+    at.succeed("train", train_flags(at, "run", 2) + Arguments{"--schedule", "constant"});
+    std::string model = read_text(path);
+    uint64_t header_bytes;
+    memcpy(&header_bytes, model.data(), 8);
+    const std::string tensor = "backbone.norm_f.weight";
+    const int64_t at_tensor = Json::parse(model.substr(8, header_bytes)).at(tensor).at("data_offsets")[0];
+    std::fill_n(&model[8 + header_bytes + at_tensor], sizeof(double), '\xff');  // NaNs
+    write_text(path, model);
+    at.refuse("train", on + Arguments{"--resume"},
+              {"step 3: loss", "before the update", "First bad tensor: weight of " + tensor, "checkpoint of step 2"});
+    CHECK(losses(at / "run").size() == 2);
+    CHECK((read_text(path) == model));
+    CHECK(files(at / "run") == std::vector<std::string>{"log.jsonl", "model.safetensors", "optimizer-2.safetensors"});
+    at.refuse("infer", {"--checkpoint", at / "run", "--prompt", "the"}, {"not finite"});
 }
 
 // ---- train: presets and flags
@@ -883,7 +900,11 @@ TEST_CASE("train refuses bad flags") {
     for (const char* flag : {"--lr", "--weight-decay", "--grad-clip", "--save-every", "--eval-every", "--sample-every", "--max-minutes"})
         refuse(place + Arguments{"--layers", "M", std::string(flag) + "=-1"}, {flag});
     refuse(place + kModel + Arguments{"--batch", "many"}, {"--batch", "many"});
-    refuse(place + kModel + Arguments{"--batch", "99999999999"}, {"--batch"});
+    refuse(place + kModel + Arguments{"--batch", "99999999999"}, {"--batch", "in range"});
+    refuse(place + kModel + Arguments{"--steps", "2147483647"}, {"--steps", "1e9"});
+    refuse(place + kModel + Arguments{"--seed=-1"}, {"--seed", "'-1'", "from 0"});
+    refuse(place + kModel + Arguments{"--seed", "18446744073709551616"}, {"--seed", "in range"});
+    refuse(place + kModel + Arguments{"--lr", ""}, {"--lr", "''"});
     refuse(place + kModel + Arguments{"--batch", "1000000", "--seq-len", "100"}, {"--batch"});
     refuse(place + kModel + Arguments{"--beta2", "1"}, {"--beta2"});
     refuse(place + kModel + Arguments{"--lr", "nan"}, {"--lr"});
@@ -997,6 +1018,7 @@ TEST_CASE("infer and --resume refuse bad checkpoints and flags") {
     refuse_flags({"--bench", "--preset", "mamba-x"}, {"mamba-x"});
     refuse_flags(infer + Arguments{"--temperature=-1"}, {"--temperature"});
     refuse_flags(infer + Arguments{"--temperature", "nan"}, {"--temperature"});
+    refuse_flags(infer + Arguments{"--temperature", "1e-40"}, {"--temperature", "0.001"});
     refuse_flags(infer + Arguments{"--top-k=-1"}, {"--top-k"});
     refuse_flags(infer + Arguments{"--top-p", "0"}, {"--top-p"});
     refuse_flags(infer + Arguments{"--top-p", "1.5"}, {"--top-p"});
@@ -1064,8 +1086,10 @@ TEST_CASE("infer and --resume refuse bad checkpoints and flags") {
         at.refuse("train", resume, {path, key});
         at.succeed("infer", infer);  // which needs none of them
     }
-    with_header([](Json& h) { h["__metadata__"]["step"] = "two"; });
-    at.refuse("train", resume, {path});
+    for (const char* step : {"two", "2x", "0", "-5", "9999"}) {
+        with_header([&](Json& h) { h["__metadata__"]["step"] = step; });
+        at.refuse("train", resume, {path, "step"});
+    }
     fs::remove(path);
     fs::create_directory(path);
     refuse({path});
