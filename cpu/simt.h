@@ -6,15 +6,17 @@
 // The threads of a block are fibers that take turns on one OS thread; a thread that never waits runs as a plain call. What is caught:
 //   in every build       the host touching device memory, a kernel running off the pages of an allocation or using one after cudaFree;
 //                        writes between an allocation's end and its page's; barriers and warp operations that some threads never
-//                        reach; misaligned float4 and the like; launches that a GPU refuses. Fresh memory is NaN.
+//                        reach; stack overflow; launches that a GPU refuses. Fresh memory is NaN.
 //   -fsanitize=thread    each access against the exact bytes of allocations and shared arrays, whether they have been written, whether
-//                        they are the device's at all, and whether another thread touched them with no barrier between (a data race)
-//   -fsanitize=address   the exact bytes of allocations and shared arrays
+//                        they are the device's at all, are aligned, and whether another thread touched them with no barrier between
+//                        (a data race)
+//   -fsanitize=address   the exact bytes of allocations and shared arrays; with ",undefined" alignment too
 // A fault is reported on stderr (kernel, block, thread, memory, what to do) and ends the process with exit code 1.
 //
 // Stricter than CUDA on purpose: every thread of a block must come to each __syncthreads(), and those that meet must stand at the same
 // line of the source; so must the lanes of a warp operation, none of which may have exited. Shuffles and votes do not order memory
-// (the CUDA guide says they need not): only __syncwarp and __syncthreads do. Blocks of one launch may share memory through atomics only.
+// (the CUDA guide says they need not): only __syncwarp, here of whole warps, and __syncthreads do. Blocks of one launch may share memory
+// through atomics only. What is here is what the kernels and their host code use of CUDA; add what else they come to need.
 #pragma once
 #include <algorithm>
 #include <atomic>
@@ -32,7 +34,6 @@
 #include <random>
 #include <source_location>
 #include <string>
-#include <string_view>
 #include <thread>
 #include <tuple>
 #include <type_traits>
@@ -91,15 +92,9 @@ struct __nv_bfloat16 {                                        // the upper half 
     }
 };
 // Both these operators and the conversion fit "bfloat16 * float", which is therefore ambiguous, as it is in cuda_bf16.h.
-#define SIMT_BFLOAT16(Result, op) \
-    __forceinline__ Result operator op(__nv_bfloat16 a, __nv_bfloat16 b) { return float(a) op float(b); }
-SIMT_BFLOAT16(__nv_bfloat16, +)
-SIMT_BFLOAT16(__nv_bfloat16, -)
-SIMT_BFLOAT16(__nv_bfloat16, *)
-SIMT_BFLOAT16(__nv_bfloat16, /)
-SIMT_BFLOAT16(bool, ==)
-SIMT_BFLOAT16(bool, <)
-SIMT_BFLOAT16(bool, >)
+#define SIMT_BFLOAT16(Result, op) __forceinline__ Result operator op(__nv_bfloat16 a, __nv_bfloat16 b) { return float(a) op float(b); }
+SIMT_BFLOAT16(__nv_bfloat16, +) SIMT_BFLOAT16(__nv_bfloat16, -) SIMT_BFLOAT16(__nv_bfloat16, *) SIMT_BFLOAT16(__nv_bfloat16, /)
+SIMT_BFLOAT16(bool, ==) SIMT_BFLOAT16(bool, <) SIMT_BFLOAT16(bool, >)
 #undef SIMT_BFLOAT16
 
 __forceinline__ float __fdividef(float x, float y) { return x / y; }
@@ -139,9 +134,6 @@ struct Cell { Stamp write, update, read; };                    // update: atomic
 struct Warp {
     uint32_t exists = 0, waiting = 0;                         // lanes
     uint32_t clock = 1;                                       // see Stamp; it restarts at each barrier
-    uint32_t full = 0;                                        // the clock of the last __syncwarp of all lanes
-    bool partial = false;                                     // some lanes only have met: what each knows of the others is in known
-    uint32_t known[32][32];                                   // known[a][b]: what b did up to this clock comes before what a does now
 };
 
 struct Fiber {
@@ -154,7 +146,7 @@ inline constexpr size_t stack_bytes = 256 << 10, guard_bytes = 64 << 10;
 struct Thread {
     enum State { fresh, ready, waiting, done } state;
     uint3 index;
-    unsigned number, lane;
+    unsigned lane;
     Warp* warp;
     Fiber* fiber;
     Stamp now;
@@ -248,6 +240,7 @@ inline bool on_device(uintptr_t address) { return address - device().base < rang
 inline std::string triple(const auto& v) { return "(" + std::to_string(v.x) + "," + std::to_string(v.y) + "," + std::to_string(v.z) + ")"; }
 
 inline std::string describe(uintptr_t address) {              // "byte 12 of 'params' (400 bytes)"
+    if (!on_device(address)) return "memory that is not the device's";
     auto place = [&](uintptr_t start, size_t bytes, uintptr_t from, const std::string& of) {
         return address < start ? std::to_string(start - address) + " bytes before " + of
              : address < start + bytes ? "byte " + std::to_string(address - from) + " of " + of
@@ -272,7 +265,7 @@ inline std::string describe(uintptr_t address) {              // "byte 12 of 'pa
                  " (" + std::to_string(a.bytes) + " bytes" + (a.live ? ")" : ", since freed with cudaFree)"));
 }
 
-SIMT_UNWATCHED inline void report(const char* format, va_list arguments) {
+SIMT_UNWATCHED inline void report(const char* message) {
     static std::atomic_flag reported;
     self = nullptr;
     while (reported.test_and_set()) pause();                  // another OS thread is at it, and will end the process
@@ -280,15 +273,15 @@ SIMT_UNWATCHED inline void report(const char* format, va_list arguments) {
     if (worker && worker->launch) text += std::string("kernel ") + worker->launch->name;
     if (worker && worker->running) text += ", block " + triple(worker->block) + ", thread " + triple(worker->running->index);
     if (text.back() != ' ') text += ": ";
-    char message[2048];
-    vsnprintf(message, sizeof message, format, arguments);
     fflush(stdout);
     fprintf(stderr, "%s%s\n", text.c_str(), message);
 }
 [[noreturn, gnu::format(printf, 1, 2)]] SIMT_UNWATCHED inline void stop(const char* format, ...) {
+    char message[2048];
     va_list arguments;
     va_start(arguments, format);
-    report(format, arguments);
+    vsnprintf(message, sizeof message, format, arguments);
+    report(message);
     _exit(1);
 }
 
@@ -298,13 +291,14 @@ SIMT_UNWATCHED inline void on_fault(int signal, siginfo_t* info, void*) {
     self = nullptr;                                           // what follows may be watched code, and is not the kernel's
     uintptr_t address = uintptr_t(info->si_addr);
     bool ours = on_device(address);
-    std::string what = ours ? describe(address) : "memory that is not the device's";
+    std::string what = describe(address);
     if (Thread* t = worker ? worker->running : nullptr) {
         if (address - uintptr_t(t->fiber->stack - guard_bytes) < guard_bytes)
-            stop("stack overflow.\n  A kernel thread has %zu KB of stack here; use smaller local arrays, or less recursion.", stack_bytes >> 10);
+            stop("stack overflow.\n  A kernel thread has %zu KB here: use smaller local arrays, or less recursion.", stack_bytes >> 10);
         // x86's aligned vector instructions fault with no address.
         if (info->si_code == SI_KERNEL && !address) stop("misaligned access: a vector, not at a multiple of 16, or no address at all.");
-        stop("touches %s.\n  %s", what.c_str(), ours ? "Check the index against the allocation's size." : "Pass pointers from cudaMalloc, and no null.");
+        stop("touches %s.\n  %s", what.c_str(),
+             ours ? "Check the index against the allocation's size." : "Pass pointers from cudaMalloc, and no null.");
     }
     if (ours) stop("host code touches %s.\n  Device memory can be reached from kernels, cudaMemcpy and cudaMemset only.", what.c_str());
     sigaction(signal, &previous_action[signal == SIGBUS], nullptr);            // not our affair: return, and fault again
@@ -359,12 +353,12 @@ struct Open {
     }
 };
 
-inline void set_state(uintptr_t address, size_t bytes, bool allocated, bool initialised) {     // address is a multiple of 4
+inline void set_state(uintptr_t address, size_t bytes, bool allocated) {       // and not initialised; address is a multiple of 4
     Device& d = device();
     if (!watched) return;
     uint8_t* state = d.state + (address - d.base) / 4;
-    memset(state, allocated ? 0x40 | (initialised ? 15 : 0) : 0, bytes / 4);
-    if (unsigned rest = bytes % 4) state[bytes / 4] = allocated ? rest << 4 | (initialised ? (1 << rest) - 1 : 0) : 0;
+    memset(state, allocated ? 0x40 : 0, bytes / 4);
+    if (unsigned rest = bytes % 4) state[bytes / 4] = allocated ? rest << 4 : 0;
 }
 inline bool initialised(uintptr_t address) {
     size_t at = address - device().base;
@@ -392,12 +386,13 @@ inline void check_range(const char* call, const void* p, size_t bytes, bool must
         stop("%s is given %p, which is not device memory.\n  Pass a pointer from cudaMalloc.", call, p);
     if (it == d.allocations.begin() || (--it, !it->second.live) || end > it->first + it->second.bytes)
         stop("%s of %zu bytes at %s reaches %s.\n  Check the size.", call, bytes, describe(address).c_str(), describe(end - 1).c_str());
-    if (must_be_initialised && watched)
-        for (; address < end; ++address)
-            if (!initialised(address)) stop("%s reads %s, which nothing has written.\n  Write or cudaMemset it first.", call, describe(address).c_str());
+    for (; must_be_initialised && address < end; ++address)
+        if (!initialised(address))
+            stop("%s reads %s, which nothing has written.\n  Write or cudaMemset it first.", call, describe(address).c_str());
 }
 
-inline void check_tail(const std::string& who, uintptr_t start, const Allocation& a) {         // from the end of an allocation to that of its page
+// Has anybody written between the end of an allocation and that of its page?
+inline void check_tail(const std::string& who, uintptr_t start, const Allocation& a) {
     Device& d = device();
     size_t bytes = d.page_end(start + a.bytes) - (start + a.bytes);
     ASAN_UNPOISON_MEMORY_REGION(reinterpret_cast<void*>(start + a.bytes), bytes);
@@ -412,18 +407,18 @@ inline void* allocate(size_t bytes, const char* name) {
     std::lock_guard lock(d.mutex);
     size_t rounded = (bytes + 255) / 256 * 256, span = d.page_end(rounded) + d.page;           // with the page that may not be touched
     if (span > range_bytes - d.page) return nullptr;
-    bool wrapped = false;
-    for (;;) {                                                // the first gap from next on, freed allocations being gaps
+    for (bool wrapped = false;;) {                            // the first gap from next on
         if (d.next + span > d.base + range_bytes) {
             if (wrapped) return nullptr;
             wrapped = true, d.next = d.base;
         }
-        auto it = d.allocations.lower_bound(d.next);
-        while (it != d.allocations.end() && !it->second.live && it->first < d.next + span) it = d.allocations.erase(it);
-        if (it != d.allocations.begin() && std::prev(it)->second.live && d.page_end(std::prev(it)->first + std::prev(it)->second.bytes) + d.page > d.next) --it;
-        else if (it == d.allocations.end() || d.page_start(it->first) >= d.next + span) break;
-        d.next = d.page_end(it->first + it->second.bytes) + d.page;
+        auto end = [&](auto it) { return d.page_end(it->first + it->second) + d.page; };
+        auto it = d.live.lower_bound(d.next);
+        if (it != d.live.begin() && end(std::prev(it)) > d.next) --it;
+        if (it == d.live.end() || d.page_start(it->first) >= d.next + span) break;
+        d.next = end(it);
     }
+    d.allocations.erase(d.allocations.lower_bound(d.next), d.allocations.lower_bound(d.next + span));      // freed ones
     uintptr_t start = d.next + span - d.page - rounded, page = d.page_start(start);
     d.next += span;
     if (mprotect(reinterpret_cast<void*>(page), d.next - d.page - page, PROT_READ | PROT_WRITE)) return nullptr;
@@ -437,7 +432,7 @@ inline void* allocate(size_t bytes, const char* name) {
     d.live[start] = bytes;
     if (name) d.allocations[start].names[start] = name;
     d.used += bytes;
-    set_state(start, bytes, true, false);
+    set_state(start, bytes, true);
     return reinterpret_cast<void*>(start);
 }
 
@@ -454,22 +449,13 @@ inline void name_allocation(const void* p, const char* name) {
 
 enum Access { reads, writes, updates };                       // updates are atomic
 
-// Does a synchronisation of the warp lie between what s holds, which is of the same warp and epoch, and now?
-SIMT_UNWATCHED __forceinline__ bool synced(const Stamp& s, const Thread& t) {
-    const Warp& warp = *t.warp;
-    if (s.clock <= warp.full) return true;
-    if (!warp.partial) return false;
-    for (uint32_t lanes = s.lanes; lanes; lanes &= lanes - 1)
-        if (warp.known[t.lane][__builtin_ctz(lanes)] < s.clock) return false;
-    return true;
-}
 // Is all that s holds certain to come before what t does now? Epochs before "since" are of earlier launches, or for shared memory blocks.
 SIMT_UNWATCHED __forceinline__ bool ordered(const Stamp& s, const Thread& t, uint32_t since) {
     if (s.epoch < since) return true;
     if (s.blocks || s.epoch < worker->block_epoch) return false;
     if (s.epoch != t.now.epoch) return true;
     if (s.warps || s.warp != t.now.warp) return false;
-    return !(s.lanes & ~t.now.lanes) || synced(s, t);
+    return s.clock < t.warp->clock || !(s.lanes & ~t.now.lanes);
 }
 // Adds t to s, or replaces what must come before it anyway.
 SIMT_UNWATCHED __forceinline__ void record(Stamp& s, const Thread& t, uint32_t since) {
@@ -477,7 +463,7 @@ SIMT_UNWATCHED __forceinline__ void record(Stamp& s, const Thread& t, uint32_t s
     now.clock = t.warp->clock;
     if (s.epoch < since) { s = now; return; }                 // first of all of this launch, most often
     now.blocks = s.blocks || s.epoch < worker->block_epoch;
-    if (s.epoch == now.epoch && (s.warps || s.warp != now.warp || !synced(s, t))) {
+    if (s.epoch == now.epoch && (s.warps || s.warp != now.warp || s.clock == now.clock)) {
         now.warps = s.warps || s.warp != now.warp;
         now.lanes |= s.lanes;
     }
@@ -494,11 +480,12 @@ inline std::string code_at(const void* pc) {                  // how to find the
 
 inline const char* verb(Access access) { return access == reads ? "reads" : access == writes ? "writes" : "updates"; }
 
-[[noreturn]] SIMT_UNWATCHED inline void report_race(const Cell& cell, const Thread& t, uint32_t since, uintptr_t address, Access access, const void* pc) {
+[[noreturn]] SIMT_UNWATCHED inline void report_race(const Cell& cell, const Thread& t, uint32_t since, uintptr_t address, Access access,
+                                                    const void* pc) {
     self = nullptr;
     Worker& w = *worker;
-    const auto& [s, did] = !ordered(cell.write, t, since) ? std::pair(cell.write, "wrote")
-                         : access != updates && !ordered(cell.update, t, since) ? std::pair(cell.update, "updated") : std::pair(cell.read, "read");
+    auto [s, did] = !ordered(cell.write, t, since) ? std::pair(cell.write, "wrote")
+                  : access != updates && !ordered(cell.update, t, since) ? std::pair(cell.update, "updated") : std::pair(cell.read, "read");
     bool across = s.blocks || s.epoch < w.block_epoch;        // between blocks
     std::string other = "another block";
     if (!across) {
@@ -508,18 +495,21 @@ inline const char* verb(Access access) { return access == reads ? "reads" : acce
         auto it = std::upper_bound(w.block_epochs.begin(), w.block_epochs.end(), s.epoch, [](uint32_t e, auto& b) { return e < b.first; });
         other = "block " + triple(std::prev(it)->second);
     }
-    stop("race: %s %s, which %s %s with nothing to order them.\n%s  %s", verb(access), describe(address).c_str(), other.c_str(), did, code_at(pc).c_str(),
+    stop("race: %s %s, which %s %s with nothing to order them.\n%s  %s", verb(access), describe(address).c_str(), other.c_str(), did,
+         code_at(pc).c_str(),
          across ? "Blocks of one launch have no order: give each its own bytes, use atomics, or split the launch."
                 : "Put a __syncthreads() between, or within a warp a __syncwarp(), or give each its own bytes.");
 }
 
 SIMT_UNWATCHED __forceinline__ void touch(Cell& cell, Thread& t, uint32_t since, uintptr_t address, Access access, const void* pc) {
-    if (!ordered(cell.write, t, since) || (access != updates && !ordered(cell.update, t, since)) || (access != reads && !ordered(cell.read, t, since)))
+    if (!ordered(cell.write, t, since) || (access != updates && !ordered(cell.update, t, since)) ||
+        (access != reads && !ordered(cell.read, t, since)))
         report_race(cell, t, since, address, access, pc);
     record(access == reads ? cell.read : access == writes ? cell.write : cell.update, t, since);
 }
 
-[[noreturn]] SIMT_UNWATCHED inline void report_access(uintptr_t address, size_t bytes, Access access, const char* wrong, const void* pc, const char* advice) {
+[[noreturn]] SIMT_UNWATCHED inline void report_access(uintptr_t address, size_t bytes, Access access, const char* wrong, const void* pc,
+                                                      const char* advice) {
     self = nullptr;
     std::string what = on_device(address) ? describe(address) : "host memory at " + std::to_string(address);
     stop("%s %zu bytes at %s%s.\n%s  %s", verb(access), bytes, what.c_str(), wrong, code_at(pc).c_str(), advice);
@@ -532,7 +522,8 @@ SIMT_UNWATCHED __forceinline__ void touch(Cell& cell, Thread& t, uint32_t since,
     self = nullptr;                                           // below is the standard library's code, which is watched
     for (auto& [start, end] : worker->device->constants)
         if (access == reads && address >= start && address + bytes <= end) { self = t; return; }
-    report_access(address, bytes, access, "", pc, "Kernels can reach device memory, constants and their own local variables only: pass what they need as an argument.");
+    report_access(address, bytes, access, "", pc,
+                  "Kernels can reach device memory, constants and their own local variables only: pass what they need as an argument.");
 }
 
 SIMT_UNWATCHED __forceinline__ void access(const void* p, size_t bytes, Access access, const void* pc) {
@@ -625,13 +616,14 @@ SIMT_UNWATCHED inline void fiber_main(boost::context::detail::transfer_t from) n
 }
 
 inline Fiber* make_fiber() {
-    char* memory = static_cast<char*>(mmap(nullptr, guard_bytes + stack_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+    void* memory = mmap(nullptr, guard_bytes + stack_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED || mprotect(memory, guard_bytes, PROT_NONE)) stop("no memory for the stacks of the threads.");
-    char* stack = memory + guard_bytes;
+    char* stack = static_cast<char*>(memory) + guard_bytes;
     return new Fiber{boost::context::detail::make_fcontext(stack + stack_bytes, stack_bytes, fiber_main), stack};
 }
 
-[[noreturn]] SIMT_UNWATCHED inline void report_stuck(Worker& w) {            // every thread that is not done waits, for some that never come
+// Every thread that is not done waits, for some that never come.
+[[noreturn]] SIMT_UNWATCHED inline void report_stuck(Worker& w) {
     auto place = [](const Thread& t) {
         std::string file = t.where.file_name();
         return std::string(t.at) + " (" + file.substr(file.rfind('/') + 1) + ":" + std::to_string(t.where.line()) + ")";
@@ -650,7 +642,7 @@ inline Fiber* make_fiber() {
     if (!t->mask)
         stop("divergent barrier: waits at %s, while %s %s.\n  Every thread of the block must come to the same __syncthreads().",
              here.c_str(), name.c_str(), does.c_str());
-    stop("divergent warp: waits at %s with mask 0x%08x, while %s %s.\n  All lanes of the mask must come to the same call with the same mask.",
+    stop("divergent warp: waits at %s with mask 0x%08x, while %s %s.\n  All lanes of the mask must come to the same call with that mask.",
          here.c_str(), t->mask, name.c_str(), does.c_str());
 }
 
@@ -660,21 +652,29 @@ inline void permute(std::vector<unsigned>& order, size_t n, std::minstd_rand& ra
     if (options.order == shuffled) std::shuffle(order.begin(), order.end(), random);
 }
 
+inline void clear_arena(const Worker& w, size_t bytes) {      // of arrays: nothing but red zone
+    ASAN_UNPOISON_MEMORY_REGION(w.arena, bytes);
+    memset(w.arena, 0xff, bytes);
+    ASAN_POISON_MEMORY_REGION(w.arena, bytes);
+    set_state(uintptr_t(w.arena), bytes, false);
+}
 inline void fill_array(Array& a) {                            // NaN, and not yet written
     ASAN_UNPOISON_MEMORY_REGION(a.data, a.bytes);
     memset(a.data, 0xff, a.bytes);
-    set_state(uintptr_t(a.data), a.bytes, true, false);
+    set_state(uintptr_t(a.data), a.bytes, true);
 }
 
+inline constexpr const char* allow_dynamic = "Allow for more dynamic memory, up to 99 KB in all, with "
+                                             "cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes).";
 inline void* add_array(Worker& w, const void* key, const char* name, size_t bytes, size_t alignment) {
     w.shared_used += bytes;
     if (w.array_count == max_arrays) stop("more than %zu shared arrays.", max_arrays);
     if (size_t fixed = w.shared_used - w.launch->dynamic_bytes; fixed > default_shared)
-        stop("shared memory: '%s' makes it %zu bytes per block of static arrays, and %zu are allowed.\n  "
-             "Past 48 KB it must be dynamic, after cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes).", name, fixed, default_shared);
+        stop("shared memory: '%s' makes it %zu bytes of static arrays, and %zu are allowed.\n  Past 48 KB it must be dynamic.",
+             name, fixed, default_shared);
     if (w.shared_used > w.launch->shared_limit)
-        stop("shared memory: '%s' makes it %zu bytes per block, and %zu are allowed.\n  %s", name, w.shared_used, w.launch->shared_limit,
-             w.launch->shared_limit == default_shared ? "Allow it with cudaFuncSetAttribute." : "Use less.");
+        stop("shared memory: '%s' makes it %zu bytes, and %zu are allowed.\n  %s", name, w.shared_used, w.launch->shared_limit,
+             w.launch->shared_limit == default_shared ? allow_dynamic : "Use less.");
     size_t start = (w.arena_used + red_zone + alignment - 1) / alignment * alignment;
     w.arena_used = start + bytes + red_zone;
     w.arrays[w.array_count] = {key, name, w.arena + start, bytes};
@@ -700,7 +700,7 @@ SIMT_UNWATCHED inline void run_block(Worker& w) {
     w.block_epoch = ++w.epoch;
     if (watched) w.block_epochs.emplace_back(w.block_epoch, w.block);
     for (size_t i = 0; i < w.array_count; ++i) fill_array(w.arrays[i]);
-    for (Warp& warp : w.warps) warp.waiting = 0, warp.clock = 1, warp.full = 0, warp.partial = false;
+    for (Warp& warp : w.warps) warp.waiting = 0, warp.clock = 1;
     for (size_t i = 0; i < n; ++i) w.thread[i].state = Thread::fresh, w.thread[i].now.epoch = w.block_epoch;
     w.arrived = w.votes = 0;
     for (w.left = n; w.left;) {
@@ -741,9 +741,7 @@ template <class Next> void run_blocks(const Launch& launch, Next& next, std::ato
     if (!w.arena) {
         w.device = &device();
         w.arena = static_cast<char*>(allocate(arena_bytes, "shared memory"));
-        memset(w.arena, 0xff, arena_bytes);
-        set_state(uintptr_t(w.arena), arena_bytes, false, false);
-        ASAN_POISON_MEMORY_REGION(w.arena, arena_bytes);
+        clear_arena(w, arena_bytes);
     }
     Open open;
     worker = &w;
@@ -761,7 +759,7 @@ template <class Next> void run_blocks(const Launch& launch, Next& next, std::ato
     for (unsigned i = 0; i < n; ++i) {
         Thread& t = w.threads[i];
         t.index = {i % size.x, i / size.x % size.y, i / size.x / size.y};
-        t.number = i, t.lane = i % 32, t.warp = &w.warps[i / 32];
+        t.lane = i % 32, t.warp = &w.warps[i / 32];
         t.warp->exists |= 1u << t.lane;
         t.now = {};
         t.now.lanes = 1u << t.lane, t.now.warp = i / 32;
@@ -773,10 +771,7 @@ template <class Next> void run_blocks(const Launch& launch, Next& next, std::ato
     }
     if (watched) w.device->epoch = w.epoch;
     read += w.read, written += w.written;
-    set_state(uintptr_t(w.arena), w.arena_used, false, false);
-    ASAN_UNPOISON_MEMORY_REGION(w.arena, w.arena_used);
-    memset(w.arena, 0xff, w.arena_used);                      // another launch has its red zones elsewhere
-    ASAN_POISON_MEMORY_REGION(w.arena, w.arena_used);
+    clear_arena(w, w.arena_used);                             // another launch has its red zones elsewhere
     w.array_count = 0;
     w.launch = nullptr;
     worker = nullptr;
@@ -808,8 +803,7 @@ SIMT_UNWATCHED inline int barrier(bool vote, const char* name, const Location& w
             Thread& each = w.thread[i];
             each.state = Thread::ready, each.votes = w.votes, each.now.epoch = w.epoch;
         }
-        for (Thread* each = w.thread; each < w.thread + n; each += 32)
-            each->warp->clock = 1, each->warp->full = 0, each->warp->partial = false;
+        for (Thread* each = w.thread; each < w.thread + n; each += 32) each->warp->clock = 1;
         w.arrived = w.votes = 0;
     }
     self = &t;
@@ -843,23 +837,13 @@ SIMT_UNWATCHED inline uint64_t exchange(uint32_t mask, uint64_t value, int sourc
             each.state = Thread::ready, each.votes = votes, each.result = lanes[each.source].value;
         }
         warp.waiting &= ~members;
-        if (orders && members == warp.exists) warp.full = warp.clock;
-        else if (orders) {
-            if (!warp.partial) memset(warp.known, 0, sizeof warp.known);
-            warp.partial = true;
-            uint32_t known[32] = {};
-            for (uint32_t m = members; m; m &= m - 1)
-                for (int i = 0; i < 32; ++i) if (warp.known[__builtin_ctz(m)][i] > known[i]) known[i] = warp.known[__builtin_ctz(m)][i];
-            for (uint32_t m = members; m; m &= m - 1) known[__builtin_ctz(m)] = warp.clock;
-            for (uint32_t m = members; m; m &= m - 1) memcpy(warp.known[__builtin_ctz(m)], known, sizeof known);
-        }
         if (orders && ++warp.clock == 1u << 24) stop("more than 16 million __syncwarps between barriers.");
     }
     self = &t;
     return t.result;
 }
 template <class T> SIMT_UNWATCHED T shuffle(uint32_t mask, T value, int from, const char* name, const Location& where) {
-    static_assert(std::is_arithmetic_v<T> && (sizeof(T) == 4 || sizeof(T) == 8), "shuffles take int, unsigned, float, double and 64-bit integers");
+    static_assert(std::is_arithmetic_v<T> && (sizeof(T) == 4 || sizeof(T) == 8), "shuffles take numbers of 4 or 8 bytes");
     uint64_t bits = 0;
     __builtin_memcpy(&bits, &value, sizeof value);
     bits = exchange(mask, bits, from, false, name, where);
@@ -873,7 +857,7 @@ SIMT_UNWATCHED inline unsigned votes() { return self->votes; }
 #define SIMT_HERE simt::Location where = simt::Location::current()
 inline void __syncthreads(SIMT_HERE) { simt::barrier(false, "__syncthreads()", where); }
 inline int __syncthreads_count(int vote, SIMT_HERE) { return simt::barrier(vote, "__syncthreads_count()", where); }
-inline void __syncwarp(unsigned mask = ~0u, SIMT_HERE) { simt::exchange(mask, 0, simt::lane(), true, "__syncwarp()", where); }
+inline void __syncwarp(SIMT_HERE) { simt::exchange(~0u, 0, simt::lane(), true, "__syncwarp()", where); }
 inline unsigned __ballot_sync(unsigned mask, int vote, SIMT_HERE) {
     simt::exchange(mask, vote != 0, simt::lane(), false, "__ballot_sync()", where);
     return simt::votes();
@@ -899,9 +883,8 @@ using cudaStream_t = struct simt_stream*;
 
 namespace simt {
 struct Traffic { uint64_t read = 0, written = 0, launches = 0; };              // bytes of global memory; atomics count as both
-inline std::map<std::string, Traffic, std::less<>> traffics;
 // Of all launches of a kernel, by its name without template arguments, since the last reset. Bytes are counted in watched builds only.
-inline Traffic traffic(std::string_view kernel) { auto it = traffics.find(kernel); return it == traffics.end() ? Traffic{} : it->second; }
+inline std::map<std::string, Traffic> traffics;
 inline void traffic_reset() { traffics.clear(); }
 
 template <class... P> struct Launcher {
@@ -921,29 +904,30 @@ template <class... P> struct Launcher {
         size_t attribute = d.max_dynamic.count(reinterpret_cast<void*>(kernel)) ? d.max_dynamic[reinterpret_cast<void*>(kernel)] : 0;
         Launch launch = {name, grid, block, dynamic_bytes, attribute ? max_shared : default_shared, call, &it, sizeof it};
         uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z, threads = uint64_t(block.x) * block.y * block.z;
-        auto refuse = [&](const char* why) {
-            stop("kernel %s: <<<(%u,%u,%u), (%u,%u,%u), %zu>>> cannot be launched: %s", name, grid.x, grid.y, grid.z, block.x, block.y, block.z, dynamic_bytes, why);
+        auto refuse = [&](const char* what, const char* advice) {
+            stop("kernel %s: <<<%s, %s, %zu>>> cannot be launched: %s.\n  %s", name, triple(grid).c_str(), triple(block).c_str(),
+                 dynamic_bytes, what, advice);
         };
-        if (!blocks || !threads) refuse("zero blocks or threads.\n  Skip the launch when there is nothing to do.");
-        if (threads > 1024 || block.x > 1024 || block.y > 1024) refuse("more than 1024 threads per block.\n  Use more blocks.");
-        if (block.z > 64) refuse("more than 64 threads in z.\n  Use x or y.");
-        if (grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535) refuse("more than 2147483647 blocks in x, or 65535 in y or z.\n  Put the long dimension in x, or loop.");
-        if (dynamic_bytes > default_shared && dynamic_bytes > attribute)
-            refuse("more than 48 KB of dynamic shared memory.\n  Allow it with cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), up to 99 KB.");
+        if (!blocks || !threads) refuse("zero blocks or threads", "Skip the launch when there is nothing to do.");
+        if (threads > 1024 || block.x > 1024 || block.y > 1024) refuse("more than 1024 threads per block", "Use more blocks.");
+        if (block.z > 64) refuse("more than 64 threads in z", "Use x or y.");
+        if (grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535)
+            refuse("more than 2147483647 blocks in x, or 65535 in y or z", "Put the long dimension in x, or loop.");
+        if (dynamic_bytes > default_shared && dynamic_bytes > attribute) refuse("more than 48 KB of dynamic shared memory", allow_dynamic);
         if (d.epoch > 1u << 31) {                             // start counting anew
             for (Cell* plane : d.cells) if (plane) madvise(plane, range_bytes / 4 * sizeof(Cell), MADV_DONTNEED);
             d.epoch = 1;
         }
         std::vector<unsigned> order;
         std::minstd_rand random(unsigned(options.seed * 2 + 1));
-        if (options.order == shuffled) permute(order, blocks, random);
+        permute(order, blocks, random);
         std::atomic<uint64_t> taken = 0;
         auto next = [&](size_t& b) {
             uint64_t i = taken++;
-            b = options.order == shuffled && i < blocks ? order[i] : options.order == reverse ? blocks - 1 - i : i;
+            if (i < blocks) b = order[i];
             return i < blocks;
         };
-        // Watched blocks run on one OS thread: what is kept of each byte then needs no locks, and a fault is found at the same place each time.
+        // Watched blocks run on one OS thread: what is kept of each byte then needs no locks, and a fault is found where it was last time.
         int workers = watched ? 1 : int(std::min<uint64_t>(blocks, options.threads));
         Open open;
         std::atomic<uint64_t> read = 0, written = 0;
@@ -955,20 +939,18 @@ template <class... P> struct Launcher {
         worker = nullptr;
         if (!watched)
             for (auto& [start, bytes] : d.live) check_tail(std::string("kernel ") + name, start, d.allocations[start]);
-        std::string_view base = name;
-        base = base.substr(base.find_first_not_of("( "));
-        Traffic& t = traffics[std::string(base.substr(0, base.find_first_of("<) ")))];
+        std::string base = name + strspn(name, "( ");
+        Traffic& t = traffics[base.substr(0, base.find_first_of("<) "))];
         t.read += read, t.written += written, ++t.launches;
     }
 };
-template <class... P> Launcher<P...> launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t dynamic_bytes, cudaStream_t) {
+template <class... P>
+Launcher<P...> launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t dynamic_bytes, cudaStream_t) {
     return {name, kernel, grid, block, dynamic_bytes};
 }
 
-// ---------------------------------------------------------------------------------------------------------------------------------
-// Atomics
-
 }
+
 template <class T> SIMT_UNWATCHED T atomicAdd(T* p, std::type_identity_t<T> value) {
     if (uintptr_t(p) % sizeof(T)) simt::misaligned(p, sizeof(T));
     if (simt::watched && simt::self) simt::access(p, sizeof(T), simt::updates, __builtin_return_address(0));
@@ -991,9 +973,7 @@ using cudaEvent_t = struct timespec*;
 inline const char* cudaGetErrorName(cudaError_t e) {
     return e == cudaSuccess ? "cudaSuccess" : e == cudaErrorMemoryAllocation ? "cudaErrorMemoryAllocation" : "cudaErrorInvalidValue";
 }
-inline const char* cudaGetErrorString(cudaError_t e) {
-    return e == cudaSuccess ? "no error" : e == cudaErrorMemoryAllocation ? "out of memory" : "invalid argument";
-}
+inline const char* cudaGetErrorString(cudaError_t e) { return cudaGetErrorName(e); }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaGetDeviceCount(int* count) { *count = 1; return cudaSuccess; }
 inline cudaError_t cudaGetDevice(int* id) { *id = 0; return cudaSuccess; }
@@ -1013,7 +993,7 @@ inline cudaError_t cudaFree(void* p) {
     simt::Device& d = simt::device();
     std::lock_guard lock(d.mutex);
     auto it = d.allocations.find(uintptr_t(p));
-    if (it == d.allocations.end()) simt::stop("cudaFree of %p, which cudaMalloc never returned.\n  Free the pointer that was allocated.", p);
+    if (it == d.allocations.end()) simt::stop("cudaFree of %p, which cudaMalloc never returned.\n  Free the pointer that it did.", p);
     auto& [start, a] = *it;
     if (!a.live) simt::stop("cudaFree of %s.\n  Free it once.", simt::describe(start).c_str());
     { simt::Open open; simt::check_tail("the host", start, a); }
@@ -1021,7 +1001,7 @@ inline cudaError_t cudaFree(void* p) {
     size_t bytes = d.page_end(start + a.bytes) - d.page_start(start);
     madvise(pages, bytes, MADV_DONTNEED);
     mprotect(pages, bytes, PROT_NONE);
-    simt::set_state(start, a.bytes, false, false);
+    simt::set_state(start, a.bytes, false);
     d.used -= a.bytes;
     a.live = false;
     d.live.erase(start);
@@ -1043,12 +1023,12 @@ inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemc
     for (auto [p, expected] : {std::pair<const void*, bool>(to, to_device), {from, from_device}}) {
         if (expected) simt::check_range("cudaMemcpy", p, bytes);
         else if (bytes && simt::on_device(uintptr_t(p)))
-            simt::stop("cudaMemcpy is given device memory as the host's: %s.\n  Check its direction.", simt::describe(uintptr_t(p)).c_str());
+            simt::stop("cudaMemcpy takes for the host's: %s.\n  Check its direction.", simt::describe(uintptr_t(p)).c_str());
     }
     simt::Open open;
     memcpy(to, from, bytes);
     if (!from_device) simt::set_initialised(uintptr_t(to), bytes);
-    for (size_t i = 0; simt::watched && from_device && i < bytes; ++i) {       // a copy is as unwritten as its source; for the host that is NaN
+    for (size_t i = 0; simt::watched && from_device && i < bytes; ++i) {       // a copy is as unwritten as its source: NaN, for the host
         bool written = simt::initialised(uintptr_t(from) + i);
         if (to_device) simt::set_initialised(uintptr_t(to) + i, 1, written);
         else if (!written) static_cast<uint8_t*>(to)[i] = 0xff;
@@ -1079,6 +1059,7 @@ enum cublasGemmAlgo_t { CUBLAS_GEMM_DEFAULT = -1 };
 enum cudaDataType_t { CUDA_R_32F = 0, CUDA_R_64F = 1, CUDA_R_16BF = 14 };
 enum cublasComputeType_t { CUBLAS_COMPUTE_32F = 68, CUBLAS_COMPUTE_64F = 70 };
 using cublasHandle_t = struct simt_cublas*;
+namespace simt { inline size_t bytes_of(cudaDataType_t type) { return type == CUDA_R_16BF ? 2 : type == CUDA_R_32F ? 4 : 8; } }
 
 inline const char* cublasGetStatusString(cublasStatus_t s) {
     return s == CUBLAS_STATUS_SUCCESS ? "success" : s == CUBLAS_STATUS_INVALID_VALUE ? "invalid value" : "not supported";
@@ -1090,56 +1071,62 @@ inline cublasStatus_t cublasSetWorkspace(cublasHandle_t, void*, size_t) { return
 
 inline cublasStatus_t cublasGemmEx(cublasHandle_t, cublasOperation_t opA, cublasOperation_t opB, int m, int n, int k, const void* alpha,
                                    const void* A, cudaDataType_t typeA, int lda, const void* B, cudaDataType_t typeB, int ldb,
-                                   const void* beta, void* C, cudaDataType_t typeC, int ldc, cublasComputeType_t compute, cublasGemmAlgo_t) {
+                                   const void* beta, void* C, cudaDataType_t typeC, int ldc, cublasComputeType_t compute,
+                                   cublasGemmAlgo_t) {
     bool wide = compute == CUBLAS_COMPUTE_64F;
     int rowsA = opA == CUBLAS_OP_N ? m : k, columnsA = opA == CUBLAS_OP_N ? k : m;
     int rowsB = opB == CUBLAS_OP_N ? k : n, columnsB = opB == CUBLAS_OP_N ? n : k;
-    if (m < 0 || n < 0 || k < 0 || lda < std::max(1, rowsA) || ldb < std::max(1, rowsB) || ldc < std::max(1, m)) return CUBLAS_STATUS_INVALID_VALUE;
-    if (typeA != typeB || (typeA == CUDA_R_64F) != wide || (typeC == CUDA_R_64F) != wide || (typeA == CUDA_R_32F && typeC == CUDA_R_16BF)) return CUBLAS_STATUS_NOT_SUPPORTED;
-    if (!m || !n) return CUBLAS_STATUS_SUCCESS;
-    auto bytes = [](cudaDataType_t type) -> size_t { return type == CUDA_R_16BF ? 2 : type == CUDA_R_32F ? 4 : 8; };
-    bool keep = wide ? *static_cast<const double*>(beta) != 0 : *static_cast<const float*>(beta) != 0;
-    auto check = [&](const void* matrix, cudaDataType_t type, int rows, int columns, int ld, bool initialised) {
-        for (int j = 0; j < columns; ++j)
-            simt::check_range("cublasGemm", static_cast<const char*>(matrix) + size_t(j) * ld * bytes(type), rows * bytes(type), initialised);
+    if (m < 0 || n < 0 || k < 0 || lda < std::max(1, rowsA) || ldb < std::max(1, rowsB) || ldc < std::max(1, m))
+        return CUBLAS_STATUS_INVALID_VALUE;
+    if (typeA != typeB || (typeA == CUDA_R_64F) != wide || (typeC == CUDA_R_64F) != wide || (typeA == CUDA_R_32F && typeC == CUDA_R_16BF))
+        return CUBLAS_STATUS_NOT_SUPPORTED;
+    auto check = [](const void* matrix, cudaDataType_t type, int rows, int columns, int ld, bool initialised) {
+        for (size_t j = 0; j < size_t(columns); ++j)
+            simt::check_range("cublasGemm", static_cast<const char*>(matrix) + j * ld * simt::bytes_of(type), rows * simt::bytes_of(type),
+                              initialised);
     };
     check(A, typeA, rowsA, columnsA, lda, true);
     check(B, typeB, rowsB, columnsB, ldb, true);
-    check(C, typeC, m, n, ldc, keep);
+    check(C, typeC, m, n, ldc, wide ? *static_cast<const double*>(beta) != 0 : *static_cast<const float*>(beta) != 0);
     simt::Open open;
     auto transA = opA == CUBLAS_OP_N ? CblasNoTrans : CblasTrans, transB = opB == CUBLAS_OP_N ? CblasNoTrans : CblasTrans;
     if (wide)
         cblas_dgemm(CblasColMajor, transA, transB, m, n, k, *static_cast<const double*>(alpha), static_cast<const double*>(A), lda,
                     static_cast<const double*>(B), ldb, *static_cast<const double*>(beta), static_cast<double*>(C), ldc);
     else {
-        std::vector<float> copies[3];                         // of bfloat16 matrices, as float
-        auto as_float = [&](int copy, const void* matrix, cudaDataType_t type, int rows, int columns, int ld) {
+        std::vector<float> copies[3];                         // of bfloat16 matrices
+        auto as_float = [](std::vector<float>& copy, const void* matrix, cudaDataType_t type, int rows, int columns, int ld) {
             if (type == CUDA_R_32F) return static_cast<const float*>(matrix);
-            copies[copy].resize(size_t(columns) * ld);
-            for (int j = 0; j < columns; ++j)
-                for (int i = 0; i < rows; ++i) copies[copy][size_t(j) * ld + i] = static_cast<const __nv_bfloat16*>(matrix)[size_t(j) * ld + i];
-            return static_cast<const float*>(copies[copy].data());
+            auto from = static_cast<const __nv_bfloat16*>(matrix);
+            copy.resize(size_t(columns) * ld);
+            for (size_t j = 0; j < size_t(columns); ++j) std::copy_n(from + j * ld, rows, &copy[j * ld]);
+            return static_cast<const float*>(copy.data());
         };
-        const float* a = as_float(0, A, typeA, rowsA, columnsA, lda), *b = as_float(1, B, typeB, rowsB, columnsB, ldb);
-        float* c = const_cast<float*>(as_float(2, C, typeC, m, n, ldc));
-        cblas_sgemm(CblasColMajor, transA, transB, m, n, k, *static_cast<const float*>(alpha), a, lda, b, ldb, *static_cast<const float*>(beta), c, ldc);
-        for (int j = 0; typeC == CUDA_R_16BF && j < n; ++j)
-            for (int i = 0; i < m; ++i) static_cast<__nv_bfloat16*>(C)[size_t(j) * ldc + i] = c[size_t(j) * ldc + i];
+        const float* a = as_float(copies[0], A, typeA, rowsA, columnsA, lda), *b = as_float(copies[1], B, typeB, rowsB, columnsB, ldb);
+        float* c = const_cast<float*>(as_float(copies[2], C, typeC, m, n, ldc));
+        cblas_sgemm(CblasColMajor, transA, transB, m, n, k, *static_cast<const float*>(alpha), a, lda, b, ldb,
+                    *static_cast<const float*>(beta), c, ldc);
+        for (size_t j = 0; typeC == CUDA_R_16BF && j < size_t(n); ++j)
+            std::copy_n(c + j * ldc, m, static_cast<__nv_bfloat16*>(C) + j * ldc);
     }
-    for (int j = 0; j < n; ++j) simt::set_initialised(uintptr_t(C) + size_t(j) * ldc * bytes(typeC), m * bytes(typeC));
+    for (size_t j = 0; j < size_t(n); ++j)
+        simt::set_initialised(uintptr_t(C) + j * ldc * simt::bytes_of(typeC), m * simt::bytes_of(typeC));
     return CUBLAS_STATUS_SUCCESS;
 }
-inline cublasStatus_t cublasGemmStridedBatchedEx(cublasHandle_t handle, cublasOperation_t opA, cublasOperation_t opB, int m, int n, int k, const void* alpha,
-                                                 const void* A, cudaDataType_t typeA, int lda, long long strideA, const void* B, cudaDataType_t typeB, int ldb, long long strideB,
-                                                 const void* beta, void* C, cudaDataType_t typeC, int ldc, long long strideC, int batches, cublasComputeType_t compute, cublasGemmAlgo_t algorithm) {
-    auto bytes = [](cudaDataType_t type) -> long long { return type == CUDA_R_16BF ? 2 : type == CUDA_R_32F ? 4 : 8; };
+inline cublasStatus_t cublasGemmStridedBatchedEx(cublasHandle_t handle, cublasOperation_t opA, cublasOperation_t opB, int m, int n, int k,
+                                                 const void* alpha, const void* A, cudaDataType_t typeA, int lda, long long strideA,
+                                                 const void* B, cudaDataType_t typeB, int ldb, long long strideB, const void* beta, void* C,
+                                                 cudaDataType_t typeC, int ldc, long long strideC, int batches,
+                                                 cublasComputeType_t compute, cublasGemmAlgo_t algorithm) {
+    auto at = [](auto* matrix, int64_t element, cudaDataType_t type) {
+        return reinterpret_cast<decltype(matrix)>(uintptr_t(matrix) + element * simt::bytes_of(type));
+    };
+    cublasStatus_t status = CUBLAS_STATUS_SUCCESS;
     simt::Open open;
-    for (int i = 0; i < batches; ++i) {
-        cublasStatus_t status = cublasGemmEx(handle, opA, opB, m, n, k, alpha, static_cast<const char*>(A) + i * strideA * bytes(typeA), typeA, lda,
-            static_cast<const char*>(B) + i * strideB * bytes(typeB), typeB, ldb, beta, static_cast<char*>(C) + i * strideC * bytes(typeC), typeC, ldc, compute, algorithm);
-        if (status != CUBLAS_STATUS_SUCCESS) return status;
-    }
-    return CUBLAS_STATUS_SUCCESS;
+    for (int i = 0; i < batches && status == CUBLAS_STATUS_SUCCESS; ++i)
+        status = cublasGemmEx(handle, opA, opB, m, n, k, alpha, at(A, i * strideA, typeA), typeA, lda, at(B, i * strideB, typeB), typeB,
+                              ldb, beta, at(C, i * strideC, typeC), typeC, ldc, compute, algorithm);
+    return status;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------------------
@@ -1160,11 +1147,7 @@ template <size_t bytes, simt::Access access> [[gnu::noinline]] SIMT_UNWATCHED vo
 #define SIMT_ACCESS(bytes)                                                                                                           \
     SIMT_RUNTIME void __tsan_read##bytes(void* p) { if (simt::self) simt_access<bytes, simt::reads>(p, __builtin_return_address(0)); } \
     SIMT_RUNTIME void __tsan_write##bytes(void* p) { if (simt::self) simt_access<bytes, simt::writes>(p, __builtin_return_address(0)); }
-SIMT_ACCESS(1)
-SIMT_ACCESS(2)
-SIMT_ACCESS(4)
-SIMT_ACCESS(8)
-SIMT_ACCESS(16)
+SIMT_ACCESS(1) SIMT_ACCESS(2) SIMT_ACCESS(4) SIMT_ACCESS(8) SIMT_ACCESS(16)
 #undef SIMT_ACCESS
 SIMT_RUNTIME void __tsan_read_range(void* p, size_t bytes) {
     if (simt::self) simt::access(p, bytes, simt::reads, __builtin_return_address(0));
@@ -1174,21 +1157,18 @@ SIMT_RUNTIME void __tsan_write_range(void* p, size_t bytes) {
 }
 // std::atomic and the guards of static variables, which are the host's: atomics of kernels are above.
 #define SIMT_FETCH(bits, T, name)                                                                                                    \
-    SIMT_RUNTIME T __tsan_atomic##bits##_fetch_##name(volatile void* p, T v, int) { return __atomic_fetch_##name(static_cast<volatile T*>(p), v, __ATOMIC_SEQ_CST); }
+    SIMT_RUNTIME T __tsan_atomic##bits##_fetch_##name(volatile T* p, T v, int) { return __atomic_fetch_##name(p, v, __ATOMIC_SEQ_CST); }
 #define SIMT_COMPARE(bits, T, strength, weak)                                                                                        \
-    SIMT_RUNTIME bool __tsan_atomic##bits##_compare_exchange_##strength(volatile void* p, void* expected, T v, int, int) {            \
-        return __atomic_compare_exchange_n(static_cast<volatile T*>(p), static_cast<T*>(expected), v, weak, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST); \
+    SIMT_RUNTIME bool __tsan_atomic##bits##_compare_exchange_##strength(volatile T* p, T* expected, T v, int, int) {                  \
+        return __atomic_compare_exchange_n(p, expected, v, weak, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);                                \
     }
 #define SIMT_ATOMICS(bits, T)                                                                                                        \
-    SIMT_RUNTIME T __tsan_atomic##bits##_load(const volatile void* p, int) { return __atomic_load_n(static_cast<const volatile T*>(p), __ATOMIC_SEQ_CST); } \
-    SIMT_RUNTIME void __tsan_atomic##bits##_store(volatile void* p, T v, int) { __atomic_store_n(static_cast<volatile T*>(p), v, __ATOMIC_SEQ_CST); } \
-    SIMT_RUNTIME T __tsan_atomic##bits##_exchange(volatile void* p, T v, int) { return __atomic_exchange_n(static_cast<volatile T*>(p), v, __ATOMIC_SEQ_CST); } \
+    SIMT_RUNTIME T __tsan_atomic##bits##_load(const volatile T* p, int) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); }              \
+    SIMT_RUNTIME void __tsan_atomic##bits##_store(volatile T* p, T v, int) { __atomic_store_n(p, v, __ATOMIC_SEQ_CST); }              \
+    SIMT_RUNTIME T __tsan_atomic##bits##_exchange(volatile T* p, T v, int) { return __atomic_exchange_n(p, v, __ATOMIC_SEQ_CST); }    \
     SIMT_FETCH(bits, T, add) SIMT_FETCH(bits, T, sub) SIMT_FETCH(bits, T, and) SIMT_FETCH(bits, T, or) SIMT_FETCH(bits, T, xor)      \
-    SIMT_FETCH(bits, T, nand) SIMT_COMPARE(bits, T, strong, false) SIMT_COMPARE(bits, T, weak, true)
-SIMT_ATOMICS(8, unsigned char)
-SIMT_ATOMICS(16, unsigned short)
-SIMT_ATOMICS(32, unsigned int)
-SIMT_ATOMICS(64, unsigned long)
+    SIMT_COMPARE(bits, T, strong, false) SIMT_COMPARE(bits, T, weak, true)
+SIMT_ATOMICS(8, unsigned char) SIMT_ATOMICS(16, unsigned short) SIMT_ATOMICS(32, unsigned int) SIMT_ATOMICS(64, unsigned long)
 #undef SIMT_ATOMICS
 #undef SIMT_COMPARE
 #undef SIMT_FETCH
@@ -1218,15 +1198,17 @@ extern "C" void* memset(void*, int, size_t) noexcept __asm__("simt_memset");
 #ifdef __SANITIZE_ADDRESS__
 // The sanitizers call these ahead of their own reports.
 SIMT_RUNTIME void __asan_on_error() {
-    uintptr_t address = uintptr_t(__asan_get_report_address());
-    if (simt::self) simt::stop("touches %s.\n  Check the index against the size.", simt::on_device(address) ? simt::describe(address).c_str() : "memory that is not the device's");
+    if (!simt::self) return;
+    std::string what = simt::describe(uintptr_t(__asan_get_report_address()));
+    simt::report(("touches " + what + ".\n  Check the index against the size.").c_str());
 }
-extern "C" void __ubsan_get_current_report_data(const char** kind, const char** message, const char** file, unsigned* line, unsigned* column, char** address);
+extern "C" __attribute__((weak)) void __ubsan_get_current_report_data(const char** kind, const char** message, const char** file,
+                                                                      unsigned* line, unsigned* column, char** address);
 SIMT_RUNTIME void __ubsan_on_report() {
+    if (!simt::self) return;
     const char *kind, *message, *file;
     unsigned line, column;
     char* address;
-    if (!simt::self) return;
     __ubsan_get_current_report_data(&kind, &message, &file, &line, &column, &address);
     simt::stop("%s.\n  %s at %s:%u.", message, kind, file, line);
 }
