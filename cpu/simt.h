@@ -6,15 +6,17 @@
 // The threads of a block are fibers that take turns on one OS thread; a thread that never waits runs as a plain call. What is caught:
 //   in every build       the host touching device memory, a kernel running off the pages of an allocation or using one after cudaFree;
 //                        writes between an allocation's end and its page's; barriers and warp operations that some threads never
-//                        reach; misaligned float4 and the like; launches that a GPU refuses. Fresh memory is NaN.
+//                        reach; stack overflow; launches that a GPU refuses. Fresh memory is NaN.
 //   -fsanitize=thread    each access against the exact bytes of allocations and shared arrays, whether they have been written, whether
-//                        they are the device's at all, and whether another thread touched them with no barrier between (a data race)
-//   -fsanitize=address   the exact bytes of allocations and shared arrays
+//                        they are the device's at all, are aligned, and whether another thread touched them with no barrier between
+//                        (a data race)
+//   -fsanitize=address   the exact bytes of allocations and shared arrays; with ",undefined" alignment too
 // A fault is reported on stderr (kernel, block, thread, memory, what to do) and ends the process with exit code 1.
 //
 // Stricter than CUDA on purpose: every thread of a block must come to each __syncthreads(), and those that meet must stand at the same
 // line of the source; so must the lanes of a warp operation, none of which may have exited. Shuffles and votes do not order memory
-// (the CUDA guide says they need not): only __syncwarp and __syncthreads do. Blocks of one launch may share memory through atomics only.
+// (the CUDA guide says they need not): only __syncwarp, here of whole warps, and __syncthreads do. Blocks of one launch may share memory
+// through atomics only. What is here is what the kernels and their host code use of CUDA; add what else they come to need.
 #pragma once
 #include <algorithm>
 #include <atomic>
@@ -32,7 +34,6 @@
 #include <random>
 #include <source_location>
 #include <string>
-#include <string_view>
 #include <thread>
 #include <tuple>
 #include <type_traits>
@@ -50,6 +51,8 @@
 #else
 #define ASAN_POISON_MEMORY_REGION(address, size) ((void)0)
 #define ASAN_UNPOISON_MEMORY_REGION(address, size) ((void)0)
+#define __sanitizer_start_switch_fiber(...) ((void)0)
+#define __sanitizer_finish_switch_fiber(...) ((void)0)
 #endif
 
 // ---------------------------------------------------------------------------------------------------------------------------------
@@ -68,48 +71,11 @@
 #define blockIdx (simt::block_index())
 #define blockDim (simt::block_size())
 #define gridDim (simt::grid_size())
-inline constexpr int warpSize = 32;
 
 // Code of this header that runs inside kernels is not itself watched.
 #define SIMT_UNWATCHED __attribute__((no_sanitize("thread")))
 
-namespace simt {
-inline void misaligned(const void* address, size_t alignment);
-// An empty member that checks, whenever its struct is copied, that both ends are aligned as the hardware's vector accesses must be.
-template <size_t alignment> struct Aligned {
-    Aligned() = default;
-    __forceinline__ Aligned(const Aligned& from) { check(&from); }
-    __forceinline__ Aligned& operator=(const Aligned& from) { check(&from); check(this); return *this; }
-    static __forceinline__ void check(const void* address) {
-        uintptr_t bits = reinterpret_cast<uintptr_t>(address);
-        asm("" : "+r"(bits));                                 // else the compiler may take the alignment for granted
-        if (bits % alignment) misaligned(address, alignment);
-    }
-};
-}
-
-#define SIMT_VECTORS(T, type)                                                                                                        \
-    struct alignas(2 * sizeof(T)) type##2 { T x, y; [[no_unique_address]] simt::Aligned<2 * sizeof(T)> aligned{}; };                  \
-    struct type##3 { T x, y, z; };                                                                                                   \
-    struct alignas(std::min<size_t>(16, 4 * sizeof(T))) type##4 {                                                                    \
-        T x, y, z, w; [[no_unique_address]] simt::Aligned<std::min<size_t>(16, 4 * sizeof(T))> aligned{};                             \
-    };                                                                                                                               \
-    __forceinline__ type##2 make_##type##2(T x, T y) { return {x, y}; }                                                               \
-    __forceinline__ type##3 make_##type##3(T x, T y, T z) { return {x, y, z}; }                                                       \
-    __forceinline__ type##4 make_##type##4(T x, T y, T z, T w) { return {x, y, z, w}; }
-SIMT_VECTORS(signed char, char)
-SIMT_VECTORS(unsigned char, uchar)
-SIMT_VECTORS(short, short)
-SIMT_VECTORS(unsigned short, ushort)
-SIMT_VECTORS(int, int)
-SIMT_VECTORS(unsigned int, uint)
-SIMT_VECTORS(long long, longlong)
-SIMT_VECTORS(unsigned long long, ulonglong)
-SIMT_VECTORS(float, float)
-SIMT_VECTORS(double, double)
-#undef SIMT_VECTORS
-static_assert(sizeof(float4) == 16 && sizeof(double4) == 32 && sizeof(float2) == 8 && sizeof(uchar4) == 4);
-
+struct uint3 { unsigned x, y, z; };
 struct dim3 {
     unsigned x, y, z;
     constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
@@ -126,52 +92,16 @@ struct __nv_bfloat16 {                                        // the upper half 
     }
 };
 // Both these operators and the conversion fit "bfloat16 * float", which is therefore ambiguous, as it is in cuda_bf16.h.
-__forceinline__ __nv_bfloat16 operator+(__nv_bfloat16 a, __nv_bfloat16 b) { return float(a) + float(b); }
-__forceinline__ __nv_bfloat16 operator-(__nv_bfloat16 a, __nv_bfloat16 b) { return float(a) - float(b); }
-__forceinline__ __nv_bfloat16 operator*(__nv_bfloat16 a, __nv_bfloat16 b) { return float(a) * float(b); }
-__forceinline__ __nv_bfloat16 operator/(__nv_bfloat16 a, __nv_bfloat16 b) { return float(a) / float(b); }
-__forceinline__ bool operator==(__nv_bfloat16 a, __nv_bfloat16 b) { return float(a) == float(b); }
-__forceinline__ bool operator<(__nv_bfloat16 a, __nv_bfloat16 b) { return float(a) < float(b); }
-__forceinline__ bool operator>(__nv_bfloat16 a, __nv_bfloat16 b) { return float(a) > float(b); }
-__forceinline__ __nv_bfloat16 __float2bfloat16(float value) { return value; }
-__forceinline__ __nv_bfloat16 __float2bfloat16_rn(float value) { return value; }
-__forceinline__ float __bfloat162float(__nv_bfloat16 value) { return value; }
-using nv_bfloat16 = __nv_bfloat16;
+#define SIMT_BFLOAT16(Result, op) __forceinline__ Result operator op(__nv_bfloat16 a, __nv_bfloat16 b) { return float(a) op float(b); }
+SIMT_BFLOAT16(__nv_bfloat16, +) SIMT_BFLOAT16(__nv_bfloat16, -) SIMT_BFLOAT16(__nv_bfloat16, *) SIMT_BFLOAT16(__nv_bfloat16, /)
+SIMT_BFLOAT16(bool, ==) SIMT_BFLOAT16(bool, <) SIMT_BFLOAT16(bool, >)
+#undef SIMT_BFLOAT16
 
-struct alignas(4) __nv_bfloat162 { __nv_bfloat16 x, y; [[no_unique_address]] simt::Aligned<4> aligned{}; };
-using nv_bfloat162 = __nv_bfloat162;
-__forceinline__ float2 __bfloat1622float2(__nv_bfloat162 v) { return {float(v.x), float(v.y)}; }
-__forceinline__ __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {x, y}; }
-
-__forceinline__ float __expf(float x) { return expf(x); }
-__forceinline__ float __logf(float x) { return logf(x); }
 __forceinline__ float __fdividef(float x, float y) { return x / y; }
-__forceinline__ float rsqrtf(float x) { return 1 / sqrtf(x); }
-__forceinline__ double rsqrt(double x) { return 1 / sqrt(x); }
 __forceinline__ int __popc(unsigned x) { return std::popcount(x); }
-__forceinline__ int __ffs(int x) { return __builtin_ffs(x); }
-__forceinline__ int __clz(int x) { return std::countl_zero(unsigned(x)); }
-__forceinline__ int __float_as_int(float x) { return std::bit_cast<int>(x); }
-__forceinline__ float __int_as_float(int x) { return std::bit_cast<float>(x); }
-__forceinline__ unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
-__forceinline__ float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
-template <class T> __forceinline__ T __ldg(const T* p) { return *p; }
-template <class T> __forceinline__ T __ldcs(const T* p) { return *p; }
-template <class T> __forceinline__ void __stcs(T* p, T value) { *p = value; }
-#define SIMT_MIN_MAX(T)                                                                                                              \
-    constexpr T min(T a, T b) { return b < a ? b : a; }                                                                              \
-    constexpr T max(T a, T b) { return a < b ? b : a; }
-SIMT_MIN_MAX(int)
-SIMT_MIN_MAX(unsigned)
-SIMT_MIN_MAX(long)
-SIMT_MIN_MAX(unsigned long)
-SIMT_MIN_MAX(long long)
-SIMT_MIN_MAX(unsigned long long)
-#undef SIMT_MIN_MAX
-__forceinline__ float min(float a, float b) { return fminf(a, b); }
-__forceinline__ float max(float a, float b) { return fmaxf(a, b); }
-__forceinline__ double min(double a, double b) { return fmin(a, b); }
-__forceinline__ double max(double a, double b) { return fmax(a, b); }
+// Of a number and a NaN they return the number, as fmin and fmax do.
+template <class T> requires std::is_arithmetic_v<T> constexpr T min(T a, T b) { return b < a || !(a == a) ? b : a; }
+template <class T> requires std::is_arithmetic_v<T> constexpr T max(T a, T b) { return a < b || !(a == a) ? b : a; }
 
 namespace simt {
 // ---------------------------------------------------------------------------------------------------------------------------------
@@ -196,18 +126,14 @@ SIMT_UNWATCHED inline bool same(const Location& a, const Location& b) {
 struct Stamp {
     uint32_t epoch, lanes;
     uint32_t clock : 24, warp : 5;
-    uint32_t atomic : 1;                                      // all of them were atomic
     uint32_t warps : 1;                                       // threads of other warps did too, in this epoch
     uint32_t blocks : 1;                                      // other blocks did too, in this launch
 };
-struct Cell { Stamp write, read; };
+struct Cell { Stamp write, update, read; };                    // update: atomically
 
 struct Warp {
     uint32_t exists = 0, waiting = 0;                         // lanes
     uint32_t clock = 1;                                       // see Stamp; it restarts at each barrier
-    uint32_t full = 0;                                        // the clock of the last __syncwarp of all lanes
-    bool partial = false;                                     // some lanes only have met: what each knows of the others is in known
-    uint32_t known[32][32];                                   // known[a][b]: what b did up to this clock comes before what a does now
 };
 
 struct Fiber {
@@ -220,7 +146,7 @@ inline constexpr size_t stack_bytes = 256 << 10, guard_bytes = 64 << 10;
 struct Thread {
     enum State { fresh, ready, waiting, done } state;
     uint3 index;
-    unsigned number, lane;
+    unsigned lane;
     Warp* warp;
     Fiber* fiber;
     Stamp now;
@@ -257,6 +183,7 @@ struct Worker {                                               // an OS thread th
     std::minstd_rand random;
     Thread* thread = nullptr;                                 // threads.data(), order.data(): vectors are watched code, and slow
     const unsigned* turns = nullptr;
+    Thread* running = nullptr;                                // whose turn it is, in the runtime too; null in the scheduler
     size_t count = 0, turn = 0, left = 0;                     // of threads; position in turns; threads not done
     boost::context::detail::fcontext_t scheduler;
     void* scheduler_fake = nullptr;                           // AddressSanitizer's
@@ -284,7 +211,7 @@ inline constinit thread_local Thread* self = nullptr;         // the kernel thre
 // Device memory: one range of addresses, inaccessible except while kernels, copies and cuBLAS run. Each allocation ends as close before
 // an inaccessible page as its alignment to 256 bytes allows, and no address is used again until the whole range has been.
 
-inline constexpr size_t range_bytes = size_t(16) << 30;
+inline constexpr size_t range_bytes = size_t(4) << 30;
 inline bool watched = false;                                  // some code is compiled with -fsanitize=thread
 
 struct Allocation { size_t bytes; bool live; std::map<uintptr_t, std::string> names; };
@@ -309,15 +236,21 @@ struct Device {
 };
 inline Device& device() { static Device* d = new Device; return *d; }   // never destroyed: static objects may hold device memory
 
+inline bool on_device(uintptr_t address) { return address - device().base < range_bytes; }
+inline std::string triple(const auto& v) { return "(" + std::to_string(v.x) + "," + std::to_string(v.y) + "," + std::to_string(v.z) + ")"; }
+
 inline std::string describe(uintptr_t address) {              // "byte 12 of 'params' (400 bytes)"
+    if (!on_device(address)) return "memory that is not the device's";
+    auto place = [&](uintptr_t start, size_t bytes, uintptr_t from, const std::string& of) {
+        return address < start ? std::to_string(start - address) + " bytes before " + of
+             : address < start + bytes ? "byte " + std::to_string(address - from) + " of " + of
+             : std::to_string(address - start - bytes) + " bytes past the end of " + of;
+    };
     for (size_t i = 0; worker && i < worker->array_count; ++i) {
         const Array& a = worker->arrays[i];
         uintptr_t start = uintptr_t(a.data);
-        if (address < start - red_zone || address >= start + a.bytes + red_zone) continue;
-        std::string of = std::string("shared array '") + a.name + "' (" + std::to_string(a.bytes) + " bytes)";
-        return address < start ? std::to_string(start - address) + " bytes before " + of
-             : address < start + a.bytes ? "byte " + std::to_string(address - start) + " of " + of
-             : std::to_string(address - start - a.bytes) + " bytes past the end of " + of;
+        if (address >= start - red_zone && address < start + a.bytes + red_zone)
+            return place(start, a.bytes, start, std::string("shared array '") + a.name + "' (" + std::to_string(a.bytes) + " bytes)");
     }
     const auto& all = device().allocations;
     auto after = all.upper_bound(address), it = after;
@@ -326,53 +259,48 @@ inline std::string describe(uintptr_t address) {              // "byte 12 of 'pa
     if (after != all.end() && it != after && address >= it->first + it->second.bytes &&
         after->first - address < address - (it->first + it->second.bytes)) it = after;
     auto& [start, a] = *it;
-    auto name = a.names.upper_bound(address);
-    std::string of = name == a.names.begin() ? "allocation" : "'" + std::prev(name)->second + "'";
-    uintptr_t from = name == a.names.begin() ? start : std::prev(name)->first;
-    of += " (" + std::to_string(a.bytes) + " bytes" + (a.live ? ")" : ", since freed with cudaFree)");
-    return address < start ? std::to_string(start - address) + " bytes before " + of
-         : address < start + a.bytes ? "byte " + std::to_string(address - from) + " of " + of
-         : std::to_string(address - start - a.bytes) + " bytes past the end of " + of;
+    auto name = a.names.upper_bound(std::max(address, start));
+    bool named = name != a.names.begin();
+    return place(start, a.bytes, named ? std::prev(name)->first : start, (named ? "'" + std::prev(name)->second + "'" : "allocation") +
+                 " (" + std::to_string(a.bytes) + " bytes" + (a.live ? ")" : ", since freed with cudaFree)"));
 }
 
-[[noreturn, gnu::format(printf, 1, 2)]] SIMT_UNWATCHED inline void stop(const char* format, ...) {
+SIMT_UNWATCHED inline void report(const char* message) {
     static std::atomic_flag reported;
-    Thread* t = self;
     self = nullptr;
     while (reported.test_and_set()) pause();                  // another OS thread is at it, and will end the process
     std::string text = "simt: ";
     if (worker && worker->launch) text += std::string("kernel ") + worker->launch->name;
-    auto triple = [](auto v) { return "(" + std::to_string(v.x) + "," + std::to_string(v.y) + "," + std::to_string(v.z) + ")"; };
-    if (t) text += ", block " + triple(worker->block) + ", thread " + triple(t->index);
+    if (worker && worker->running) text += ", block " + triple(worker->block) + ", thread " + triple(worker->running->index);
     if (text.back() != ' ') text += ": ";
+    fflush(stdout);
+    fprintf(stderr, "%s%s\n", text.c_str(), message);
+}
+[[noreturn, gnu::format(printf, 1, 2)]] SIMT_UNWATCHED inline void stop(const char* format, ...) {
     char message[2048];
     va_list arguments;
     va_start(arguments, format);
     vsnprintf(message, sizeof message, format, arguments);
-    text += message;
-    fflush(stdout);
-    fprintf(stderr, "%s\n", text.c_str());
+    report(message);
     _exit(1);
-}
-
-inline std::string thread_name(const Worker& w, unsigned number) {
-    uint3 i = w.threads[number].index;
-    return "thread (" + std::to_string(i.x) + "," + std::to_string(i.y) + "," + std::to_string(i.z) + ")";
 }
 
 // The last resort, and in unwatched builds the only one: a page that may not be touched.
 inline struct sigaction previous_action[2];
 SIMT_UNWATCHED inline void on_fault(int signal, siginfo_t* info, void*) {
+    self = nullptr;                                           // what follows may be watched code, and is not the kernel's
     uintptr_t address = uintptr_t(info->si_addr);
-    Device& d = device();
-    bool ours = address - d.base < range_bytes;
-    if (self && address - uintptr_t(self->fiber->stack - guard_bytes) < guard_bytes)
-        stop("stack overflow.\n  A kernel thread has %zu KB of stack here; use smaller local arrays, or less recursion.", stack_bytes >> 10);
-    // x86's aligned vector instructions fault with no address, and before the copy is checked.
-    if (self && info->si_code == SI_KERNEL && !address) stop("misaligned access: a vector, not at a multiple of 16, or no address at all.");
-    if (self) stop("touches %s.\n  %s", ours ? describe(address).c_str() : "memory that is not the device's",
-                   ours ? "Check the index against the allocation's size." : "Pass pointers from cudaMalloc, and no null.");
-    if (ours) stop("host code touches %s.\n  Device memory can be reached from kernels, cudaMemcpy and cudaMemset only.", describe(address).c_str());
+    bool ours = on_device(address);
+    std::string what = describe(address);
+    if (Thread* t = worker ? worker->running : nullptr) {
+        if (address - uintptr_t(t->fiber->stack - guard_bytes) < guard_bytes)
+            stop("stack overflow.\n  A kernel thread has %zu KB here: use smaller local arrays, or less recursion.", stack_bytes >> 10);
+        // x86's aligned vector instructions fault with no address.
+        if (info->si_code == SI_KERNEL && !address) stop("misaligned access: a vector, not at a multiple of 16, or no address at all.");
+        stop("touches %s.\n  %s", what.c_str(),
+             ours ? "Check the index against the allocation's size." : "Pass pointers from cudaMalloc, and no null.");
+    }
+    if (ours) stop("host code touches %s.\n  Device memory can be reached from kernels, cudaMemcpy and cudaMemset only.", what.c_str());
     sigaction(signal, &previous_action[signal == SIGBUS], nullptr);            // not our affair: return, and fault again
 }
 inline void catch_faults() {                                  // at every opening: others, such as Catch2, may have put theirs in front
@@ -425,24 +353,26 @@ struct Open {
     }
 };
 
-inline void set_state(uintptr_t address, size_t bytes, bool allocated, bool initialised) {     // address is a multiple of 4
+inline void set_state(uintptr_t address, size_t bytes, bool allocated) {       // and not initialised; address is a multiple of 4
     Device& d = device();
     if (!watched) return;
     uint8_t* state = d.state + (address - d.base) / 4;
-    memset(state, allocated ? 0x40 | (initialised ? 15 : 0) : 0, bytes / 4);
-    if (unsigned rest = bytes % 4) state[bytes / 4] = allocated ? rest << 4 | (initialised ? (1 << rest) - 1 : 0) : 0;
+    memset(state, allocated ? 0x40 : 0, bytes / 4);
+    if (unsigned rest = bytes % 4) state[bytes / 4] = allocated ? rest << 4 : 0;
 }
 inline bool initialised(uintptr_t address) {
     size_t at = address - device().base;
     return !watched || device().state[at / 4] >> at % 4 & 1;
 }
+// Of the word that holds byte "at": a bit for each byte from there on, up to the end.
+SIMT_UNWATCHED __forceinline__ unsigned bits_of(size_t at, size_t end) {
+    size_t first = at & 3, last = end - (at - first) < 4 ? end - (at - first) : 4;
+    return (1u << last) - (1u << first);
+}
 inline void set_initialised(uintptr_t address, size_t bytes, bool value = true) {
-    if (!watched) return;
     size_t at = address - device().base, end = at + bytes;
-    uint8_t* state = device().state;
-    for (; at < end && (at % 4 || end - at < 4); ++at) value ? state[at / 4] |= 1 << at % 4 : state[at / 4] &= ~(1 << at % 4);
-    for (; end - at >= 4; at += 4) value ? state[at / 4] |= 15 : state[at / 4] &= ~15;
-    if (at < end) set_initialised(device().base + at, end - at, value);
+    for (uint8_t* state = device().state; watched && at < end; at = (at | 3) + 1)
+        value ? state[at / 4] |= bits_of(at, end) : state[at / 4] &= ~bits_of(at, end);
 }
 
 // For the host's calls: stops unless all of these bytes are in one allocation.
@@ -456,12 +386,13 @@ inline void check_range(const char* call, const void* p, size_t bytes, bool must
         stop("%s is given %p, which is not device memory.\n  Pass a pointer from cudaMalloc.", call, p);
     if (it == d.allocations.begin() || (--it, !it->second.live) || end > it->first + it->second.bytes)
         stop("%s of %zu bytes at %s reaches %s.\n  Check the size.", call, bytes, describe(address).c_str(), describe(end - 1).c_str());
-    if (must_be_initialised && watched)
-        for (; address < end; ++address)
-            if (!initialised(address)) stop("%s reads %s, which nothing has written.\n  Write or cudaMemset it first.", call, describe(address).c_str());
+    for (; must_be_initialised && address < end; ++address)
+        if (!initialised(address))
+            stop("%s reads %s, which nothing has written.\n  Write or cudaMemset it first.", call, describe(address).c_str());
 }
 
-inline void check_tail(const std::string& who, uintptr_t start, const Allocation& a) {         // from the end of an allocation to that of its page
+// Has anybody written between the end of an allocation and that of its page?
+inline void check_tail(const std::string& who, uintptr_t start, const Allocation& a) {
     Device& d = device();
     size_t bytes = d.page_end(start + a.bytes) - (start + a.bytes);
     ASAN_UNPOISON_MEMORY_REGION(reinterpret_cast<void*>(start + a.bytes), bytes);
@@ -476,18 +407,18 @@ inline void* allocate(size_t bytes, const char* name) {
     std::lock_guard lock(d.mutex);
     size_t rounded = (bytes + 255) / 256 * 256, span = d.page_end(rounded) + d.page;           // with the page that may not be touched
     if (span > range_bytes - d.page) return nullptr;
-    bool wrapped = false;
-    for (;;) {                                                // the first gap from next on, freed allocations being gaps
+    for (bool wrapped = false;;) {                            // the first gap from next on
         if (d.next + span > d.base + range_bytes) {
             if (wrapped) return nullptr;
             wrapped = true, d.next = d.base;
         }
-        auto it = d.allocations.lower_bound(d.next);
-        while (it != d.allocations.end() && !it->second.live && it->first < d.next + span) it = d.allocations.erase(it);
-        if (it != d.allocations.begin() && std::prev(it)->second.live && d.page_end(std::prev(it)->first + std::prev(it)->second.bytes) + d.page > d.next) --it;
-        else if (it == d.allocations.end() || d.page_start(it->first) >= d.next + span) break;
-        d.next = d.page_end(it->first + it->second.bytes) + d.page;
+        auto end = [&](auto it) { return d.page_end(it->first + it->second) + d.page; };
+        auto it = d.live.lower_bound(d.next);
+        if (it != d.live.begin() && end(std::prev(it)) > d.next) --it;
+        if (it == d.live.end() || d.page_start(it->first) >= d.next + span) break;
+        d.next = end(it);
     }
+    d.allocations.erase(d.allocations.lower_bound(d.next), d.allocations.lower_bound(d.next + span));      // freed ones
     uintptr_t start = d.next + span - d.page - rounded, page = d.page_start(start);
     d.next += span;
     if (mprotect(reinterpret_cast<void*>(page), d.next - d.page - page, PROT_READ | PROT_WRITE)) return nullptr;
@@ -501,7 +432,7 @@ inline void* allocate(size_t bytes, const char* name) {
     d.live[start] = bytes;
     if (name) d.allocations[start].names[start] = name;
     d.used += bytes;
-    set_state(start, bytes, true, false);
+    set_state(start, bytes, true);
     return reinterpret_cast<void*>(start);
 }
 
@@ -518,34 +449,23 @@ inline void name_allocation(const void* p, const char* name) {
 
 enum Access { reads, writes, updates };                       // updates are atomic
 
-// Does a synchronisation of the warp lie between what s holds, which is of the same warp and epoch, and now?
-SIMT_UNWATCHED __forceinline__ bool synced(const Stamp& s, const Thread& t) {
-    const Warp& warp = *t.warp;
-    if (s.clock <= warp.full) return true;
-    if (!warp.partial) return false;
-    for (uint32_t lanes = s.lanes; lanes; lanes &= lanes - 1)
-        if (warp.known[t.lane][__builtin_ctz(lanes)] < s.clock) return false;
-    return true;
-}
 // Is all that s holds certain to come before what t does now? Epochs before "since" are of earlier launches, or for shared memory blocks.
 SIMT_UNWATCHED __forceinline__ bool ordered(const Stamp& s, const Thread& t, uint32_t since) {
     if (s.epoch < since) return true;
     if (s.blocks || s.epoch < worker->block_epoch) return false;
     if (s.epoch != t.now.epoch) return true;
     if (s.warps || s.warp != t.now.warp) return false;
-    return !(s.lanes & ~t.now.lanes) || synced(s, t);
+    return s.clock < t.warp->clock || !(s.lanes & ~t.now.lanes);
 }
 // Adds t to s, or replaces what must come before it anyway.
-SIMT_UNWATCHED __forceinline__ void record(Stamp& s, const Thread& t, uint32_t since, bool atomic) {
+SIMT_UNWATCHED __forceinline__ void record(Stamp& s, const Thread& t, uint32_t since) {
     Stamp now = t.now;
     now.clock = t.warp->clock;
-    now.atomic = atomic;
     if (s.epoch < since) { s = now; return; }                 // first of all of this launch, most often
     now.blocks = s.blocks || s.epoch < worker->block_epoch;
-    if (s.epoch == now.epoch && (s.warps || s.warp != now.warp || !synced(s, t))) {
+    if (s.epoch == now.epoch && (s.warps || s.warp != now.warp || s.clock == now.clock)) {
         now.warps = s.warps || s.warp != now.warp;
         now.lanes |= s.lanes;
-        now.atomic = atomic && s.atomic;
     }
     s = now;
 }
@@ -558,41 +478,41 @@ inline std::string code_at(const void* pc) {                  // how to find the
     return text;
 }
 
-[[noreturn]] SIMT_UNWATCHED inline void report_race(const Stamp& s, Thread& t, uintptr_t address, bool wrote, Access access, const void* pc) {
+inline const char* verb(Access access) { return access == reads ? "reads" : access == writes ? "writes" : "updates"; }
+
+[[noreturn]] SIMT_UNWATCHED inline void report_race(const Cell& cell, const Thread& t, uint32_t since, uintptr_t address, Access access,
+                                                    const void* pc) {
     self = nullptr;
     Worker& w = *worker;
-    std::string other;
-    if (s.blocks || s.epoch < w.block_epoch) {
-        auto it = std::upper_bound(w.block_epochs.begin(), w.block_epochs.end(), s.epoch, [](uint32_t e, auto& b) { return e < b.first; });
-        uint3 b = std::prev(it)->second;
-        other = s.blocks ? "another block" : "block (" + std::to_string(b.x) + "," + std::to_string(b.y) + "," + std::to_string(b.z) + ")";
-    } else {
+    auto [s, did] = !ordered(cell.write, t, since) ? std::pair(cell.write, "wrote")
+                  : access != updates && !ordered(cell.update, t, since) ? std::pair(cell.update, "updated") : std::pair(cell.read, "read");
+    bool across = s.blocks || s.epoch < w.block_epoch;        // between blocks
+    std::string other = "another block";
+    if (!across) {
         uint32_t lanes = s.lanes & (s.warp == t.now.warp ? ~t.now.lanes : ~0u);
-        other = s.warps || !lanes ? "another thread" : thread_name(w, s.warp * 32 + __builtin_ctz(lanes));
+        other = s.warps || !lanes ? "another thread" : "thread " + triple(w.threads[s.warp * 32 + __builtin_ctz(lanes)].index);
+    } else if (!s.blocks) {
+        auto it = std::upper_bound(w.block_epochs.begin(), w.block_epochs.end(), s.epoch, [](uint32_t e, auto& b) { return e < b.first; });
+        other = "block " + triple(std::prev(it)->second);
     }
-    std::string what = describe(address), code = code_at(pc);
-    const char* advice = s.blocks || s.epoch < w.block_epoch ? "Blocks of one launch have no order: give each its own bytes, use atomics, or split the launch."
-                       : "Put a __syncthreads() between, or within a warp a __syncwarp(), or give each its own bytes.";
-    const char* texts[] = {what.c_str(), other.c_str(), code.c_str()};
-    self = &t;
-    stop("race: %s %s, which %s %s with nothing to order them.\n%s  %s", access == reads ? "reads" : access == writes ? "writes" : "updates",
-         texts[0], texts[1], !wrote ? "read" : s.atomic ? "updated" : "wrote", texts[2], advice);
+    stop("race: %s %s, which %s %s with nothing to order them.\n%s  %s", verb(access), describe(address).c_str(), other.c_str(), did,
+         code_at(pc).c_str(),
+         across ? "Blocks of one launch have no order: give each its own bytes, use atomics, or split the launch."
+                : "Put a __syncthreads() between, or within a warp a __syncwarp(), or give each its own bytes.");
 }
 
 SIMT_UNWATCHED __forceinline__ void touch(Cell& cell, Thread& t, uint32_t since, uintptr_t address, Access access, const void* pc) {
-    if (!ordered(cell.write, t, since) && !(access == updates && cell.write.atomic)) report_race(cell.write, t, address, true, access, pc);
-    if (access == reads) return record(cell.read, t, since, false);
-    if (!ordered(cell.read, t, since)) report_race(cell.read, t, address, false, access, pc);
-    record(cell.write, t, since, access == updates);
+    if (!ordered(cell.write, t, since) || (access != updates && !ordered(cell.update, t, since)) ||
+        (access != reads && !ordered(cell.read, t, since)))
+        report_race(cell, t, since, address, access, pc);
+    record(access == reads ? cell.read : access == writes ? cell.write : cell.update, t, since);
 }
 
-[[noreturn]] SIMT_UNWATCHED inline void report_access(uintptr_t address, size_t bytes, Access access, const char* wrong, const void* pc, const char* advice) {
-    Thread* t = self;
+[[noreturn]] SIMT_UNWATCHED inline void report_access(uintptr_t address, size_t bytes, Access access, const char* wrong, const void* pc,
+                                                      const char* advice) {
     self = nullptr;
-    std::string what = address - device().base < range_bytes ? describe(address) : "host memory at " + std::to_string(address), code = code_at(pc);
-    const char* texts[] = {what.c_str(), code.c_str()};
-    self = t;
-    stop("%s %zu bytes at %s%s.\n%s  %s", access == reads ? "reads" : access == writes ? "writes" : "updates", bytes, texts[0], wrong, texts[1], advice);
+    std::string what = on_device(address) ? describe(address) : "host memory at " + std::to_string(address);
+    stop("%s %zu bytes at %s%s.\n%s  %s", verb(access), bytes, what.c_str(), wrong, code_at(pc).c_str(), advice);
 }
 
 [[gnu::cold]] SIMT_UNWATCHED inline void access_elsewhere(uintptr_t address, size_t bytes, Access access, const void* pc) {
@@ -602,8 +522,8 @@ SIMT_UNWATCHED __forceinline__ void touch(Cell& cell, Thread& t, uint32_t since,
     self = nullptr;                                           // below is the standard library's code, which is watched
     for (auto& [start, end] : worker->device->constants)
         if (access == reads && address >= start && address + bytes <= end) { self = t; return; }
-    self = t;
-    report_access(address, bytes, access, "", pc, "Kernels can reach device memory, constants and their own local variables only: pass what they need as an argument.");
+    report_access(address, bytes, access, "", pc,
+                  "Kernels can reach device memory, constants and their own local variables only: pass what they need as an argument.");
 }
 
 SIMT_UNWATCHED __forceinline__ void access(const void* p, size_t bytes, Access access, const void* pc) {
@@ -631,24 +551,29 @@ SIMT_UNWATCHED __forceinline__ void access(const void* p, size_t bytes, Access a
         touch(d.cells[0][at / 4], t, since, d.base + at, access, pc);
     }
     for (; at < end; at = (at | 3) + 1) {
-        unsigned first = at & 3, last = end - at < 4 - first ? first + unsigned(end - at) : 4, touched = (1u << last) - (1u << first);
+        const unsigned bits = bits_of(at, end), allocated = (1u << (d.state[at / 4] >> 4 & 7)) - 1;
         uint8_t& state = d.state[at / 4];
-        if (last > (state >> 4 & 7u))
-            report_access(d.base + std::max<size_t>(at, (at & ~size_t(3)) + (state >> 4 & 7)), bytes, access, "", pc, "Check the index against the size; allocate before and free after use.");
-        if (access != writes && touched & ~state)
-            report_access(d.base + at, bytes, access, ", which nothing has written", pc, "Write it first (is a barrier missing?): fresh memory is NaN here, and anything at all on a GPU.");
-        if (access != reads) state |= touched;
-        if (touched != 15 && !(state & 0x80)) {
+        if (bits & ~allocated)
+            report_access(d.base + std::max<size_t>(at, (at & ~size_t(3)) + std::popcount(allocated)), bytes, access, "", pc,
+                          "Check the index against the size; allocate before and free after use.");
+        if (access != writes && bits & ~state)
+            report_access(d.base + at, bytes, access, ", which nothing has written", pc,
+                          "Write it first (is a barrier missing?): fresh memory is NaN here, and anything at all on a GPU.");
+        if (access != reads) state |= bits;
+        if (bits != 15 && !(state & 0x80)) {
             for (int byte = 1; byte < 4; ++byte) d.cells[byte][at / 4] = d.cells[0][at / 4];
             state |= 0x80;
         }
         if (!(state & 0x80)) touch(d.cells[0][at / 4], t, since, d.base + at, access, pc);
-        else for (unsigned byte = first; byte < last; ++byte) touch(d.cells[byte][at / 4], t, since, d.base + (at & ~size_t(3)) + byte, access, pc);
+        else for (unsigned left = bits; left; left &= left - 1) {
+            unsigned byte = __builtin_ctz(left);
+            touch(d.cells[byte][at / 4], t, since, d.base + (at & ~size_t(3)) + byte, access, pc);
+        }
     }
 }
 
-SIMT_UNWATCHED inline void misaligned(const void* address, size_t alignment) {
-    if (self) stop("misaligned access: %p, which is not a multiple of %zu.\n  Vector types must lie at multiples of their size.", address, alignment);
+[[noreturn]] SIMT_UNWATCHED inline void misaligned(const void* address, size_t alignment) {
+    stop("misaligned access: %p, which is not a multiple of %zu.\n  Vector types must lie at multiples of their size.", address, alignment);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------------------
@@ -656,22 +581,16 @@ SIMT_UNWATCHED inline void misaligned(const void* address, size_t alignment) {
 
 SIMT_UNWATCHED inline void swap_in(Worker& w, Thread& t) {    // from the scheduler to a thread, until that waits or is done
     Fiber& fiber = *t.fiber;
-#ifdef __SANITIZE_ADDRESS__
     __sanitizer_start_switch_fiber(&w.scheduler_fake, fiber.stack, stack_bytes);
-#endif
+    w.running = &t;
     fiber.context = boost::context::detail::jump_fcontext(fiber.context, &w).fctx;
-#ifdef __SANITIZE_ADDRESS__
+    w.running = nullptr;
     __sanitizer_finish_switch_fiber(w.scheduler_fake, nullptr, nullptr);
-#endif
 }
 SIMT_UNWATCHED inline void swap_out(Worker& w, [[maybe_unused]] Fiber& fiber) {
-#ifdef __SANITIZE_ADDRESS__
     __sanitizer_start_switch_fiber(&fiber.fake, w.scheduler_stack, w.scheduler_stack_bytes);
-#endif
     w.scheduler = boost::context::detail::jump_fcontext(w.scheduler, nullptr).fctx;
-#ifdef __SANITIZE_ADDRESS__
     __sanitizer_finish_switch_fiber(fiber.fake, &w.scheduler_stack, &w.scheduler_stack_bytes);
-#endif
 }
 
 // A fiber runs the thread whose turn it is, and if that never waited, the next one of the block, and so on: a plain loop.
@@ -679,13 +598,11 @@ SIMT_UNWATCHED inline void fiber_main(boost::context::detail::transfer_t from) n
     Worker& w = *static_cast<Worker*>(from.data);
     w.scheduler = from.fctx;
     Fiber* fiber = w.thread[w.turns[w.turn]].fiber;
-#ifdef __SANITIZE_ADDRESS__
     __sanitizer_finish_switch_fiber(nullptr, &w.scheduler_stack, &w.scheduler_stack_bytes);
-#endif
     for (;;) {
         Thread* t = &w.thread[w.turns[w.turn]];
         t->fiber = fiber;
-        self = t;
+        self = w.running = t;
         w.launch->call(w.launch->arguments);
         self = nullptr;
         t->state = Thread::done;
@@ -699,13 +616,14 @@ SIMT_UNWATCHED inline void fiber_main(boost::context::detail::transfer_t from) n
 }
 
 inline Fiber* make_fiber() {
-    char* memory = static_cast<char*>(mmap(nullptr, guard_bytes + stack_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+    void* memory = mmap(nullptr, guard_bytes + stack_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED || mprotect(memory, guard_bytes, PROT_NONE)) stop("no memory for the stacks of the threads.");
-    char* stack = memory + guard_bytes;
+    char* stack = static_cast<char*>(memory) + guard_bytes;
     return new Fiber{boost::context::detail::make_fcontext(stack + stack_bytes, stack_bytes, fiber_main), stack};
 }
 
-[[noreturn]] SIMT_UNWATCHED inline void report_stuck(Worker& w) {            // every thread that is not done waits, for some that never come
+// Every thread that is not done waits, for some that never come.
+[[noreturn]] SIMT_UNWATCHED inline void report_stuck(Worker& w) {
     auto place = [](const Thread& t) {
         std::string file = t.where.file_name();
         return std::string(t.at) + " (" + file.substr(file.rfind('/') + 1) + ":" + std::to_string(t.where.line()) + ")";
@@ -717,14 +635,15 @@ inline Fiber* make_fiber() {
         if (t->mask && (each.warp != t->warp || !(t->mask >> each.lane & 1))) continue;
         if (each.state == Thread::done || each.mask != t->mask || !same(each.where, t->where)) { other = &each; break; }
     }
-    std::string here = place(*t), name = other ? thread_name(w, other->number) : "another thread";
+    std::string here = place(*t), name = other ? "thread " + triple(other->index) : "another thread";
     std::string does = !other ? "does not" : other->state == Thread::done ? "has exited" : "waits at " + place(*other);
     if (t->mask && other && other->state != Thread::done && other->mask && other->mask != t->mask) does += " with another mask";
-    uint32_t mask = t->mask;
-    const char* texts[] = {here.c_str(), name.c_str(), does.c_str()};
-    self = t;
-    if (!mask) stop("divergent barrier: waits at %s, while %s %s.\n  Every thread of the block must come to the same __syncthreads().", texts[0], texts[1], texts[2]);
-    stop("divergent warp: waits at %s with mask 0x%08x, while %s %s.\n  All lanes of the mask must come to the same call with the same mask.", texts[0], mask, texts[1], texts[2]);
+    w.running = t;
+    if (!t->mask)
+        stop("divergent barrier: waits at %s, while %s %s.\n  Every thread of the block must come to the same __syncthreads().",
+             here.c_str(), name.c_str(), does.c_str());
+    stop("divergent warp: waits at %s with mask 0x%08x, while %s %s.\n  All lanes of the mask must come to the same call with that mask.",
+         here.c_str(), t->mask, name.c_str(), does.c_str());
 }
 
 inline void permute(std::vector<unsigned>& order, size_t n, std::minstd_rand& random) {
@@ -733,18 +652,29 @@ inline void permute(std::vector<unsigned>& order, size_t n, std::minstd_rand& ra
     if (options.order == shuffled) std::shuffle(order.begin(), order.end(), random);
 }
 
+inline void clear_arena(const Worker& w, size_t bytes) {      // of arrays: nothing but red zone
+    ASAN_UNPOISON_MEMORY_REGION(w.arena, bytes);
+    memset(w.arena, 0xff, bytes);
+    ASAN_POISON_MEMORY_REGION(w.arena, bytes);
+    set_state(uintptr_t(w.arena), bytes, false);
+}
 inline void fill_array(Array& a) {                            // NaN, and not yet written
     ASAN_UNPOISON_MEMORY_REGION(a.data, a.bytes);
     memset(a.data, 0xff, a.bytes);
-    set_state(uintptr_t(a.data), a.bytes, true, false);
+    set_state(uintptr_t(a.data), a.bytes, true);
 }
 
+inline constexpr const char* allow_dynamic = "Allow for more dynamic memory, up to 99 KB in all, with "
+                                             "cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes).";
 inline void* add_array(Worker& w, const void* key, const char* name, size_t bytes, size_t alignment) {
     w.shared_used += bytes;
     if (w.array_count == max_arrays) stop("more than %zu shared arrays.", max_arrays);
+    if (size_t fixed = w.shared_used - w.launch->dynamic_bytes; fixed > default_shared)
+        stop("shared memory: '%s' makes it %zu bytes of static arrays, and %zu are allowed.\n  Past 48 KB it must be dynamic.",
+             name, fixed, default_shared);
     if (w.shared_used > w.launch->shared_limit)
-        stop("shared memory: '%s' makes it %zu bytes per block, and %zu are allowed.\n  %s", name, w.shared_used, w.launch->shared_limit,
-             w.launch->shared_limit == default_shared ? "Past 48 KB it must be dynamic, after cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)." : "Use less.");
+        stop("shared memory: '%s' makes it %zu bytes, and %zu are allowed.\n  %s", name, w.shared_used, w.launch->shared_limit,
+             w.launch->shared_limit == default_shared ? allow_dynamic : "Use less.");
     size_t start = (w.arena_used + red_zone + alignment - 1) / alignment * alignment;
     w.arena_used = start + bytes + red_zone;
     w.arrays[w.array_count] = {key, name, w.arena + start, bytes};
@@ -770,7 +700,7 @@ SIMT_UNWATCHED inline void run_block(Worker& w) {
     w.block_epoch = ++w.epoch;
     if (watched) w.block_epochs.emplace_back(w.block_epoch, w.block);
     for (size_t i = 0; i < w.array_count; ++i) fill_array(w.arrays[i]);
-    for (Warp& warp : w.warps) warp.waiting = 0, warp.clock = 1, warp.full = 0, warp.partial = false;
+    for (Warp& warp : w.warps) warp.waiting = 0, warp.clock = 1;
     for (size_t i = 0; i < n; ++i) w.thread[i].state = Thread::fresh, w.thread[i].now.epoch = w.block_epoch;
     w.arrived = w.votes = 0;
     for (w.left = n; w.left;) {
@@ -805,15 +735,13 @@ SIMT_UNWATCHED inline void run_block(Worker& w) {
 template <class Next> void run_blocks(const Launch& launch, Next& next, std::atomic<uint64_t>& read, std::atomic<uint64_t>& written) {
     static thread_local Worker w;
     static thread_local char signal_stack[64 << 10];          // for faults when a fiber has no stack left
-    stack_t alternate = {};
+    stack_t alternate = {}, previous;
     alternate.ss_sp = signal_stack, alternate.ss_size = sizeof signal_stack;
-    sigaltstack(&alternate, nullptr);
+    sigaltstack(&alternate, &previous);                       // AddressSanitizer unmaps the one that it finds when the OS thread ends
     if (!w.arena) {
         w.device = &device();
         w.arena = static_cast<char*>(allocate(arena_bytes, "shared memory"));
-        memset(w.arena, 0xff, arena_bytes);
-        set_state(uintptr_t(w.arena), arena_bytes, false, false);
-        ASAN_POISON_MEMORY_REGION(w.arena, arena_bytes);
+        clear_arena(w, arena_bytes);
     }
     Open open;
     worker = &w;
@@ -831,7 +759,7 @@ template <class Next> void run_blocks(const Launch& launch, Next& next, std::ato
     for (unsigned i = 0; i < n; ++i) {
         Thread& t = w.threads[i];
         t.index = {i % size.x, i / size.x % size.y, i / size.x / size.y};
-        t.number = i, t.lane = i % 32, t.warp = &w.warps[i / 32];
+        t.lane = i % 32, t.warp = &w.warps[i / 32];
         t.warp->exists |= 1u << t.lane;
         t.now = {};
         t.now.lanes = 1u << t.lane, t.now.warp = i / 32;
@@ -843,13 +771,11 @@ template <class Next> void run_blocks(const Launch& launch, Next& next, std::ato
     }
     if (watched) w.device->epoch = w.epoch;
     read += w.read, written += w.written;
-    set_state(uintptr_t(w.arena), w.arena_used, false, false);
-    ASAN_UNPOISON_MEMORY_REGION(w.arena, w.arena_used);
-    memset(w.arena, 0xff, w.arena_used);                      // another launch has its red zones elsewhere
-    ASAN_POISON_MEMORY_REGION(w.arena, w.arena_used);
+    clear_arena(w, w.arena_used);                             // another launch has its red zones elsewhere
     w.array_count = 0;
     w.launch = nullptr;
     worker = nullptr;
+    sigaltstack(&previous, nullptr);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------------------
@@ -860,7 +786,8 @@ SIMT_UNWATCHED inline void wait(Worker& w, Thread& t) {       // until whoever c
     swap_out(w, *t.fiber);
 }
 
-SIMT_UNWATCHED inline uint32_t barrier(bool vote, const char* name, const Location& where) {
+// Returns how many voted for it.
+SIMT_UNWATCHED inline int barrier(bool vote, const char* name, const Location& where) {
     Thread& t = *self;
     Worker& w = *worker;
     self = nullptr;
@@ -876,12 +803,11 @@ SIMT_UNWATCHED inline uint32_t barrier(bool vote, const char* name, const Locati
             Thread& each = w.thread[i];
             each.state = Thread::ready, each.votes = w.votes, each.now.epoch = w.epoch;
         }
-        for (Thread* each = w.thread; each < w.thread + n; each += 32)
-            each->warp->clock = 1, each->warp->full = 0, each->warp->partial = false;
+        for (Thread* each = w.thread; each < w.thread + n; each += 32) each->warp->clock = 1;
         w.arrived = w.votes = 0;
     }
     self = &t;
-    return t.votes;
+    return int(t.votes);
 }
 
 // All lanes of the mask that exist give a value and get that of the lane they ask for, and in votes who gave other than 0.
@@ -893,9 +819,9 @@ SIMT_UNWATCHED inline uint64_t exchange(uint32_t mask, uint64_t value, int sourc
     t.at = name, t.where = where, t.mask = mask, t.value = value, t.source = source;
     Thread* lanes = &t - t.lane;
     uint32_t members = mask & warp.exists;
-    auto fail = [&](const char* text) { self = &t; stop("%s with mask 0x%08x: %s.", name, mask, text); };
-    if (!(mask >> t.lane & 1)) fail("the calling lane is not in it.\n  A lane must name itself in its mask");
-    if (!(members >> source & 1)) fail("asks for the value of a lane that is not in it, or is not there.\n  Such a value is undefined");
+    auto refuse = [&](const char* why) { stop("%s with mask 0x%08x: %s.", name, mask, why); };
+    if (!(mask >> t.lane & 1)) refuse("the calling lane is not in it.\n  A lane must name itself in its mask");
+    if (!(members >> source & 1)) refuse("asks for the value of a lane that is not in it, or is not there.\n  Such a value is undefined");
     warp.waiting |= 1u << t.lane;
     bool all = (warp.waiting & members) == members;
     for (uint32_t m = members; all && m; m &= m - 1) {
@@ -911,60 +837,41 @@ SIMT_UNWATCHED inline uint64_t exchange(uint32_t mask, uint64_t value, int sourc
             each.state = Thread::ready, each.votes = votes, each.result = lanes[each.source].value;
         }
         warp.waiting &= ~members;
-        if (orders && members == warp.exists) warp.full = warp.clock;
-        else if (orders) {
-            if (!warp.partial) memset(warp.known, 0, sizeof warp.known);
-            warp.partial = true;
-            uint32_t known[32] = {};
-            for (uint32_t m = members; m; m &= m - 1)
-                for (int i = 0; i < 32; ++i) if (warp.known[__builtin_ctz(m)][i] > known[i]) known[i] = warp.known[__builtin_ctz(m)][i];
-            for (uint32_t m = members; m; m &= m - 1) known[__builtin_ctz(m)] = warp.clock;
-            for (uint32_t m = members; m; m &= m - 1) memcpy(warp.known[__builtin_ctz(m)], known, sizeof known);
-        }
         if (orders && ++warp.clock == 1u << 24) stop("more than 16 million __syncwarps between barriers.");
     }
     self = &t;
     return t.result;
 }
-SIMT_UNWATCHED inline unsigned lane() { return self->lane; }
-SIMT_UNWATCHED inline uint32_t vote(uint32_t mask, int predicate, const char* name, const Location& where) {
-    exchange(mask, predicate != 0, int(lane()), false, name, where);
-    return self->votes & mask;
-}
-template <class T> SIMT_UNWATCHED T shuffle(uint32_t mask, T value, int source, const char* name, const Location& where) {
-    static_assert(std::is_arithmetic_v<T> && (sizeof(T) == 4 || sizeof(T) == 8), "shuffles take int, unsigned, float, double and 64-bit integers");
+template <class T> SIMT_UNWATCHED T shuffle(uint32_t mask, T value, int from, const char* name, const Location& where) {
+    static_assert(std::is_arithmetic_v<T> && (sizeof(T) == 4 || sizeof(T) == 8), "shuffles take numbers of 4 or 8 bytes");
     uint64_t bits = 0;
     __builtin_memcpy(&bits, &value, sizeof value);
-    bits = exchange(mask, bits, source, false, name, where);
+    bits = exchange(mask, bits, from, false, name, where);
     __builtin_memcpy(&value, &bits, sizeof value);
     return value;
 }
+SIMT_UNWATCHED inline int lane() { return int(self->lane); }
+SIMT_UNWATCHED inline unsigned votes() { return self->votes; }
 }
 
 #define SIMT_HERE simt::Location where = simt::Location::current()
 inline void __syncthreads(SIMT_HERE) { simt::barrier(false, "__syncthreads()", where); }
-inline int __syncthreads_count(int vote, SIMT_HERE) { return int(simt::barrier(vote, "__syncthreads_count()", where)); }
-inline int __syncthreads_or(int vote, SIMT_HERE) { return simt::barrier(vote, "__syncthreads_or()", where) != 0; }
-inline int __syncthreads_and(int vote, SIMT_HERE) { return simt::barrier(!vote, "__syncthreads_and()", where) == 0; }
-inline void __syncwarp(unsigned mask = ~0u, SIMT_HERE) { simt::exchange(mask, 0, int(simt::lane()), true, "__syncwarp()", where); }
-inline unsigned __ballot_sync(unsigned mask, int vote, SIMT_HERE) { return simt::vote(mask, vote, "__ballot_sync()", where); }
-inline int __any_sync(unsigned mask, int vote, SIMT_HERE) { return simt::vote(mask, vote, "__any_sync()", where) != 0; }
-inline int __all_sync(unsigned mask, int vote, SIMT_HERE) { return simt::vote(mask, !vote, "__all_sync()", where) == 0; }
+inline int __syncthreads_count(int vote, SIMT_HERE) { return simt::barrier(vote, "__syncthreads_count()", where); }
+inline void __syncwarp(SIMT_HERE) { simt::exchange(~0u, 0, simt::lane(), true, "__syncwarp()", where); }
+inline unsigned __ballot_sync(unsigned mask, int vote, SIMT_HERE) {
+    simt::exchange(mask, vote != 0, simt::lane(), false, "__ballot_sync()", where);
+    return simt::votes();
+}
 // Groups of "width" lanes shuffle among themselves; who asks beyond its group keeps its own value.
 template <class T> T __shfl_sync(unsigned mask, T value, int source, int width = 32, SIMT_HERE) {
-    int lane = int(simt::lane());
-    return simt::shuffle(mask, value, (lane & -width) | (source & (width - 1)), "__shfl_sync()", where);
+    return simt::shuffle(mask, value, (simt::lane() & -width) | (source & (width - 1)), "__shfl_sync()", where);
 }
 template <class T> T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32, SIMT_HERE) {
-    int lane = int(simt::lane()), from = lane - int(delta);
+    int lane = simt::lane(), from = lane - int(delta);
     return simt::shuffle(mask, value, from < (lane & -width) ? lane : from, "__shfl_up_sync()", where);
 }
-template <class T> T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32, SIMT_HERE) {
-    int lane = int(simt::lane()), from = lane + int(delta);
-    return simt::shuffle(mask, value, from > (lane | (width - 1)) ? lane : from, "__shfl_down_sync()", where);
-}
 template <class T> T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32, SIMT_HERE) {
-    int lane = int(simt::lane()), from = lane ^ bits;
+    int lane = simt::lane(), from = lane ^ bits;
     return simt::shuffle(mask, value, from > (lane | (width - 1)) ? lane : from, "__shfl_xor_sync()", where);
 }
 #undef SIMT_HERE
@@ -976,9 +883,8 @@ using cudaStream_t = struct simt_stream*;
 
 namespace simt {
 struct Traffic { uint64_t read = 0, written = 0, launches = 0; };              // bytes of global memory; atomics count as both
-inline std::map<std::string, Traffic, std::less<>> traffics;
 // Of all launches of a kernel, by its name without template arguments, since the last reset. Bytes are counted in watched builds only.
-inline Traffic traffic(std::string_view kernel) { auto it = traffics.find(kernel); return it == traffics.end() ? Traffic{} : it->second; }
+inline std::map<std::string, Traffic> traffics;
 inline void traffic_reset() { traffics.clear(); }
 
 template <class... P> struct Launcher {
@@ -998,29 +904,30 @@ template <class... P> struct Launcher {
         size_t attribute = d.max_dynamic.count(reinterpret_cast<void*>(kernel)) ? d.max_dynamic[reinterpret_cast<void*>(kernel)] : 0;
         Launch launch = {name, grid, block, dynamic_bytes, attribute ? max_shared : default_shared, call, &it, sizeof it};
         uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z, threads = uint64_t(block.x) * block.y * block.z;
-        auto refuse = [&](const char* why) {
-            stop("kernel %s: <<<(%u,%u,%u), (%u,%u,%u), %zu>>> cannot be launched: %s", name, grid.x, grid.y, grid.z, block.x, block.y, block.z, dynamic_bytes, why);
+        auto refuse = [&](const char* what, const char* advice) {
+            stop("kernel %s: <<<%s, %s, %zu>>> cannot be launched: %s.\n  %s", name, triple(grid).c_str(), triple(block).c_str(),
+                 dynamic_bytes, what, advice);
         };
-        if (!blocks || !threads) refuse("zero blocks or threads.\n  Skip the launch when there is nothing to do.");
-        if (threads > 1024 || block.x > 1024 || block.y > 1024) refuse("more than 1024 threads per block.\n  Use more blocks.");
-        if (block.z > 64) refuse("more than 64 threads in z.\n  Use x or y.");
-        if (grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535) refuse("more than 2147483647 blocks in x, or 65535 in y or z.\n  Put the long dimension in x, or loop.");
-        if (dynamic_bytes > default_shared && dynamic_bytes > attribute)
-            refuse("more than 48 KB of dynamic shared memory.\n  Allow it with cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), up to 99 KB.");
+        if (!blocks || !threads) refuse("zero blocks or threads", "Skip the launch when there is nothing to do.");
+        if (threads > 1024 || block.x > 1024 || block.y > 1024) refuse("more than 1024 threads per block", "Use more blocks.");
+        if (block.z > 64) refuse("more than 64 threads in z", "Use x or y.");
+        if (grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535)
+            refuse("more than 2147483647 blocks in x, or 65535 in y or z", "Put the long dimension in x, or loop.");
+        if (dynamic_bytes > default_shared && dynamic_bytes > attribute) refuse("more than 48 KB of dynamic shared memory", allow_dynamic);
         if (d.epoch > 1u << 31) {                             // start counting anew
             for (Cell* plane : d.cells) if (plane) madvise(plane, range_bytes / 4 * sizeof(Cell), MADV_DONTNEED);
             d.epoch = 1;
         }
         std::vector<unsigned> order;
         std::minstd_rand random(unsigned(options.seed * 2 + 1));
-        if (options.order == shuffled) permute(order, blocks, random);
+        permute(order, blocks, random);
         std::atomic<uint64_t> taken = 0;
         auto next = [&](size_t& b) {
             uint64_t i = taken++;
-            b = options.order == shuffled && i < blocks ? order[i] : options.order == reverse ? blocks - 1 - i : i;
+            if (i < blocks) b = order[i];
             return i < blocks;
         };
-        // Watched blocks run on one OS thread: what is kept of each byte then needs no locks, and a fault is found at the same place each time.
+        // Watched blocks run on one OS thread: what is kept of each byte then needs no locks, and a fault is found where it was last time.
         int workers = watched ? 1 : int(std::min<uint64_t>(blocks, options.threads));
         Open open;
         std::atomic<uint64_t> read = 0, written = 0;
@@ -1032,86 +939,46 @@ template <class... P> struct Launcher {
         worker = nullptr;
         if (!watched)
             for (auto& [start, bytes] : d.live) check_tail(std::string("kernel ") + name, start, d.allocations[start]);
-        std::string_view base = name;
-        base = base.substr(base.find_first_not_of("( "));
-        Traffic& t = traffics[std::string(base.substr(0, base.find_first_of("<) ")))];
+        std::string base = name + strspn(name, "( ");
+        Traffic& t = traffics[base.substr(0, base.find_first_of("<) "))];
         t.read += read, t.written += written, ++t.launches;
     }
 };
-template <class... P> Launcher<P...> launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t dynamic_bytes, cudaStream_t) {
+template <class... P>
+Launcher<P...> launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t dynamic_bytes, cudaStream_t) {
     return {name, kernel, grid, block, dynamic_bytes};
 }
 
-// ---------------------------------------------------------------------------------------------------------------------------------
-// Atomics
+}
 
-template <class T> SIMT_UNWATCHED void atomic_access(T* p) {
-    if (uintptr_t(p) % sizeof(T)) misaligned(p, sizeof(T));
-    if (watched && self) access(p, sizeof(T), updates, __builtin_return_address(0));
+template <class T> SIMT_UNWATCHED T atomicAdd(T* p, std::type_identity_t<T> value) {
+    if (uintptr_t(p) % sizeof(T)) simt::misaligned(p, sizeof(T));
+    if (simt::watched && simt::self) simt::access(p, sizeof(T), simt::updates, __builtin_return_address(0));
+    T old, sum;
+    __atomic_load(p, &old, __ATOMIC_RELAXED);
+    do sum = old + value;
+    while (!__atomic_compare_exchange(p, &old, &sum, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
+    return old;
 }
-template <class T> using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
-}
-template <class T> SIMT_UNWATCHED T atomicExch(T* p, std::type_identity_t<T> value) {
-    simt::atomic_access(p);
-    __atomic_exchange(p, &value, &value, __ATOMIC_RELAXED);
-    return value;
-}
-template <class T> requires std::is_integral_v<T> SIMT_UNWATCHED T atomicCAS(T* p, std::type_identity_t<T> expected, std::type_identity_t<T> value) {
-    simt::atomic_access(p);
-    __atomic_compare_exchange(p, &expected, &value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
-    return expected;
-}
-#define SIMT_ATOMIC(name, expression)                                                                                                \
-    template <class T> SIMT_UNWATCHED T name(T* p, std::type_identity_t<T> value) {                                                  \
-        simt::atomic_access(p);                                                                                                      \
-        T old, next;                                                                                                                 \
-        __atomic_load(p, &old, __ATOMIC_RELAXED);                                                                                    \
-        do next = expression;                                                                                                        \
-        while (!__atomic_compare_exchange(p, &old, &next, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED));                               \
-        return old;                                                                                                                  \
-    }
-SIMT_ATOMIC(atomicAdd, old + value)
-SIMT_ATOMIC(atomicMax, old < value ? value : old)
-SIMT_ATOMIC(atomicMin, value < old ? value : old)
-#undef SIMT_ATOMIC
-inline void __threadfence() {}                                // orders nothing here: see the top of this file
-inline void __threadfence_block() {}
 
 // ---------------------------------------------------------------------------------------------------------------------------------
 // The runtime: everything happens at once and in order
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorMemoryAllocation = 2 };
-enum cudaMemcpyKind { cudaMemcpyHostToHost, cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice, cudaMemcpyDefault };
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8, cudaFuncAttributePreferredSharedMemoryCarveout = 9 };
-enum cudaDeviceAttr { cudaDevAttrMaxThreadsPerBlock = 1, cudaDevAttrMaxSharedMemoryPerBlock = 8, cudaDevAttrMultiProcessorCount = 16,
-    cudaDevAttrComputeCapabilityMajor = 75, cudaDevAttrComputeCapabilityMinor = 76, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
-struct cudaDeviceProp {
-    char name[256] = "simt";
-    size_t totalGlobalMem = simt::range_bytes, sharedMemPerBlock = simt::default_shared, sharedMemPerBlockOptin = simt::max_shared;
-    int warpSize = 32, maxThreadsPerBlock = 1024, maxThreadsPerMultiProcessor = 2048, multiProcessorCount = 4, major = 8, minor = 0, l2CacheSize = 4 << 20;
-};
+enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
 using cudaEvent_t = struct timespec*;
 
 inline const char* cudaGetErrorName(cudaError_t e) {
     return e == cudaSuccess ? "cudaSuccess" : e == cudaErrorMemoryAllocation ? "cudaErrorMemoryAllocation" : "cudaErrorInvalidValue";
 }
-inline const char* cudaGetErrorString(cudaError_t e) { return e == cudaSuccess ? "no error" : e == cudaErrorMemoryAllocation ? "out of memory" : "invalid argument"; }
+inline const char* cudaGetErrorString(cudaError_t e) { return cudaGetErrorName(e); }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline cudaError_t cudaPeekAtLastError() { return cudaSuccess; }
-inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
 inline cudaError_t cudaGetDeviceCount(int* count) { *count = 1; return cudaSuccess; }
 inline cudaError_t cudaGetDevice(int* id) { *id = 0; return cudaSuccess; }
-inline cudaError_t cudaSetDevice(int id) { return id == 0 ? cudaSuccess : cudaErrorInvalidValue; }
-inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) { *properties = {}; return cudaSuccess; }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-    cudaDeviceProp p;
-    *value = attribute == cudaDevAttrMaxThreadsPerBlock ? p.maxThreadsPerBlock : attribute == cudaDevAttrMaxSharedMemoryPerBlock ? int(p.sharedMemPerBlock)
-           : attribute == cudaDevAttrMultiProcessorCount ? p.multiProcessorCount : attribute == cudaDevAttrComputeCapabilityMajor ? p.major
-           : attribute == cudaDevAttrComputeCapabilityMinor ? p.minor : int(p.sharedMemPerBlockOptin);
-    return cudaSuccess;
-}
-template <class... P> cudaError_t cudaFuncSetAttribute(void (*kernel)(P...), cudaFuncAttribute attribute, int value) {
-    if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { *value = 4; return cudaSuccess; }
+template <class... P> cudaError_t cudaFuncSetAttribute(void (*kernel)(P...), cudaFuncAttribute, int value) {
     if (value < 0 || size_t(value) > simt::max_shared) return cudaErrorInvalidValue;
     simt::device().max_dynamic[reinterpret_cast<void*>(kernel)] = size_t(value);
     return cudaSuccess;
@@ -1126,7 +993,7 @@ inline cudaError_t cudaFree(void* p) {
     simt::Device& d = simt::device();
     std::lock_guard lock(d.mutex);
     auto it = d.allocations.find(uintptr_t(p));
-    if (it == d.allocations.end()) simt::stop("cudaFree of %p, which cudaMalloc never returned.\n  Free the pointer that was allocated.", p);
+    if (it == d.allocations.end()) simt::stop("cudaFree of %p, which cudaMalloc never returned.\n  Free the pointer that it did.", p);
     auto& [start, a] = *it;
     if (!a.live) simt::stop("cudaFree of %s.\n  Free it once.", simt::describe(start).c_str());
     { simt::Open open; simt::check_tail("the host", start, a); }
@@ -1134,17 +1001,12 @@ inline cudaError_t cudaFree(void* p) {
     size_t bytes = d.page_end(start + a.bytes) - d.page_start(start);
     madvise(pages, bytes, MADV_DONTNEED);
     mprotect(pages, bytes, PROT_NONE);
-    simt::set_state(start, a.bytes, false, false);
+    simt::set_state(start, a.bytes, false);
     d.used -= a.bytes;
     a.live = false;
     d.live.erase(start);
     return cudaSuccess;
 }
-template <class T> cudaError_t cudaMallocHost(T** p, size_t bytes) {
-    *p = static_cast<T*>(aligned_alloc(4096, (bytes + 4095) / 4096 * 4096));
-    return *p ? cudaSuccess : cudaErrorMemoryAllocation;
-}
-inline cudaError_t cudaFreeHost(void* p) { free(p); return cudaSuccess; }
 inline cudaError_t cudaMemGetInfo(size_t* unused, size_t* total) {
     *total = simt::range_bytes, *unused = simt::range_bytes - simt::device().used;
     return cudaSuccess;
@@ -1157,32 +1019,31 @@ inline cudaError_t cudaMemset(void* to, int value, size_t bytes) {
     return cudaSuccess;
 }
 inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
-    auto on_device = [](const void* p) { return uintptr_t(p) - simt::device().base < simt::range_bytes; };
-    bool to_device = kind == cudaMemcpyDefault ? on_device(to) : kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice;
-    bool from_device = kind == cudaMemcpyDefault ? on_device(from) : kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice;
-    if (bytes && ((!to_device && on_device(to)) || (!from_device && on_device(from))))
-        simt::stop("cudaMemcpy is given device memory as the host's: %s.\n  Check its direction.", simt::describe(uintptr_t(to_device ? from : to)).c_str());
-    if (to_device) simt::check_range("cudaMemcpy", to, bytes);
-    if (from_device) simt::check_range("cudaMemcpy", from, bytes);
+    bool to_device = kind != cudaMemcpyDeviceToHost, from_device = kind != cudaMemcpyHostToDevice;
+    for (auto [p, expected] : {std::pair<const void*, bool>(to, to_device), {from, from_device}}) {
+        if (expected) simt::check_range("cudaMemcpy", p, bytes);
+        else if (bytes && simt::on_device(uintptr_t(p)))
+            simt::stop("cudaMemcpy takes for the host's: %s.\n  Check its direction.", simt::describe(uintptr_t(p)).c_str());
+    }
     simt::Open open;
     memcpy(to, from, bytes);
-    if (to_device && !from_device) simt::set_initialised(uintptr_t(to), bytes);
-    for (size_t i = 0; simt::watched && !to_device && from_device && i < bytes; ++i)           // what nothing has written is NaN
-        if (!simt::initialised(uintptr_t(from) + i)) static_cast<uint8_t*>(to)[i] = 0xff;
-    for (size_t i = 0; simt::watched && to_device && from_device && i < bytes; ++i)
-        simt::set_initialised(uintptr_t(to) + i, 1, simt::initialised(uintptr_t(from) + i));
+    if (!from_device) simt::set_initialised(uintptr_t(to), bytes);
+    for (size_t i = 0; simt::watched && from_device && i < bytes; ++i) {       // a copy is as unwritten as its source: NaN, for the host
+        bool written = simt::initialised(uintptr_t(from) + i);
+        if (to_device) simt::set_initialised(uintptr_t(to) + i, 1, written);
+        else if (!written) static_cast<uint8_t*>(to)[i] = 0xff;
+    }
     return cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t = nullptr) { return cudaMemset(to, value, bytes); }
-inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t = nullptr) { return cudaMemcpy(to, from, bytes, kind); }
+inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t = nullptr) {
+    return cudaMemcpy(to, from, bytes, kind);
+}
 
-inline cudaError_t cudaStreamCreate(cudaStream_t* stream) { *stream = nullptr; return cudaSuccess; }
-inline cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
 inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 inline cudaError_t cudaEventCreate(cudaEvent_t* event) { *event = new timespec{}; return cudaSuccess; }
 inline cudaError_t cudaEventDestroy(cudaEvent_t event) { delete event; return cudaSuccess; }
 inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t = nullptr) { clock_gettime(CLOCK_MONOTONIC, event); return cudaSuccess; }
-inline cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
 inline cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t from, cudaEvent_t to) {
     *ms = float(double(to->tv_sec - from->tv_sec) * 1e3 + double(to->tv_nsec - from->tv_nsec) * 1e-6);
     return cudaSuccess;
@@ -1192,75 +1053,80 @@ inline cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t from, cudaEvent_t
 // cuBLAS: column-major, as in Fortran
 
 enum cublasStatus_t { CUBLAS_STATUS_SUCCESS = 0, CUBLAS_STATUS_INVALID_VALUE = 7, CUBLAS_STATUS_NOT_SUPPORTED = 15 };
-enum cublasOperation_t { CUBLAS_OP_N, CUBLAS_OP_T, CUBLAS_OP_C };
-enum cublasMath_t { CUBLAS_DEFAULT_MATH = 0, CUBLAS_TF32_TENSOR_OP_MATH = 3, CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION = 16 };
-enum cublasGemmAlgo_t { CUBLAS_GEMM_DEFAULT = -1, CUBLAS_GEMM_DEFAULT_TENSOR_OP = 99 };
-enum cudaDataType { CUDA_R_32F = 0, CUDA_R_64F = 1, CUDA_R_16BF = 14 };
-enum cublasComputeType_t { CUBLAS_COMPUTE_32F = 68, CUBLAS_COMPUTE_64F = 70, CUBLAS_COMPUTE_32F_FAST_TF32 = 77 };
-using cudaDataType_t = cudaDataType;
+enum cublasOperation_t { CUBLAS_OP_N, CUBLAS_OP_T };
+enum cublasMath_t { CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION = 16 };
+enum cublasGemmAlgo_t { CUBLAS_GEMM_DEFAULT = -1 };
+enum cudaDataType_t { CUDA_R_32F = 0, CUDA_R_64F = 1, CUDA_R_16BF = 14 };
+enum cublasComputeType_t { CUBLAS_COMPUTE_32F = 68, CUBLAS_COMPUTE_64F = 70 };
 using cublasHandle_t = struct simt_cublas*;
+namespace simt { inline size_t bytes_of(cudaDataType_t type) { return type == CUDA_R_16BF ? 2 : type == CUDA_R_32F ? 4 : 8; } }
 
 inline const char* cublasGetStatusString(cublasStatus_t s) {
     return s == CUBLAS_STATUS_SUCCESS ? "success" : s == CUBLAS_STATUS_INVALID_VALUE ? "invalid value" : "not supported";
 }
 inline cublasStatus_t cublasCreate(cublasHandle_t* handle) { *handle = nullptr; return CUBLAS_STATUS_SUCCESS; }
-inline cublasStatus_t cublasDestroy(cublasHandle_t) { return CUBLAS_STATUS_SUCCESS; }
 inline cublasStatus_t cublasSetStream(cublasHandle_t, cudaStream_t) { return CUBLAS_STATUS_SUCCESS; }
 inline cublasStatus_t cublasSetMathMode(cublasHandle_t, cublasMath_t) { return CUBLAS_STATUS_SUCCESS; }
 inline cublasStatus_t cublasSetWorkspace(cublasHandle_t, void*, size_t) { return CUBLAS_STATUS_SUCCESS; }
 
 inline cublasStatus_t cublasGemmEx(cublasHandle_t, cublasOperation_t opA, cublasOperation_t opB, int m, int n, int k, const void* alpha,
-                                   const void* A, cudaDataType typeA, int lda, const void* B, cudaDataType typeB, int ldb,
-                                   const void* beta, void* C, cudaDataType typeC, int ldc, cublasComputeType_t compute, cublasGemmAlgo_t) {
+                                   const void* A, cudaDataType_t typeA, int lda, const void* B, cudaDataType_t typeB, int ldb,
+                                   const void* beta, void* C, cudaDataType_t typeC, int ldc, cublasComputeType_t compute,
+                                   cublasGemmAlgo_t) {
     bool wide = compute == CUBLAS_COMPUTE_64F;
     int rowsA = opA == CUBLAS_OP_N ? m : k, columnsA = opA == CUBLAS_OP_N ? k : m;
     int rowsB = opB == CUBLAS_OP_N ? k : n, columnsB = opB == CUBLAS_OP_N ? n : k;
-    if (m < 0 || n < 0 || k < 0 || lda < std::max(1, rowsA) || ldb < std::max(1, rowsB) || ldc < std::max(1, m)) return CUBLAS_STATUS_INVALID_VALUE;
-    if (typeA != typeB || (typeA == CUDA_R_64F) != wide || (typeC == CUDA_R_64F) != wide || (typeA == CUDA_R_32F && typeC == CUDA_R_16BF)) return CUBLAS_STATUS_NOT_SUPPORTED;
-    if (!m || !n) return CUBLAS_STATUS_SUCCESS;
-    auto bytes = [](cudaDataType type) -> size_t { return type == CUDA_R_16BF ? 2 : type == CUDA_R_32F ? 4 : 8; };
-    bool keep = wide ? *static_cast<const double*>(beta) != 0 : *static_cast<const float*>(beta) != 0;
-    auto check = [&](const void* matrix, cudaDataType type, int rows, int columns, int ld, bool initialised) {
-        for (int j = 0; j < columns; ++j)
-            simt::check_range("cublasGemm", static_cast<const char*>(matrix) + size_t(j) * ld * bytes(type), rows * bytes(type), initialised);
+    if (m < 0 || n < 0 || k < 0 || lda < std::max(1, rowsA) || ldb < std::max(1, rowsB) || ldc < std::max(1, m))
+        return CUBLAS_STATUS_INVALID_VALUE;
+    if (typeA != typeB || (typeA == CUDA_R_64F) != wide || (typeC == CUDA_R_64F) != wide || (typeA == CUDA_R_32F && typeC == CUDA_R_16BF))
+        return CUBLAS_STATUS_NOT_SUPPORTED;
+    auto check = [](const void* matrix, cudaDataType_t type, int rows, int columns, int ld, bool initialised) {
+        for (size_t j = 0; j < size_t(columns); ++j)
+            simt::check_range("cublasGemm", static_cast<const char*>(matrix) + j * ld * simt::bytes_of(type), rows * simt::bytes_of(type),
+                              initialised);
     };
     check(A, typeA, rowsA, columnsA, lda, true);
     check(B, typeB, rowsB, columnsB, ldb, true);
-    check(C, typeC, m, n, ldc, keep);
+    check(C, typeC, m, n, ldc, wide ? *static_cast<const double*>(beta) != 0 : *static_cast<const float*>(beta) != 0);
     simt::Open open;
     auto transA = opA == CUBLAS_OP_N ? CblasNoTrans : CblasTrans, transB = opB == CUBLAS_OP_N ? CblasNoTrans : CblasTrans;
     if (wide)
         cblas_dgemm(CblasColMajor, transA, transB, m, n, k, *static_cast<const double*>(alpha), static_cast<const double*>(A), lda,
                     static_cast<const double*>(B), ldb, *static_cast<const double*>(beta), static_cast<double*>(C), ldc);
     else {
-        std::vector<float> copies[3];                         // of bfloat16 matrices, as float
-        auto as_float = [&](int copy, const void* matrix, cudaDataType type, int rows, int columns, int ld) {
+        std::vector<float> copies[3];                         // of bfloat16 matrices
+        auto as_float = [](std::vector<float>& copy, const void* matrix, cudaDataType_t type, int rows, int columns, int ld) {
             if (type == CUDA_R_32F) return static_cast<const float*>(matrix);
-            copies[copy].resize(size_t(columns) * ld);
-            for (int j = 0; j < columns; ++j)
-                for (int i = 0; i < rows; ++i) copies[copy][size_t(j) * ld + i] = static_cast<const __nv_bfloat16*>(matrix)[size_t(j) * ld + i];
-            return static_cast<const float*>(copies[copy].data());
+            auto from = static_cast<const __nv_bfloat16*>(matrix);
+            copy.resize(size_t(columns) * ld);
+            for (size_t j = 0; j < size_t(columns); ++j) std::copy_n(from + j * ld, rows, &copy[j * ld]);
+            return static_cast<const float*>(copy.data());
         };
-        const float* a = as_float(0, A, typeA, rowsA, columnsA, lda), *b = as_float(1, B, typeB, rowsB, columnsB, ldb);
-        float* c = const_cast<float*>(as_float(2, C, typeC, m, n, ldc));
-        cblas_sgemm(CblasColMajor, transA, transB, m, n, k, *static_cast<const float*>(alpha), a, lda, b, ldb, *static_cast<const float*>(beta), c, ldc);
-        for (int j = 0; typeC == CUDA_R_16BF && j < n; ++j)
-            for (int i = 0; i < m; ++i) static_cast<__nv_bfloat16*>(C)[size_t(j) * ldc + i] = c[size_t(j) * ldc + i];
+        const float* a = as_float(copies[0], A, typeA, rowsA, columnsA, lda), *b = as_float(copies[1], B, typeB, rowsB, columnsB, ldb);
+        float* c = const_cast<float*>(as_float(copies[2], C, typeC, m, n, ldc));
+        cblas_sgemm(CblasColMajor, transA, transB, m, n, k, *static_cast<const float*>(alpha), a, lda, b, ldb,
+                    *static_cast<const float*>(beta), c, ldc);
+        for (size_t j = 0; typeC == CUDA_R_16BF && j < size_t(n); ++j)
+            std::copy_n(c + j * ldc, m, static_cast<__nv_bfloat16*>(C) + j * ldc);
     }
-    for (int j = 0; j < n; ++j) simt::set_initialised(uintptr_t(C) + size_t(j) * ldc * bytes(typeC), m * bytes(typeC));
+    for (size_t j = 0; j < size_t(n); ++j)
+        simt::set_initialised(uintptr_t(C) + j * ldc * simt::bytes_of(typeC), m * simt::bytes_of(typeC));
     return CUBLAS_STATUS_SUCCESS;
 }
-inline cublasStatus_t cublasGemmStridedBatchedEx(cublasHandle_t handle, cublasOperation_t opA, cublasOperation_t opB, int m, int n, int k, const void* alpha,
-                                                 const void* A, cudaDataType typeA, int lda, long long strideA, const void* B, cudaDataType typeB, int ldb, long long strideB,
-                                                 const void* beta, void* C, cudaDataType typeC, int ldc, long long strideC, int batches, cublasComputeType_t compute, cublasGemmAlgo_t algorithm) {
-    auto bytes = [](cudaDataType type) -> long long { return type == CUDA_R_16BF ? 2 : type == CUDA_R_32F ? 4 : 8; };
+inline cublasStatus_t cublasGemmStridedBatchedEx(cublasHandle_t handle, cublasOperation_t opA, cublasOperation_t opB, int m, int n, int k,
+                                                 const void* alpha, const void* A, cudaDataType_t typeA, int lda, long long strideA,
+                                                 const void* B, cudaDataType_t typeB, int ldb, long long strideB, const void* beta, void* C,
+                                                 cudaDataType_t typeC, int ldc, long long strideC, int batches,
+                                                 cublasComputeType_t compute, cublasGemmAlgo_t algorithm) {
+    auto at = [](auto* matrix, int64_t element, cudaDataType_t type) {
+        return reinterpret_cast<decltype(matrix)>(uintptr_t(matrix) + element * simt::bytes_of(type));
+    };
+    cublasStatus_t status = CUBLAS_STATUS_SUCCESS;
     simt::Open open;
-    for (int i = 0; i < batches; ++i) {
-        cublasStatus_t status = cublasGemmEx(handle, opA, opB, m, n, k, alpha, static_cast<const char*>(A) + i * strideA * bytes(typeA), typeA, lda,
-            static_cast<const char*>(B) + i * strideB * bytes(typeB), typeB, ldb, beta, static_cast<char*>(C) + i * strideC * bytes(typeC), typeC, ldc, compute, algorithm);
-        if (status != CUBLAS_STATUS_SUCCESS) return status;
-    }
-    return CUBLAS_STATUS_SUCCESS;
+    for (int i = 0; i < batches && status == CUBLAS_STATUS_SUCCESS; ++i)
+        status = cublasGemmEx(handle, opA, opB, m, n, k, alpha, at(A, i * strideA, typeA), typeA, lda, at(B, i * strideB, typeB), typeB,
+                              ldb, beta, at(C, i * strideC, typeC), typeC, ldc, compute, algorithm);
+    return status;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------------------
@@ -1273,19 +1139,15 @@ SIMT_RUNTIME void __tsan_func_entry(void*) {}
 SIMT_RUNTIME void __tsan_func_exit() {}
 SIMT_RUNTIME void __tsan_vptr_update(void**, void*) {}
 SIMT_RUNTIME void __tsan_vptr_read(void**) {}
-// Sizes up to 8 are called for with accesses that the type says are aligned, 16 with those of at least 8. Host code returns at once.
+// Host code returns at once. A type that is aligned to less than its size, or than 8, is a range: what comes as 16 bytes is one vector.
 template <size_t bytes, simt::Access access> [[gnu::noinline]] SIMT_UNWATCHED void simt_access(const void* p, const void* pc) {
-    if (uintptr_t(p) % (bytes < 8 ? bytes : 8)) simt::misaligned(p, (bytes < 8 ? bytes : 8));
+    if (uintptr_t(p) % bytes && uintptr_t(p) - simt::worker->device->base < simt::range_bytes) simt::misaligned(p, bytes);
     simt::access(p, bytes, access, pc);
 }
 #define SIMT_ACCESS(bytes)                                                                                                           \
     SIMT_RUNTIME void __tsan_read##bytes(void* p) { if (simt::self) simt_access<bytes, simt::reads>(p, __builtin_return_address(0)); } \
     SIMT_RUNTIME void __tsan_write##bytes(void* p) { if (simt::self) simt_access<bytes, simt::writes>(p, __builtin_return_address(0)); }
-SIMT_ACCESS(1)
-SIMT_ACCESS(2)
-SIMT_ACCESS(4)
-SIMT_ACCESS(8)
-SIMT_ACCESS(16)
+SIMT_ACCESS(1) SIMT_ACCESS(2) SIMT_ACCESS(4) SIMT_ACCESS(8) SIMT_ACCESS(16)
 #undef SIMT_ACCESS
 SIMT_RUNTIME void __tsan_read_range(void* p, size_t bytes) {
     if (simt::self) simt::access(p, bytes, simt::reads, __builtin_return_address(0));
@@ -1295,21 +1157,18 @@ SIMT_RUNTIME void __tsan_write_range(void* p, size_t bytes) {
 }
 // std::atomic and the guards of static variables, which are the host's: atomics of kernels are above.
 #define SIMT_FETCH(bits, T, name)                                                                                                    \
-    SIMT_RUNTIME T __tsan_atomic##bits##_fetch_##name(volatile void* p, T v, int) { return __atomic_fetch_##name(static_cast<volatile T*>(p), v, __ATOMIC_SEQ_CST); }
+    SIMT_RUNTIME T __tsan_atomic##bits##_fetch_##name(volatile T* p, T v, int) { return __atomic_fetch_##name(p, v, __ATOMIC_SEQ_CST); }
 #define SIMT_COMPARE(bits, T, strength, weak)                                                                                        \
-    SIMT_RUNTIME bool __tsan_atomic##bits##_compare_exchange_##strength(volatile void* p, void* expected, T v, int, int) {            \
-        return __atomic_compare_exchange_n(static_cast<volatile T*>(p), static_cast<T*>(expected), v, weak, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST); \
+    SIMT_RUNTIME bool __tsan_atomic##bits##_compare_exchange_##strength(volatile T* p, T* expected, T v, int, int) {                  \
+        return __atomic_compare_exchange_n(p, expected, v, weak, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);                                \
     }
 #define SIMT_ATOMICS(bits, T)                                                                                                        \
-    SIMT_RUNTIME T __tsan_atomic##bits##_load(const volatile void* p, int) { return __atomic_load_n(static_cast<const volatile T*>(p), __ATOMIC_SEQ_CST); } \
-    SIMT_RUNTIME void __tsan_atomic##bits##_store(volatile void* p, T v, int) { __atomic_store_n(static_cast<volatile T*>(p), v, __ATOMIC_SEQ_CST); } \
-    SIMT_RUNTIME T __tsan_atomic##bits##_exchange(volatile void* p, T v, int) { return __atomic_exchange_n(static_cast<volatile T*>(p), v, __ATOMIC_SEQ_CST); } \
+    SIMT_RUNTIME T __tsan_atomic##bits##_load(const volatile T* p, int) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); }              \
+    SIMT_RUNTIME void __tsan_atomic##bits##_store(volatile T* p, T v, int) { __atomic_store_n(p, v, __ATOMIC_SEQ_CST); }              \
+    SIMT_RUNTIME T __tsan_atomic##bits##_exchange(volatile T* p, T v, int) { return __atomic_exchange_n(p, v, __ATOMIC_SEQ_CST); }    \
     SIMT_FETCH(bits, T, add) SIMT_FETCH(bits, T, sub) SIMT_FETCH(bits, T, and) SIMT_FETCH(bits, T, or) SIMT_FETCH(bits, T, xor)      \
-    SIMT_FETCH(bits, T, nand) SIMT_COMPARE(bits, T, strong, false) SIMT_COMPARE(bits, T, weak, true)
-SIMT_ATOMICS(8, unsigned char)
-SIMT_ATOMICS(16, unsigned short)
-SIMT_ATOMICS(32, unsigned int)
-SIMT_ATOMICS(64, unsigned long)
+    SIMT_COMPARE(bits, T, strong, false) SIMT_COMPARE(bits, T, weak, true)
+SIMT_ATOMICS(8, unsigned char) SIMT_ATOMICS(16, unsigned short) SIMT_ATOMICS(32, unsigned int) SIMT_ATOMICS(64, unsigned long)
 #undef SIMT_ATOMICS
 #undef SIMT_COMPARE
 #undef SIMT_FETCH
@@ -1337,13 +1196,21 @@ extern "C" void* memmove(void*, const void*, size_t) noexcept __asm__("simt_memm
 extern "C" void* memset(void*, int, size_t) noexcept __asm__("simt_memset");
 #endif
 #ifdef __SANITIZE_ADDRESS__
-SIMT_RUNTIME void __asan_on_error() {                         // ahead of AddressSanitizer's own report
-    uintptr_t address = uintptr_t(__asan_get_report_address());
-    simt::Thread* t = simt::self;
-    simt::self = nullptr;
-    if (t) fprintf(stderr, "simt: kernel %s, block (%u,%u,%u), thread (%u,%u,%u): touches %s.\n  Check the index against the size.\n", simt::worker->launch->name,
-                   simt::worker->block.x, simt::worker->block.y, simt::worker->block.z, t->index.x, t->index.y, t->index.z,
-                   address - simt::device().base < simt::range_bytes ? simt::describe(address).c_str() : "memory that is not the device's");
+// The sanitizers call these ahead of their own reports.
+SIMT_RUNTIME void __asan_on_error() {
+    if (!simt::self) return;
+    std::string what = simt::describe(uintptr_t(__asan_get_report_address()));
+    simt::report(("touches " + what + ".\n  Check the index against the size.").c_str());
+}
+extern "C" __attribute__((weak)) void __ubsan_get_current_report_data(const char** kind, const char** message, const char** file,
+                                                                      unsigned* line, unsigned* column, char** address);
+SIMT_RUNTIME void __ubsan_on_report() {
+    if (!simt::self) return;
+    const char *kind, *message, *file;
+    unsigned line, column;
+    char* address;
+    __ubsan_get_current_report_data(&kind, &message, &file, &line, &column, &address);
+    simt::stop("%s.\n  %s at %s:%u.", message, kind, file, line);
 }
 #endif
 #undef SIMT_RUNTIME
