@@ -26,7 +26,7 @@ endif
 DEFINES := -DPRECISION_$(shell echo $(PRECISION) | tr a-z A-Z)
 # -fno-math-errno, -fno-trapping-math: sqrt and comparisons vectorise. Neither changes a result; NaN and infinity keep their meaning.
 RELAXED := -fno-math-errno -fno-trapping-math
-OPTIMIZE ?= -O3 -march=native
+OPTIMIZE ?= $(if $(filter 1,$(SANITIZE)),-O1,-O3) -march=native
 CXXFLAGS = $(OPTIMIZE) -g -std=c++20 -Wall -Wextra -Werror -fopenmp $(RELAXED) -I. -MMD -MP $(DEFINES)
 LDLIBS = -lopenblas -fopenmp -lz
 ifeq ($(CUDA),1)

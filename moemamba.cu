@@ -428,8 +428,7 @@ __global__ void embedding_backward_kernel(real* d_table, const real* d_out, cons
                 UNROLL for (int j = 0; j < width; j++) total.v[j] += x.v[j];
             }
             store(to, total);
-        }
-        __syncthreads();
+        }  // no barrier: a row that takes another round leaves room for one group only, whose threads read what is their own
     }
 }
 struct EmbeddingScratch : Scratch {

@@ -549,7 +549,7 @@ std::vector<Case> selected(std::vector<Case> all) {
 const std::vector<Case>& cases() {
     const int chunk = kScanChunk;
     static const std::vector<Case> all = selected({
-        embedding(1, 3, 1), embedding(67, 11, 40), embedding(130, 300, 17), embedding(200, 2, 5), embedding(9, 4, 2056),
+        embedding(1, 3, 1), embedding(67, 11, 40), embedding(130, 300, 17), embedding(700, 2, 5), embedding(9, 4, 2056),
         rmsnorm(1, 1, true, false), rmsnorm(5, 40, true, false), rmsnorm(67, 33, false, false), rmsnorm(9, 1032, true, true),
         linear(1, 1, 1, 0, false), linear(5, 7, 9, 0, true), linear(37, 24, 40, 6, false), linear(64, 33, 17, 3, true),
         conv(1, 1, 1, 4, 0, false, false), conv(3, 1, 21, 4, 21, true, true), conv(2, 2, 40, 4, 40, true, true),

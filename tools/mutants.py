@@ -114,8 +114,7 @@ FAULTS = {
         ("overwrites", "auto total = load<width>(to)", "auto total = Lanes<width>{}"),
         ("first group only", "y < groups", "y < 1"),
         ("rows of other groups", "i += groups", "i += 1"),
-        ("barrier 1", "store(sums + thread * width, sum);\n        __syncthreads();", "store(sums + thread * width, sum);"),
-        ("barrier 2", "            store(to, total);\n        }\n        __syncthreads();", "            store(to, total);\n        }"),
+        ("barrier", "store(sums + thread * width, sum);\n        __syncthreads();", "store(sums + thread * width, sum);"),
         ("first vectors only", "begin += blockDim.x * width", "begin += C"),
     ],
     "embedding_backward": [
