@@ -1439,8 +1439,7 @@ scan_backward_kernel(floatX* d_u, floatX* d_dt, floatX* d_z, real* bc_parts, rea
             }
             h = group_starts.pop();
         }
-        __syncthreads();
-        store_tile(tile);
+        store_tile(tile);  // complete since the barrier of the last bc_sums
     }
     UNROLL for (int bit = 1; bit < kScanSteps; bit *= 2) {
         d_skip += __shfl_xor_sync(kAllLanes, d_skip, bit * Block::warp_channels);

@@ -547,7 +547,7 @@ std::vector<Case> selected(std::vector<Case> all) {
 }
 // Sizes: one element; no multiple of a vector, warp, block or chunk; several of each.
 const std::vector<Case>& cases() {
-    const int chunk = kScanChunk;
+    constexpr int chunk = kScanChunk, kWidth = 16 / sizeof(floatX);  // the widest load or store
     static const std::vector<Case> all = selected({
         embedding(1, 3, 1), embedding(67, 11, 40), embedding(130, 300, 17), embedding(700, 2, 5), embedding(9, 4, 2056),
         rmsnorm(1, 1, true, false), rmsnorm(5, 40, true, false), rmsnorm(67, 33, false, false), rmsnorm(9, 1032, true, true),
@@ -561,6 +561,7 @@ const std::vector<Case>& cases() {
         scan(3, chunk + 1, 40, 24, false, true, 1, true),
         scan(1, 2 * chunk, 136, 16, false, false, 8, true), scan(1, chunk + 6, 5, 128, true, true),
         scan(2, 41, 16, 16, false, true, 0, false, 16),
+        scan(2, 7, 5 * kWidth / 2, 16, true, true, 0, true),  // rows of z allow the widest loads, those of u do not
         scan(4, 3 * chunk + 5, 3, 16, true, true), scan(9, 2 * chunk + 3, 2, 4, true, true),  // on simt: two segments of two chunks; one of three
         moe({.rows = 1, .C = 3, .F = 5, .E = 1, .K = 1, .capacity = 0}),
         moe({.rows = 37, .C = 24, .F = 40, .E = 4, .K = 1, .capacity = 9, .skew = 0.5}),

@@ -273,7 +273,6 @@ FAULTS = {
         ("barrier: tile", "load_tile(tile, true);\n            __syncthreads();", "load_tile(tile, true);"),
         ("barrier: sums", "__syncthreads();  // bc_sums\n for", "for"),
         ("barrier: sums read", "__syncthreads();  // bc_sums of", "// bc_sums of"),
-        ("barrier: before storing", "            __syncthreads();\n            store_tile", "            store_tile"),
         ("barrier: earlier tile", "load_tile(earlier, false);\n                __syncthreads();", "load_tile(earlier, false);"),
         ("earlier tiles", "earlier < tile;", "earlier < 0 * tile;"),
         ("syncwarp", "__syncwarp();  //", "//"),

@@ -8,7 +8,7 @@ import sys
 import time
 
 SIZES = {"bf16": (2, 4), "float": (4, 4), "double": (8, 8)}  # bytes of floatX and real
-PRECISIONS = ["bf16", "float"]  # double is for finite differences, not for speed
+PRECISIONS = list(SIZES)
 # Per multiprocessor: warps, blocks, bytes of shared memory (CUDA programming guide, compute capabilities). All have 65,536 registers.
 LIMITS = {80: (64, 32, 164 << 10), 90: (64, 32, 228 << 10), 120: (48, 24, 100 << 10)}
 UNBOUNDED = 256  # threads of a block, where __launch_bounds__ does not say (kThreads)
