@@ -371,22 +371,24 @@ Case scan(int B, int T, int D, int N, bool initial, bool final, int R = 0, bool 
     }};
 }
 
-// Router, dispatch, experts, combine. skew: how much lower each expert's logits are than those of the one before it.
+// Router, dispatch, experts, combine. skew: how much lower each expert's logits are than those of the one before it; tied: from which
+// expert on all have the same logit, exactly.
 struct Moe {
     int rows, C, F, E, K, capacity;
     bool swiglu = false, renormalize = false, accumulate = false;
     double skew = 0, balance_weight = 0.3, z_weight = 0.2;
+    int tied = 256;
 };
 Case moe(Moe m) {
     return {title("moe", {{"rows", m.rows}, {"C", m.C}, {"F", m.F}, {"E", m.E}, {"K", m.K}, {"capacity", m.capacity},
                           {"swiglu", m.swiglu}, {"renormalize", m.renormalize}, {"accumulate", m.accumulate}, {"skew", m.skew}}),
             [=](Run& r) {
-        const auto& [rows, C, F, E, K, capacity, swiglu, renormalize, accumulate, skew, balance_weight, z_weight] = m;
+        const auto& [rows, C, F, E, K, capacity, swiglu, renormalize, accumulate, skew, balance_weight, z_weight, tied] = m;
         const int slots = expert_slots(rows, E, K, capacity), F_in = swiglu ? 2 * F : F;
         void* scratch = r.scratch(1, rows, {.d_model = C, .experts = E, .top_k = K});
         const floatX* x = r.in<floatX>("x", {rows, C}, normal(1, 0.5));
-        const real* router = r.in<real>("router", {E, C}, [C = C, skew = skew](uint64_t stream, int64_t i) {
-            return random_normal(seed, stream, i) / std::sqrt(C) - 2 * skew * (i / C) / C;
+        const real* router = r.in<real>("router", {E, C}, [C = C, skew = skew, tied = tied](uint64_t stream, int64_t i) {
+            return i / C >= tied ? 0 : random_normal(seed, stream, i) / std::sqrt(C) - 2 * skew * (i / C) / C;
         });
         const floatX* in_weight = r.in<floatX>("in_weight", {E * F_in, C}, normal(1 / std::sqrt(C)));
         const floatX* out_weight = r.in<floatX>("out_weight", {E * C, F}, normal(1 / std::sqrt(F)));
@@ -480,15 +482,19 @@ Case relu(int count, bool in_place) {
     }};
 }
 
+// What lies past V must not count, however large it is.
+Values padded_logits(int V, int ld, double mean) {
+    return [=](uint64_t stream, int64_t i) { return i % ld < V ? normal(3, mean)(stream, i) : 1000; };
+}
 Case classifier(int rows, int V, int ld, double d_loss, double mean = 0) {
     return {title("classifier", {{"rows", rows}, {"V", V}, {"ld", ld}, {"d_loss", d_loss}, {"mean", mean}}), [=](Run& r) {
-        floatX* logits = r.in<floatX>("logits", {rows, V, ld, 0}, normal(3, mean));
+        floatX* logits = r.in<floatX>("logits", {rows, ld}, padded_logits(V, ld, mean));
         const int* targets = r.in<int>("targets", rows, integers(-1, V));
         real* losses = r.out<real>("losses", rows);
         r->classifier(losses, logits, targets, rows, V, ld, real(d_loss), nullptr);
         if (d_loss == 0) return;  // then the logits must still be what they were
         r.in<real>("d_losses", rows, constants({d_loss}));
-        r.becomes("d_logits", logits, Shape{rows, ld});
+        r.becomes("d_logits", logits);
     }};
 }
 Case head(int rows, int C, int V, int ld, double d_loss) {
@@ -511,7 +517,7 @@ Case head(int rows, int C, int V, int ld, double d_loss) {
 
 Case softmax(int rows, int V, int ld, double temperature, double mean = 0) {
     return {title("softmax", {{"rows", rows}, {"V", V}, {"ld", ld}, {"temperature", temperature}, {"mean", mean}}), [=](Run& r) {
-        const floatX* logits = r.in<floatX>("logits", {rows, V, ld, 0}, normal(3, mean));
+        const floatX* logits = r.in<floatX>("logits", {rows, ld}, padded_logits(V, ld, mean));
         r->softmax_forward(r.out<real>("probs", {rows, V}), logits, rows, V, ld, real(temperature), nullptr);
     }};
 }
@@ -571,7 +577,7 @@ const std::vector<Case>& cases() {
         moe({.rows = 6, .C = 8, .F = 4, .E = 40, .K = 3, .capacity = 0, .renormalize = true}),
         moe({.rows = 11, .C = 40, .F = 8, .E = 4, .K = 4, .capacity = 0, .swiglu = true, .renormalize = true}),
         moe({.rows = 300, .C = 8, .F = 8, .E = 8, .K = 2, .capacity = 70, .skew = 0.2}),
-        feed_forward(1, 1, 1), feed_forward(37, 24, 21), feed_forward(16, 8, 64),
+        feed_forward(1, 1, 1), feed_forward(37, 24, 21), feed_forward(16, 8, 64), feed_forward(5, 8, 5 * kWidth / 2),
         relu(1, false), relu(1003, true), relu(4096, false),
         classifier(1, 1, 1, 1), classifier(37, 37, 40, 0.25), classifier(5, 37, 40, 0), classifier(9, 1500, 1504, 0.1),
         classifier(3, 37, 40, 0.5, -100),
@@ -582,11 +588,12 @@ const std::vector<Case>& cases() {
     });
     return all;
 }
-// Too much for finite differences: several tiles of the counting sort, and whatever else it takes many rows to reach. The CPU's threads
-// are woken only for so much work.
+// Not for finite differences: ties, where a choice jumps, and what is too much for them: several tiles of the counting sort, and
+// whatever else it takes many rows to reach. The CPU's threads are woken only for so much work.
 const std::vector<Case>& long_cases() {
     static const std::vector<Case> all = [] {
-        std::vector<Case> list = {embedding(9000, 300, 2), moe({.rows = 9000, .C = 2, .F = 2, .E = 3, .K = 1, .capacity = 2900}),
+        std::vector<Case> list = {moe({.rows = 37, .C = 9, .F = 4, .E = 70, .K = 5, .capacity = 0, .tied = 3}),
+                                  moe({.rows = 9000, .C = 2, .F = 2, .E = 3, .K = 1, .capacity = 2900}), embedding(9000, 300, 2),
                                   rmsnorm(520, 40, true, false), linear(6, 200, 90, 0, true), classifier(20, 1500, 1504, 0.1),
                                   feed_forward(200, 16, 96), relu(20000, false), adamw(20000, 3, true)};
 #ifdef USE_CUDA  // as many sequences as it takes to leave a GPU's multiprocessors few segments each, or one
