@@ -489,6 +489,9 @@ Values some_ignored(int V) {
 Values padded_logits(int V, int ld, double mean) {
     return [=](uint64_t stream, int64_t i) { return i % ld < V ? normal(3, mean)(stream, i) : 1000; };
 }
+Values padded_ramp(int V, int ld) {
+    return [=](uint64_t, int64_t i) { return i % ld < V ? i % ld : 1000; };
+}
 Case classifier(int rows, int V, int ld, double d_loss, double mean = 0) {
     return {title("classifier", {{"rows", rows}, {"V", V}, {"ld", ld}, {"d_loss", d_loss}, {"mean", mean}}), [=](Run& r) {
         floatX* logits = r.in<floatX>("logits", {rows, ld}, padded_logits(V, ld, mean));
@@ -518,9 +521,10 @@ Case head(int rows, int C, int V, int ld, double d_loss) {
     }};
 }
 
-Case softmax(int rows, int V, int ld, double temperature, double mean = 0) {
-    return {title("softmax", {{"rows", rows}, {"V", V}, {"ld", ld}, {"temperature", temperature}, {"mean", mean}}), [=](Run& r) {
-        const floatX* logits = r.in<floatX>("logits", {rows, ld}, padded_logits(V, ld, mean));
+Case softmax(int rows, int V, int ld, double temperature, double mean = 0, bool ramp = false) {
+    return {title("softmax", {{"rows", rows}, {"V", V}, {"ld", ld}, {"temperature", temperature}, {"mean", mean}, {"ramp", ramp}}),
+            [=](Run& r) {
+        const floatX* logits = r.in<floatX>("logits", {rows, ld}, ramp ? padded_ramp(V, ld) : padded_logits(V, ld, mean));
         r->softmax_forward(r.out<real>("probs", {rows, V}), logits, rows, V, ld, real(temperature), nullptr);
     }};
 }
@@ -583,9 +587,10 @@ const std::vector<Case>& cases() {
         feed_forward(1, 1, 1), feed_forward(37, 24, 21), feed_forward(16, 8, 64), feed_forward(5, 8, 5 * kWidth / 2),
         relu(1, false), relu(1003, true), relu(4096, false),
         classifier(1, 1, 1, 1), classifier(37, 37, 40, 0.25), classifier(5, 37, 40, 0), classifier(9, 1500, 1504, 0.1),
-        classifier(3, 37, 40, 0.5, -100),
+        classifier(2, 4500, 4504, 0.1), classifier(3, 37, 40, 0.5, -100),
         head(21, 24, 13, 16, 0.5),
         softmax(1, 5, 8, 1), softmax(3, 37, 40, 0.7), softmax(2, 1500, 1504, 1.3), softmax(2, 37, 40, 1, -100),
+        softmax(1, 5, 8, 0.01, 0, true),  // near-zero temperature: what is not divided by it is far from the maximum
         sums(1), sums(1000), sums(70001),
         adamw(1, 1, true), adamw(1003, 3, true), adamw(4096, 100, false),
     });

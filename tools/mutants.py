@@ -395,7 +395,7 @@ FAULTS = {
     "softmax_of_row": [
         ("scale of the sum", "sum *= exp_(most - larger);", ""),
         ("sign", "exp_(most - larger)", "exp_(larger - most)"),
-        ("padding", "if (c + j < V) sum", "if (c + j <= V) sum"),
+        ("padding", "if (c + j < V) sum", "if (c + j <= V) sum", "past V lies the lowest number there is: its exponential is 0"),
         ("threads' maxima", "sum * exp_(most - of_all)", "sum"),
         ("scale", "c + j < V ? x.v[j] * scale", "c + j < V ? x.v[j]"),
         ("stride", "c += blockDim.x * width", "c += 2 * blockDim.x * width"),
@@ -408,7 +408,7 @@ FAULTS = {
         ("loss", "log_(s.sum) - at_target", "log_(s.sum) + at_target"),
         ("scale", "d_loss / s.sum", "1 / s.sum"),
         ("kept as they are", "if (d_loss == 0) return;", ""),
-        ("padding", "c + j < V ? exp_", "c + j <= V ? exp_"),
+        ("padding", "c + j < V ? exp_", "c + j <= V ? exp_", "past V lies the lowest number there is, whose exponential is the same 0"),
         ("target read late", "losses[r] = s.most + log_(s.sum) - at_target;\n    if (d_loss == 0) return;",
          "losses[r] = s.most + log_(s.sum);\n    if (d_loss == 0) return;"),
     ],
