@@ -47,9 +47,9 @@ CXXFLAGS += -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-fra
 LDLIBS += -fsanitize=address,undefined
 $(BUILD)/test_simt.o: CXXFLAGS += -fsanitize-recover=undefined  # its faults are planted: simt.h is to report them
 else
-# The compiler reports every memory access of a kernel to simt.h, which supplies the runtime that this option would otherwise link.
+# The compiler reports every memory access of a kernel to simt.h, which supplies the runtime that these options would otherwise link.
 # -U_FORTIFY_SOURCE: some distributions put __memcpy_chk in the place of memcpy, and simt.h would not see it.
-CHECKED := -fsanitize=thread -U_FORTIFY_SOURCE
+CHECKED := -fsanitize=thread,alignment -U_FORTIFY_SOURCE
 endif
 endif
 

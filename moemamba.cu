@@ -1923,14 +1923,6 @@ void relu_backward(floatX* d_in, const floatX* d_out, const floatX* in, int64_t 
 // up, the sum so far is scaled down to it.
 constexpr int kClassifierThreads = 512;
 
-// Elements c .. c + width of a row of V, kLowest past its end.
-template <int width>
-__device__ __forceinline__ Lanes<width> load_logits(const floatX* row, int c, int V) {
-    if (c + width <= V) return load<width>(row + c);
-    Lanes<width> x;
-    UNROLL for (int j = 0; j < width; j++) x.v[j] = c + j < V ? real(row[c + j]) : kLowest;
-    return x;
-}
 struct Softmax {
     real most, sum;  // of logits * scale: the largest; the sum of exp(x - most)
 };
@@ -1938,7 +1930,7 @@ template <int width>
 __device__ __forceinline__ Softmax softmax_of_row(const floatX* row, int V, real scale) {
     real most = kLowest, sum = 0;
     for (int c = threadIdx.x * width; c < V; c += blockDim.x * width) {
-        const auto x = load_logits<width>(row, c, V);
+        const auto x = load<width>(row + c);  // perhaps with some that lie past V: rows are padded to whole vectors
         real larger = most;
         UNROLL for (int j = 0; j < width; j++) larger = max(larger, c + j < V ? x.v[j] * scale : kLowest);
         sum *= exp_(most - larger);
@@ -1967,7 +1959,7 @@ __global__ void classifier_kernel(real* losses, floatX* logits, const int* targe
     if (d_loss == 0) return;
     const real scale = d_loss / s.sum;
     for (int c = threadIdx.x * width; c < ld; c += blockDim.x * width) {
-        auto x = load_logits<width>(row, c, V);
+        auto x = load<width>(row + c);
         UNROLL for (int j = 0; j < width; j++)
             x.v[j] = c + j < V ? exp_(x.v[j] - s.most) * scale - (c + j == target ? d_loss : 0) : 0;
         store(row + c, x);

@@ -21,14 +21,14 @@
 // ------------------------------------------------------------------------------------------------------------------
 // Two compilers. nvcc builds define USE_CUDA; g++ builds run the same kernels through cpu/simt.h. Three spellings differ:
 //   LAUNCH(kernel, grid, block, shared_bytes, stream)(arguments);    a launch
-//   SHARED(float[32][33], tile);                                     static shared memory
+//   SHARED(float[32][33], tile);                                     static shared memory, 16-byte aligned
 //   DYNAMIC_SHARED(float, buffer);                                   dynamic shared memory, 16-byte aligned
 #ifdef USE_CUDA
 #include <cublas_v2.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 #define LAUNCH(kernel, ...) kernel<<<__VA_ARGS__>>>
-#define SHARED(type, name) __shared__ std::type_identity_t<type> name
+#define SHARED(type, name) __shared__ __align__(16) std::type_identity_t<type> name
 #define DYNAMIC_SHARED(type, name)                            \
     extern __shared__ __align__(16) unsigned char name##_bytes[]; \
     type* name = reinterpret_cast<type*>(name##_bytes)

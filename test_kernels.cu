@@ -342,8 +342,9 @@ Case scan(int B, int T, int D, int N, bool initial, bool final, int R = 0, bool 
         const floatX* B_t = r.in<floatX>("B_t", b_shape);
         const floatX* C_t = r.in<floatX>("C_t", c_shape);
         const floatX* z = r.in<floatX>("z", z_shape);
-        const real* A_log = r.in<real>("A_log", {D, N}, [N](uint64_t stream, int64_t i) {
-            return std::log(1 + i % N) + 0.1 * random_normal(seed, stream, i);
+        const real* A_log = r.in<real>("A_log", {D, N}, [N, dt_mean](uint64_t stream, int64_t i) {
+            // Up to 16, a large dt has slow decays: or else gradients would be too small to be seen in differences.
+            return std::log((1 + i % N) / std::clamp(dt_mean, 1.0, 16.0)) + 0.1 * random_normal(seed, stream, i);
         });
         const real* skip = r.in<real>("skip", D, normal(0.2, 1));
         const real* dt_bias = r.in<real>("dt_bias", D, normal(0.5, dt_mean));
@@ -596,12 +597,13 @@ const std::vector<Case>& cases() {
     });
     return all;
 }
-// Not for finite differences: ties, where a choice jumps, and what is too much for them: several tiles of the counting sort, and
-// whatever else it takes many rows to reach. The CPU's threads are woken only for so much work.
+// Not for finite differences: ties, where a choice jumps; gradients that are nearly zero; and what is too much for them: several tiles of
+// the counting sort, and whatever else it takes many rows to reach. The CPU's threads are woken only for so much work.
 const std::vector<Case>& long_cases() {
     static const std::vector<Case> all = [] {
         std::vector<Case> list = {moe({.rows = 37, .C = 9, .F = 4, .E = 70, .K = 5, .capacity = 0, .tied = 3}),
                                   moe({.rows = 9000, .C = 2, .F = 2, .E = 3, .K = 1, .capacity = 2900}), embedding(9000, 300, 2),
+                                  scan(2, 9, 16, 16, false, true, 0, false, 300),  // states that vanish
                                   rmsnorm(520, 40, true, false), linear(6, 200, 90, 0, true), classifier(20, 1500, 1504, 0.1),
                                   feed_forward(200, 16, 96), relu(20000, false), adamw(20000, 3, true)};
 #ifdef USE_CUDA  // as many sequences as it takes to leave a GPU's multiprocessors few segments each, or one

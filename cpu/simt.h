@@ -1,7 +1,7 @@
 // simt.h: CUDA on a CPU. Lets g++ compile the kernels of a .cu file so that every one of them runs here, under closer watch than on a GPU.
 //
-//   g++ -std=c++20 -O2 -g -fopenmp -fsanitize=thread -x c++ -c kernels.cu      and link WITHOUT -fsanitize=thread: this header is the
-//   g++ kernels.o ... -fopenmp -lboost_context -lopenblas                      sanitizer's runtime, so it is shown every memory access
+//   g++ -std=c++20 -O2 -g -fopenmp -fsanitize=thread,alignment -x c++ -c kernels.cu   and link WITHOUT -fsanitize: this header is the
+//   g++ kernels.o ... -fopenmp -lboost_context -lopenblas                             sanitizers' runtime, so it sees every memory access
 //
 // The threads of a block are fibers that take turns on one OS thread; a thread that never waits runs as a plain call. What is caught:
 //   in every build       the host touching device memory, a kernel running off the pages of an allocation or using one after cudaFree;
@@ -1154,6 +1154,11 @@ SIMT_RUNTIME void __tsan_read_range(void* p, size_t bytes) {
 }
 SIMT_RUNTIME void __tsan_write_range(void* p, size_t bytes) {
     if (simt::self) simt::access(p, bytes, simt::writes, __builtin_return_address(0));
+}
+// A vector whose elements are used one by one is read in parts, each of them aligned: here the compiler checks the whole's address.
+struct simt_mismatch { const char* file; unsigned line, column; const void* type; unsigned char log_alignment, kind; };
+SIMT_RUNTIME void __ubsan_handle_type_mismatch_v1(const simt_mismatch* what, const void* p) {
+    if (simt::self) simt::misaligned(p, size_t(1) << what->log_alignment);
 }
 // std::atomic and the guards of static variables, which are the host's: atomics of kernels are above.
 #define SIMT_FETCH(bits, T, name)                                                                                                    \

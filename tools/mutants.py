@@ -19,7 +19,7 @@ BUILD = "build/mutants"
 LAYERS = {"embedding|Embedding|sort_|bucket_of": "embedding", "rmsnorm": "rmsnorm", "linear|matmul": "linear", "conv|Conv|with_conv": "conv",
           "scan|Scan|exchange|load_part|store_part|load_states|store_states|load_decay|sum_lanes|with_lanes|State": "scan",
           "router|Router|to_real|add_kernel|dispatch|gather|combine|each_expert|experts": "moe", "swiglu": "feed-forward", "relu": "relu",
-          "load_logits|softmax_of_row|classifier": "classifier", "softmax_forward": "softmax", "sum_kernel|sum_all": "sum", "adamw": "adamw"}
+          "softmax_of_row|classifier": "classifier", "softmax_forward": "softmax", "sum_kernel|sum_all": "sum", "adamw": "adamw"}
 
 # function: [(name, fragment, replacement, why it is harmless if it is)]
 FAULTS = {
@@ -391,11 +391,10 @@ FAULTS = {
     "relu_backward": [("alignment", "with_width({count}", "with_width({0 * count}")],
 
     # ---- classifier
-    "load_logits": [("past V", "c + j < V ? real(row[c + j]) : kLowest", "real(row[c + j])"), ("whole vectors only", "c + width <= V", "c <= V")],
     "softmax_of_row": [
         ("scale of the sum", "sum *= exp_(most - larger);", ""),
         ("sign", "exp_(most - larger)", "exp_(larger - most)"),
-        ("padding", "if (c + j < V) sum", "if (c + j <= V) sum", "past V lies the lowest number there is: its exponential is 0"),
+        ("padding", "if (c + j < V) sum", "if (c + j <= V) sum"),
         ("threads' maxima", "sum * exp_(most - of_all)", "sum"),
         ("scale", "c + j < V ? x.v[j] * scale", "c + j < V ? x.v[j]"),
         ("stride", "c += blockDim.x * width", "c += 2 * blockDim.x * width"),
@@ -408,7 +407,7 @@ FAULTS = {
         ("loss", "log_(s.sum) - at_target", "log_(s.sum) + at_target"),
         ("scale", "d_loss / s.sum", "1 / s.sum"),
         ("kept as they are", "if (d_loss == 0) return;", ""),
-        ("padding", "c + j < V ? exp_", "c + j <= V ? exp_", "past V lies the lowest number there is, whose exponential is the same 0"),
+        ("padding", "c + j < V ? exp_", "c + j <= V ? exp_"),
         ("target read late", "losses[r] = s.most + log_(s.sum) - at_target;\n    if (d_loss == 0) return;",
          "losses[r] = s.most + log_(s.sum);\n    if (d_loss == 0) return;"),
     ],
