@@ -330,13 +330,14 @@ Case conv(int B, int T, int D, int W, int gap, bool initial, bool final, int sta
     }};
 }
 
-// B_t, C_t and z lie where the Model has them: in rows [dt | B | C] of R + 2N, and [x | z] of 2D; with R = 0 and slices = false, alone.
+// B_t, C_t and z lie where the Model has them: in rows [dt | B | C] of R + 2N, and [x | z] of 2D; with R = 0, [B | C] and [z | x]; with
+// slices = false, alone.
 Case scan(int B, int T, int D, int N, bool initial, bool final, int R = 0, bool slices = false, double dt_mean = -1) {
     return {title("scan", {{"B", B}, {"T", T}, {"D", D}, {"N", N}, {"initial", initial}, {"final", final}, {"R", R}, {"slices", slices},
                            {"dt", dt_mean}}), [=](Run& r) {
         const int rows = B * T, ld_bc = slices ? R + 2 * N : N, ld_z = slices ? 2 * D : D;
         const Shape shape{rows, D}, b_shape{rows, N, ld_bc, slices ? R : 0}, c_shape{rows, N, ld_bc, slices ? R + N : 0},
-            z_shape{rows, D, ld_z, slices ? D : 0}, state{B * D, N};
+            z_shape{rows, D, ld_z, slices && R ? D : 0}, state{B * D, N};
         const floatX* u = r.in<floatX>("u", shape);
         const floatX* dt = r.in<floatX>("dt", shape);
         const floatX* B_t = r.in<floatX>("B_t", b_shape);
