@@ -428,6 +428,7 @@ void dot_rows(Out* out, int ld_out, const floatX* in, int ld_in, const Weight* w
 // out (rows, O) = in (rows, I) W^T (+ out).  Also called from inside parallel regions, where it runs on one thread.
 template <class Out, class Weight>
 void multiply(Out* out, int ld_out, const floatX* in, int ld_in, const Weight* weight, int rows, int I, int O, bool accumulate) {
+    if (rows == 0) return;
     if (rows <= kFewRows) {
         const auto dot = [&]<int... kRows>(std::integer_sequence<int, kRows...>) {
             return std::array{dot_rows<kRows + 1, Out, Weight>...}[rows - 1];

@@ -4,7 +4,7 @@
 cd "$(dirname "$0")/.." || exit 1
 unset MAKEFLAGS  # of "make test OPTION=...": the builds below choose their own
 export OMP_WAIT_POLICY=passive  # a waiting thread that spins would take the core from one that works
-export MOEMAMBA_TEST_SEED=${MOEMAMBA_TEST_SEED:-$((RANDOM * 32768 + RANDOM))}
+export MOEMAMBA_TEST_SEED=${MOEMAMBA_TEST_SEED:-1}  # another one draws other inputs
 jobs=$(nproc 2>/dev/null || echo 2)
 mkdir -p build/log
 counts=build/log/counts.txt  # a line for each step: test cases passed, failed
