@@ -166,9 +166,9 @@ struct Dataset {
     }
 };
 
-// Batches of windows of T + 1 tokens, T apart, so that every token but the first, and what does not fill a last
-// window, is a target once in an epoch. The order of an epoch
-// is a pure function of seed and epoch, so a position is just the number of sequences drawn: to resume, the step is enough.
+// Batches of windows of T + 1 tokens, T apart, so that every token but the first, and what does not fill a last window, is a target once
+// in an epoch. The order of an epoch is a pure function of seed and epoch, so a position is just the number of sequences drawn: to
+// resume, the step is enough.
 struct Loader {
     const TokenStream& stream;
     const int T;
@@ -268,8 +268,9 @@ struct Checkpoint {
         }
         run.resolve();
         train_tokens = number("train_tokens");
-        if (number("step") > run.steps) fail("%s: it is of step %s of %d", model.c_str(), file.meta("step").c_str(), run.steps);
-        step = int(number("step"));
+        const int64_t done = number("step");
+        if (done > run.steps) fail("%s: it is of step %lld of %d", model.c_str(), (long long)done, run.steps);
+        step = int(done);
     }
 };
 
@@ -548,8 +549,8 @@ static int train(int argc, char** argv) {
     add_option(app, "--max-minutes", options.max_minutes, "stop and save, as on Ctrl-C, after so long; 0 = no limit");
     add_option(app, "--peak-flops", options.peak_flops, "operations/s of matrix products that count as the peak; 0 = measure them now");
     app.add_flag("--resume", options.resume,
-               "continue the run in --out, bit for bit with as many threads; it knows its model and its run: only --steps can grow, with "
-               "a constant schedule");
+                 "continue the run in --out, bit for bit with as many threads; it knows its model and its run: only --steps can grow, "
+                 "with a constant schedule");
     app.add_flag("--dry-run", options.dry_run, "print parameters, memory and compute, take none of them; needs no --data or --out");
     app.add_flag("--list-presets", options.list_presets, "print the presets");
     Run::each_field(run_flags, [&](const char* flag, auto& field, const char* help) {

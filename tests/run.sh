@@ -2,7 +2,7 @@
 # Builds and runs the tests in every precision, then under sanitizers, and has nvcc compile everything. Tests run beside the builds that
 # follow them. Ends with "N passed, N failed".
 cd "$(dirname "$0")/.." || exit 1
-unset MAKEFLAGS  # of "make test OPTION=...": the builds below choose their own
+unset MAKEFLAGS CUDA PRECISION SANITIZE OPTIMIZE  # of "make test OPTION=...": the builds below choose their own
 export OMP_WAIT_POLICY=passive  # a waiting thread that spins would take the core from one that works
 export MOEMAMBA_TEST_SEED=${MOEMAMBA_TEST_SEED:-1}  # another one draws other inputs
 jobs=$(nproc 2>/dev/null || echo 2)
