@@ -72,6 +72,13 @@ struct Error : std::runtime_error {
 [[noreturn, gnu::format(printf, 1, 2)]] void fail(const char* format, ...);  // throws Error
 int run_main(int (*body)(int, char**), int argc, char** argv);               // prints "error: ..." to stderr, returns 1
 
+// The whole text as a decimal number. Not std::errc(): it is none, or out of T's range.
+template <class T>
+std::errc parse_number(const std::string& text, T& value) {
+    const char* last = text.data() + text.size();
+    const auto [end, error] = std::from_chars(text.data(), last, value);
+    return error == std::errc() && end != last ? std::errc::invalid_argument : error;
+}
 // An option of a CLI::App. Numbers are read strictly: CLI11 itself takes 010 for 8, nothing for 0, and what is out of range for its end.
 template <class App, class T>
 auto* add_option(App& app, const std::string& flag, T& field, const std::string& help) {
@@ -79,9 +86,7 @@ auto* add_option(App& app, const std::string& flag, T& field, const std::string&
     if constexpr (std::is_arithmetic_v<T>)
         option->transform([flag](const std::string& text) {
             T value{};
-            const char* last = text.data() + text.size();
-            const auto [end, error] = std::from_chars(text.data(), last, value);
-            if (error != std::errc() || end != last)
+            if (const std::errc error = parse_number(text, value); error != std::errc())
                 fail("%s: '%s' is not a %snumber%s", flag.c_str(), text.c_str(), std::is_integral_v<T> ? "whole " : "",
                      error == std::errc::result_out_of_range ? " in range" : std::is_unsigned_v<T> ? " from 0 on" : "");
             if constexpr (std::is_integral_v<T>) return std::to_string(value);

@@ -255,8 +255,7 @@ struct Checkpoint {
         const auto number = [&](const char* key) {
             const std::string text = file.meta(key);
             int64_t value = 0;
-            const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
-            if (error != std::errc() || end != text.data() + text.size() || value < 1)
+            if (parse_number(text, value) != std::errc() || value < 1)
                 fail("%s: its metadata has \"%s\": \"%s\", where a count belongs", model.c_str(), key, text.c_str());
             return value;
         };
