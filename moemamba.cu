@@ -369,6 +369,15 @@ void* allocate(size_t bytes, const char* name) {
     return memory;
 }
 void release(void* memory) { cudaFree(memory); }  // called by destructors; an error that it repeats was reported where it happened
+void* allocate_host(size_t bytes, const char* name) {
+    void* memory = nullptr;
+    if (cudaMallocHost(&memory, bytes) != cudaSuccess) {
+        cudaGetLastError();
+        fail("%s: cannot allocate %zu bytes of page-locked host memory. Use a smaller batch.", name, bytes);
+    }
+    return memory;
+}
+void release_host(void* memory) { cudaFreeHost(memory); }
 void zero(void* memory, size_t bytes, cudaStream_t stream) {
     if (bytes > 0) CUDA_CHECK(cudaMemsetAsync(memory, 0, bytes, stream));
 }
@@ -787,8 +796,8 @@ void conv_backward(floatX* d_in, int ld_d_in, real* d_weight, real* d_bias, real
 // shuffles instead of 8, and the gates of the four steps are then computed by four lanes, not four times.
 //
 // Parallel over time. Where batch and channels do not fill the chip, time is cut into segments of whole chunks. A first pass finds what
-// each segment makes of a zero state, a scan over segments turns that into the state that enters each one, and the final pass does the
-// work. Its own input enters through the state, so that both passes are one kernel. Backward is the same, right to left.
+// each segment but the last makes of a zero state, a scan over segments turns that into the state that enters each one, and the final pass
+// does the work. Its own input enters through the state, so that both passes are one kernel. Backward is the same, right to left.
 //
 // Backward. The forward pass leaves one state per kScanChunk = 64 steps. From it the chunk is run again, down a tree with branches of 4:
 // keeping the states at the start of each 16 steps, then of each 4 steps, then of each step together with its exp(delta A). What is
@@ -807,7 +816,7 @@ void conv_backward(floatX* d_in, int ld_d_in, real* d_weight, real* d_bias, real
 //             parts of d_B_t d_C_t       2    (2 N 4, written and read)     4
 //             in all / least             17.5 / 14 = 1.25                  35 / 28 = 1.25
 // Sums over time (dA, d_skip, d_dt_bias) are parts per sequence and segment, (N + 2) 8 / T bytes. With segments, the first pass adds
-// u and dt (forward: 4 or 8 bytes) or dt, z and d_out (backward: 6 or 12).
+// u and dt (forward: 4 or 8 bytes) or dt, z and d_out (backward: 6 or 12) of all segments but one.
 struct ScanInput {
     const floatX *u, *dt, *B_t, *C_t, *z;
     int ld_bc, ld_z;
@@ -854,11 +863,12 @@ __device__ __forceinline__ unsigned opaque(unsigned x) {
 // Where a thread stands.
 template <int lanes>
 struct ScanThread {
-    int begin, end;        // of the block's segment
-    int lane, n, channel;  // lane of the channel's group; its first state; channel in the block
-    __device__ __forceinline__ explicit ScanThread(const ScanInput& in) {
+    int segment, begin, end;  // of the block, and its steps
+    int lane, n, channel;     // lane of the channel's group; its first state; channel in the block
+    __device__ __forceinline__ explicit ScanThread(const ScanInput& in, int first_segment = 0) {
         using Block = ScanBlock<lanes>;
-        begin = blockIdx.z * in.segment_steps;
+        segment = first_segment + blockIdx.z;
+        begin = segment * in.segment_steps;
         end = min(begin + in.segment_steps, in.T);
         lane = lane_id() / Block::warp_channels;
         n = lane * kStates;
@@ -868,7 +878,7 @@ struct ScanThread {
     __device__ __forceinline__ int d() const { return opaque(blockIdx.y) * ScanBlock<lanes>::channels + channel; }
     // Rows of (B, D, N), (B, segments, D, N) and (B, chunks, D, N) tensors.
     __device__ __forceinline__ int64_t state_row(const ScanInput& in) const { return b() * in.D + d(); }
-    __device__ __forceinline__ int64_t segment_row(const ScanInput& in) const { return (b() * in.segments + blockIdx.z) * in.D + d(); }
+    __device__ __forceinline__ int64_t segment_row(const ScanInput& in) const { return (b() * in.segments + segment) * in.D + d(); }
     __device__ __forceinline__ int64_t chunk_row(const ScanInput& in, int chunk) const { return (b() * in.chunks + chunk) * in.D + d(); }
 };
 
@@ -958,7 +968,8 @@ __device__ __forceinline__ real sum_lanes(const real (&x)[kScanSteps]) {
 }
 
 // local: from a zero state, for the state that the segment leaves behind (segment_states) and the sum of its deltas (delta_sums), both
-// (B, segments, ...). Else the final pass: the state enters from segment_states if there are segments, else from initial_state.
+// (B, segments, ...); not for the last segment, after which nothing comes. Else the final pass: the state enters from segment_states if
+// there are segments, else from initial_state.
 template <int lanes, bool local>
 __global__ void __launch_bounds__(ScanBlock<lanes>::threads, local ? 1 : ScanBlock<lanes>::forward_blocks)
 scan_forward_kernel(floatX* out, real* final_state, real* chunk_states, real* segment_states, real* delta_sums, ScanInput in,
@@ -1072,7 +1083,7 @@ scan_forward_kernel(floatX* out, real* final_state, real* chunk_states, real* se
 }
 
 // The same for gradients, right to left: what a segment adds to the gradient of the state that enters it, if that of the state it
-// leaves is zero.
+// leaves is zero. Not for the first segment, before which nothing comes.
 template <int lanes>
 __global__ void __launch_bounds__(ScanBlock<lanes>::threads, 1)
 scan_backward_local_kernel(real* segment_grads, real* delta_sums, const floatX* d_out, ScanInput in) {
@@ -1080,7 +1091,7 @@ scan_backward_local_kernel(real* segment_grads, real* delta_sums, const floatX* 
     SHARED(real[Block::tile * Block::channels], delta);
     SHARED(real[Block::tile * Block::channels], g);
     SHARED(real[Block::tile * Block::columns / 2], c);
-    const ScanThread<lanes> thread(in);
+    const ScanThread<lanes> thread(in, 1);
     const bool valid_channel = thread.d() < in.D;
     const Lanes<kStates> decay = load_decay(in.A_log, thread.d(), thread.n, in.N, valid_channel);
     Lanes<kStates> dh = {};  // of the state before the step
@@ -1131,9 +1142,9 @@ __global__ void scan_carry_kernel(real* states, const real* delta_sums, const re
     real enters = entry ? entry[i] : 0;
     for (int k = 0; k < segments; k++) {
         const int64_t at = (b * segments + (reverse ? segments - 1 - k : k)) * DN + dn;
-        const real made = states[at];
+        const real leaves = k + 1 < segments ? exp_(A * delta_sums[at / N]) * enters + states[at] : 0;
         states[at] = enters;
-        enters = exp_(A * delta_sums[at / N]) * enters + made;
+        enters = leaves;
     }
 }
 
@@ -1231,8 +1242,9 @@ void scan_forward(floatX* out, real* final_state, real* chunk_states, const floa
         using Block = ScanBlock<lanes>;
         const dim3 blocks(B, in.channel_blocks, in.segments);
         if (in.segments > 1) {
+            const dim3 others(B, in.channel_blocks, in.segments - 1);
             allow_shared(scan_forward_kernel<lanes, true>, Block::forward_bytes);
-            LAUNCH((scan_forward_kernel<lanes, true>), blocks, Block::threads, Block::forward_bytes, stream)
+            LAUNCH((scan_forward_kernel<lanes, true>), others, Block::threads, Block::forward_bytes, stream)
             (nullptr, nullptr, nullptr, s.segment_states, s.delta_sums, in, nullptr);
             scan_carry(s.segment_states, s.delta_sums, initial_state, in, B, false, stream);
         }
@@ -1488,7 +1500,8 @@ void scan_backward(floatX* d_u, floatX* d_dt, floatX* d_B_t, floatX* d_C_t, floa
         using Block = ScanBlock<lanes>;
         const dim3 blocks(B, in.channel_blocks, in.segments);
         if (in.segments > 1) {
-            LAUNCH(scan_backward_local_kernel<lanes>, blocks, Block::threads, 0, stream)(s.segment_states, s.delta_sums, d_out, in);
+            const dim3 others(B, in.channel_blocks, in.segments - 1);
+            LAUNCH(scan_backward_local_kernel<lanes>, others, Block::threads, 0, stream)(s.segment_states, s.delta_sums, d_out, in);
             scan_carry(s.segment_states, s.delta_sums, d_final_state, in, B, true, stream);
         }
         allow_shared(scan_backward_kernel<lanes>, Block::backward_bytes);
@@ -2085,6 +2098,8 @@ const Layers layers = {
 #endif
     .allocate = allocate,
     .release = release,
+    .allocate_host = allocate_host,
+    .release_host = release_host,
     .zero = zero,
     .upload = upload,
     .download = download,
@@ -2527,7 +2542,7 @@ Model::Model(const Config& given, const Layers& layers) : config(given), layers(
     }
 }
 
-Model::~Model() = default;
+Model::~Model() { layers.release_host(staging); }
 
 int64_t Model::parameter_count() const {
     int64_t n = 0;
@@ -2706,6 +2721,7 @@ void Model::allocate_training(int B, int T, int accumulation) {
     gradients.allocate(layers);
     moments.allocate(layers);
     activations.allocate(layers);
+    staging = static_cast<int*>(layers.allocate_host(size_t(accumulation) * 2 * B * T * sizeof(int), "tokens of a step"));
     for (Tensor* t : tensors) {
         layers.zero(t->m, t->count * sizeof(real), stream);
         layers.zero(t->v, t->count * sizeof(real), stream);
@@ -2874,7 +2890,14 @@ void Model::forward_backward(const int* tokens, const int* targets, int accumula
     Buffers& b = buffers;
     activations.bind();
     training_pass = true;
-    forward(tokens, targets, batch, time, nullptr);
+    if (staged == planned_parts) {  // more parts than were planned: they wait for room
+        layers.synchronize(stream);
+        staged = 0;
+    }
+    int* const part = staging + int64_t(2) * rows * staged++;
+    std::copy_n(tokens, rows, part);
+    std::copy_n(targets, rows, part + rows);
+    forward(part, part + rows, batch, time, nullptr);
     const int64_t counted = rows - std::count(targets, targets + rows, -1);
     parts++;
     targets_seen += counted;
@@ -2917,6 +2940,7 @@ Losses Model::read_losses() {
     layers.download(sums, buffers.losses, sizeof(sums), stream);
     if (!loads.empty()) layers.download(loads.data(), buffers.loads, loads.size() * sizeof(int), stream);
     layers.zero(buffers.losses + kGradSquares, sizeof(real), stream);  // so that reading twice gives the same
+    staged = 0;
     Losses losses;
     losses.cross_entropy = sums[kCrossEntropy] / double(std::max<int64_t>(1, targets_seen));
     losses.grad_norm = std::sqrt(double(sums[kGradSquares]));

@@ -181,6 +181,8 @@ struct Layers {
     // -------- memory
     void* (*allocate)(size_t bytes, const char* name);  // contents undefined; fails with name and size
     void (*release)(void* memory);                      // null is fine
+    void* (*allocate_host)(size_t bytes, const char* name);  // on the host, where upload returns at once and reads later
+    void (*release_host)(void* memory);                 // null is fine
     void (*zero)(void* memory, size_t bytes, cudaStream_t stream);
     void (*upload)(void* to_device, const void* from_host, size_t bytes, cudaStream_t stream);
     void (*download)(void* to_host, const void* from_device, size_t bytes, cudaStream_t stream);  // returns when done
@@ -431,8 +433,8 @@ struct Model {
     void plan_training(int B, int T, int accumulation = 1);
     void allocate_training(int B, int T, int accumulation = 1);
     // One of `accumulation` equal parts of a step: gradients of mean cross-entropy + weighted auxiliary losses are added to grad.
-    // tokens, targets (B, T) on the host; a target of -1 is ignored. Returns while the device computes: what it waits for is the upload,
-    // which follows the part before, and the counts of E layers without capacity.
+    // tokens, targets (B, T) on the host, where they may change afterwards; a target of -1 is ignored. Returns while the device computes:
+    // it waits for nothing but the counts of E layers without capacity.
     void forward_backward(const int* tokens, const int* targets, int accumulation);
     void zero_gradients();
     Losses read_losses();               // waits; losses and gradient norm since the last zero_gradients()
@@ -481,7 +483,9 @@ struct Model {
     int batch = 0, time = 0;                       // of training
     int inference_batch = 0, inference_time = 0;   // what the inference arena has room for
     bool training_pass = false;                    // is the forward pass now running one of training?
-    int planned_parts = 1;                         // accumulation parts that buffers.loads has room for
+    int planned_parts = 1;                         // accumulation parts that buffers.loads and staging have room for
+    int* staging = nullptr;                        // (planned_parts, 2, rows) on the host: tokens, targets of each part, for upload
+    int staged = 0;                                // parts in it that the device may not have read yet
     int parts = 0;                                 // accumulation parts and targets since zero_gradients()
     int64_t targets_seen = 0;
     std::vector<real> probabilities;

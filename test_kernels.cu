@@ -1193,6 +1193,59 @@ TEST_CASE("training may drop tokens; evaluation and decoding never do", "[model]
     CHECK((dropping.probabilities == keeping.probabilities));
 }
 
+TEST_CASE("a training step waits for nothing but the counts of experts without capacity", "[model]") {
+    // A device that reads what is uploaded only when someone waits for it: until then it must stay as it was.
+    struct Late { const unsigned char* from; std::vector<unsigned char> bytes; };
+    static std::vector<Late> late;
+    static std::vector<std::pair<const unsigned char*, size_t>> host;
+    static int waits, changed;
+    waits = changed = 0, host.clear();
+    Layers layers = cpu::layers;
+    layers.allocate_host = [](size_t bytes, const char* name) {
+        void* memory = cpu::layers.allocate_host(bytes, name);
+        host.emplace_back(static_cast<unsigned char*>(memory), bytes);
+        return memory;
+    };
+    layers.synchronize = [](cudaStream_t) {
+        for (const Late& l : late) changed += memcmp(l.from, l.bytes.data(), l.bytes.size()) != 0;
+        late.clear();
+        ++waits;
+    };
+    layers.upload = [](void* to, const void* from, size_t bytes, cudaStream_t) {
+        memcpy(to, from, bytes);
+        const auto* p = static_cast<const unsigned char*>(from);
+        late.push_back({p, {p, p + bytes}});
+        for (const auto& [begin, size] : host)
+            if (p >= begin && p + bytes <= begin + size) return;
+        late.pop_back();
+        ++waits;
+    };
+    static auto wait = layers.synchronize;
+    layers.download = [](void* to, const void* from, size_t bytes, cudaStream_t stream) {
+        memcpy(to, from, bytes);
+        wait(stream);
+    };
+    for (const double capacity : {1.0, 0.0}) {
+        const Config config{.layers = "ME*2", .vocab = 37, .d_model = 16, .d_state = 5, .experts = 4, .capacity = capacity};
+        const int B = 2, T = 5, planned = 3, counts = capacity > 0 ? 0 : 2;  // of two E layers
+        Model model(config, layers);
+        model.initialize(seed);
+        model.allocate_training(B, T, planned);
+        for (const int parts : {planned, planned + 1}) {
+            model.zero_gradients();
+            waits = 0;
+            for (int i = 0; i < parts; ++i) {
+                const Batch batch(config.vocab - i, B, T);  // each part's memory is gone when it has been called
+                model.forward_backward(batch.tokens.data(), batch.targets.data(), parts);
+            }
+            CHECK(waits == parts * counts + (parts > planned));  // one more part than there is room for waits
+            model.read_losses();
+            CHECK(late.empty());
+        }
+    }
+    CHECK(changed == 0);
+}
+
 TEST_CASE("expert load and dropped tokens are those of all parts of a step", "[model]") {
     const Config config{.layers = "ME*2", .vocab = 37, .d_model = 16, .d_state = 5, .experts = 4, .capacity = 0.5};
     const int B = 2, T = 12, parts = 3;

@@ -216,6 +216,12 @@ static Json to_json(const Run& run) {
     return json;
 }
 
+// What the bits of a run depend on besides its flags.
+static std::string machine(const Layers& layers) {
+    const std::string device = layers.device, threads = std::to_string(omp_get_max_threads());
+    return device + " in " + kPrecision + (device == "cuda" ? "" : ", threads: " + threads);
+}
+
 static void save_checkpoint(const Model& model, const fs::path& out, int step, const Run& run, const Dataset& data) {
     const std::string optimizer = "optimizer-" + std::to_string(step) + ".safetensors";
     try {
@@ -224,6 +230,7 @@ static void save_checkpoint(const Model& model, const fs::path& out, int step, c
                                                  {"tokenizer", data.tokenizer.to_json()},
                                                  {"training", to_json(run).dump()},
                                                  {"train_tokens", std::to_string(data.train->count)},
+                                                 {"machine", machine(model.layers)},
                                                  {"optimizer", optimizer}});
     } catch (...) {
         std::error_code ignored;
@@ -242,6 +249,7 @@ static void save_checkpoint(const Model& model, const fs::path& out, int step, c
 
 struct Checkpoint {
     std::string model, optimizer;  // paths
+    std::string machine;           // that wrote it
     Config config;
     Run run;
     int step = 0;
@@ -251,6 +259,7 @@ struct Checkpoint {
         const Safetensors file(model);
         config = Config::from_json(file.meta("config"), model);
         optimizer = (out / fs::path(file.meta("optimizer")).filename()).string();
+        machine = file.meta("machine");
         const std::string training = file.meta("training");
         const auto number = [&](const char* key) {
             const std::string text = file.meta(key);
@@ -548,7 +557,7 @@ static int train(int argc, char** argv) {
     add_option(app, "--max-minutes", options.max_minutes, "stop and save, as on Ctrl-C, after so long; 0 = no limit");
     add_option(app, "--peak-flops", options.peak_flops, "operations/s of matrix products that count as the peak; 0 = measure them now");
     app.add_flag("--resume", options.resume,
-                 "continue the run in --out, bit for bit with as many threads; it knows its model and its run: only --steps can grow, "
+                 "continue the run in --out, bit for bit on the same device with as many threads; it knows its model and its run: only --steps can grow, "
                  "with a constant schedule");
     app.add_flag("--dry-run", options.dry_run, "print parameters, memory and compute, take none of them; needs no --data or --out");
     app.add_flag("--list-presets", options.list_presets, "print the presets");
@@ -615,6 +624,9 @@ static int train(int argc, char** argv) {
     else model.initialize(run.seed);
     model.allocate_training(run.batch, run.seq_len, run.grad_accum);
     if (checkpoint) model.load_optimizer(checkpoint->optimizer);
+    if (checkpoint && checkpoint->machine != machine(layers))
+        printf("note: the checkpoint was written on %s; here it is %s: the same to rounding, not to the bit\n", checkpoint->machine.c_str(),
+               machine(layers).c_str());
     train_steps(model, options, run, data, checkpoint ? checkpoint->step : 0);
     return 0;
 }

@@ -1007,6 +1007,10 @@ inline cudaError_t cudaFree(void* p) {
     d.live.erase(start);
     return cudaSuccess;
 }
+template <class T> cudaError_t cudaMallocHost(T** p, size_t bytes) {
+    return (*p = static_cast<T*>(malloc(bytes))) ? cudaSuccess : cudaErrorMemoryAllocation;
+}
+inline cudaError_t cudaFreeHost(void* p) { free(p); return cudaSuccess; }
 inline cudaError_t cudaMemGetInfo(size_t* unused, size_t* total) {
     *total = simt::range_bytes, *unused = simt::range_bytes - simt::device().used;
     return cudaSuccess;

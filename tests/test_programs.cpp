@@ -55,6 +55,7 @@ struct Limits {
     std::string input = "/dev/null";
     rlim_t file_bytes = RLIM_INFINITY, memory_bytes = RLIM_INFINITY;
     std::function<void(pid_t)> meanwhile = {};
+    const char* threads = "2";
 };
 
 // A directory of its own for each test, removed afterwards.
@@ -87,7 +88,7 @@ struct Workplace {
             const rlimit file_limit{limits.file_bytes, limits.file_bytes}, memory_limit{limits.memory_bytes, limits.memory_bytes};
             setrlimit(RLIMIT_FSIZE, &file_limit);
             setrlimit(RLIMIT_AS, &memory_limit);
-            setenv("OMP_NUM_THREADS", "2", 1);
+            setenv("OMP_NUM_THREADS", limits.threads, 1);
             setenv("OMP_WAIT_POLICY", "passive", 1);  // on a busy machine, waiting threads must not take the cores from working ones
             std::vector<char*> argv = {const_cast<char*>(executable.c_str())};
             for (const std::string& argument : arguments) argv.push_back(const_cast<char*>(argument.c_str()));
@@ -748,6 +749,20 @@ TEST_CASE("a constant schedule can be prolonged") {
     at.refuse("train", train_flags(at, "parts", 11) + constant + Arguments{"--resume"}, {"--steps", "11", "12"});
 }
 
+TEST_CASE("resuming says when the bits will differ") {
+    const Workplace at;
+    make_data(at);
+    int steps = 1;
+    auto says_so = [&](const char* threads, const Arguments& resume) {
+        const Arguments flags = train_flags(at, "run", ++steps) + Arguments{"--schedule", "constant"} + resume;
+        return at.succeed("train", flags, {.threads = threads}).out.find("not to the bit") != std::string::npos;
+    };
+    CHECK(!says_so("2", {}));
+    CHECK(!says_so("2", {"--resume"}));
+    CHECK(says_so("1", {"--resume"}));
+    CHECK(!says_so("1", {"--resume"}));
+}
+
 TEST_CASE("kill -9 at any time leaves a checkpoint that resumes") {
     const Workplace at;
     make_data(at);
@@ -1086,7 +1101,7 @@ TEST_CASE("infer and --resume refuse bad checkpoints and flags") {
     refuse({path, "config"});
     with_header([](Json& h) { h["__metadata__"]["tokenizer"] = "{\"kind\": \"words\", \"vocab\": 257, \"end_of_text\": 256}"; });
     at.refuse("infer", infer, {path, "words"});
-    for (const char* key : {"training", "step", "optimizer", "train_tokens"}) {
+    for (const char* key : {"training", "step", "optimizer", "train_tokens", "machine"}) {
         with_header([&](Json& h) { h["__metadata__"].erase(key); });
         at.refuse("train", resume, {path, key});
         at.succeed("infer", infer);  // which needs none of them
