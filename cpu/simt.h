@@ -209,9 +209,10 @@ inline constinit thread_local Thread* self = nullptr;         // the kernel thre
 
 // ---------------------------------------------------------------------------------------------------------------------------------
 // Device memory: one range of addresses, inaccessible except while kernels, copies and cuBLAS run. Each allocation ends as close before
-// an inaccessible page as its alignment to 256 bytes allows, and no address is used again until the whole range has been.
+// an inaccessible page as its alignment to 256 bytes allows. Addresses are used in turn, so that one which was freed stays free for a while;
+// begin_again: the fewer pages were ever touched, the less it costs to open and close them.
 
-inline constexpr size_t range_bytes = size_t(4) << 30;
+inline constexpr size_t range_bytes = size_t(4) << 30, begin_again = 16 << 20;
 inline bool watched = false;                                  // some code is compiled with -fsanitize=thread
 
 struct Allocation { size_t bytes; bool live; std::map<uintptr_t, std::string> names; };
@@ -408,7 +409,7 @@ inline void* allocate(size_t bytes, const char* name) {
     size_t rounded = (bytes + 255) / 256 * 256, span = d.page_end(rounded) + d.page;           // with the page that may not be touched
     if (span > range_bytes - d.page) return nullptr;
     for (bool wrapped = false;;) {                            // the first gap from next on
-        if (d.next + span > d.base + range_bytes) {
+        if (d.next + span > d.base + (wrapped ? range_bytes : begin_again)) {
             if (wrapped) return nullptr;
             wrapped = true, d.next = d.base;
         }

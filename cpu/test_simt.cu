@@ -8,6 +8,7 @@
 #else
 #include <catch2/catch.hpp>
 #endif
+#include <memory>
 #include <sys/wait.h>
 
 namespace {
@@ -338,6 +339,13 @@ TEST_CASE("the runtime's calls", "[simt]") {
     CHECK(cudaMalloc(&p, size_t(1) << 40) == cudaErrorMemoryAllocation);
     Buffer<float> fresh(3);
     CHECK(std::isnan(fresh.host()[2]));
+    std::vector<std::unique_ptr<Buffer<int>>> held;           // more than is gone through before freed addresses come again
+    for (int i = 0; i < 60; ++i) {
+        held.push_back(std::make_unique<Buffer<int>>(std::vector<int>(1 << 18, i)));
+        if (i % 3 == 2) held[i / 3].reset();
+    }
+    for (int i = 20; i < 60; ++i) CHECK((held[i]->host() == std::vector<int>(1 << 18, i)));
+    held.clear();
     for (int i = 0; i < 5000; ++i) {                          // a program may allocate and free for as long as it likes
         Buffer<char> b(size_t(i) * 7 + 1);
         if (i % 1000 == 0) CHECK(cudaMemset(b.data, 0, b.size) == cudaSuccess);
