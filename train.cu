@@ -557,8 +557,8 @@ static int train(int argc, char** argv) {
     add_option(app, "--max-minutes", options.max_minutes, "stop and save, as on Ctrl-C, after so long; 0 = no limit");
     add_option(app, "--peak-flops", options.peak_flops, "operations/s of matrix products that count as the peak; 0 = measure them now");
     app.add_flag("--resume", options.resume,
-                 "continue the run in --out, bit for bit on the same device with as many threads; it knows its model and its run: only --steps can grow, "
-                 "with a constant schedule");
+                 "continue the run in --out, bit for bit on the same device with as many threads; it knows its model and its run: only --steps "
+                 "can grow, with a constant schedule");
     app.add_flag("--dry-run", options.dry_run, "print parameters, memory and compute, take none of them; needs no --data or --out");
     app.add_flag("--list-presets", options.list_presets, "print the presets");
     Run::each_field(run_flags, [&](const char* flag, auto& field, const char* help) {
