@@ -107,14 +107,14 @@ struct alignas(sizeof(T) * count) Packed {
 };
 using Vector = Packed<floatX, kWidth>;
 template <int width>
-struct Lanes {
+struct Reals {
     real v[width];
 };
 
 template <int width, class T>
-__device__ __forceinline__ Lanes<width> load(const T* p) {
+__device__ __forceinline__ Reals<width> load(const T* p) {
     constexpr int piece = width * sizeof(T) <= 16 ? width : 16 / sizeof(T);
-    Lanes<width> x;
+    Reals<width> x;
     UNROLL for (int i = 0; i < width; i += piece) {
         const Packed<T, piece> part = *reinterpret_cast<const Packed<T, piece>*>(p + i);
         UNROLL for (int j = 0; j < piece; j++) x.v[i + j] = real(part.v[j]);
@@ -122,7 +122,7 @@ __device__ __forceinline__ Lanes<width> load(const T* p) {
     return x;
 }
 template <int width, class T>
-__device__ __forceinline__ void store(T* p, const Lanes<width>& x) {
+__device__ __forceinline__ void store(T* p, const Reals<width>& x) {
     constexpr int piece = width * sizeof(T) <= 16 ? width : 16 / sizeof(T);
     UNROLL for (int i = 0; i < width; i += piece) {
         Packed<T, piece> part;
@@ -189,6 +189,288 @@ __global__ void reduce_partials_kernel(real* out, const real* partials, int part
 void reduce_partials(real* out, const real* partials, int parts, int64_t count, cudaStream_t stream) {
     LAUNCH(reduce_partials_kernel, blocks_for(count, kWarp), dim3(kWarp, kReduceRows), 0, stream)(out, partials, parts, count);
     CHECK_LAUNCH();
+}
+
+// ------------------------------------------------------------------------------------------------------------------
+// Memory
+void* allocate(size_t bytes, const char* name) {
+    if (bytes == 0) return nullptr;
+    void* memory = nullptr;
+    if (cudaMalloc(&memory, bytes) != cudaSuccess) {
+        cudaGetLastError();  // it is reported here, and must not be reported again at the next launch
+        size_t unused = 0, total = 0;
+        if (cudaMemGetInfo(&unused, &total) != cudaSuccess) cudaGetLastError();
+        fail("%s: cannot allocate %.1f MiB of device memory (%.1f of %.1f MiB are free). Use a smaller batch, sequence or model.", name,
+             bytes / 1048576.0, unused / 1048576.0, total / 1048576.0);
+    }
+#ifndef USE_CUDA
+    simt::name_allocation(memory, name);
+#endif
+    return memory;
+}
+void release(void* memory) { cudaFree(memory); }  // called by destructors; an error that it repeats was reported where it happened
+void* allocate_host(size_t bytes, const char* name) {
+    void* memory = nullptr;
+    if (cudaMallocHost(&memory, bytes) != cudaSuccess) {
+        cudaGetLastError();
+        fail("%s: cannot allocate %zu bytes of page-locked host memory. Use a smaller batch.", name, bytes);
+    }
+    return memory;
+}
+void release_host(void* memory) { cudaFreeHost(memory); }
+void zero(void* memory, size_t bytes, cudaStream_t stream) {
+    if (bytes > 0) CUDA_CHECK(cudaMemsetAsync(memory, 0, bytes, stream));
+}
+void upload(void* to_device, const void* from_host, size_t bytes, cudaStream_t stream) {
+    if (bytes > 0) CUDA_CHECK(cudaMemcpyAsync(to_device, from_host, bytes, cudaMemcpyHostToDevice, stream));
+}
+void synchronize(cudaStream_t stream) { CUDA_CHECK(cudaStreamSynchronize(stream)); }
+void download(void* to_host, const void* from_device, size_t bytes, cudaStream_t stream) {
+    if (bytes > 0) CUDA_CHECK(cudaMemcpyAsync(to_host, from_device, bytes, cudaMemcpyDeviceToHost, stream));
+    synchronize(stream);
+}
+
+// ------------------------------------------------------------------------------------------------------------------
+// Matrix products by cuBLAS, which is column-major: a row-major matrix is its transpose there, so C^T = B^T A^T.
+template <class T>
+constexpr cudaDataType_t data_type() {
+    return sizeof(T) == 2 ? CUDA_R_16BF : sizeof(T) == 4 ? CUDA_R_32F : CUDA_R_64F;
+}
+// Products in float32 are float32: no TF32. The fast build is the bf16 one.
+constexpr cublasComputeType_t kCompute = sizeof(real) == 8 ? CUBLAS_COMPUTE_64F : CUBLAS_COMPUTE_32F;
+
+cublasHandle_t cublas(cudaStream_t stream) {
+    static const cublasHandle_t handle = [] {
+        cublasHandle_t created;
+        CUBLAS_CHECK(cublasCreate(&created));
+        // Where cuBLAS cuts k into parts, it adds them up in float32, not in the type of the output.
+        CUBLAS_CHECK(cublasSetMathMode(created, CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION));
+        return created;
+    }();
+    CUBLAS_CHECK(cublasSetStream(handle, stream));  // this takes the workspace away: set it again
+    // With a workspace of our own, results do not depend on what else ran: on this stream, the only one there is.
+    constexpr size_t workspace_bytes = 32 << 20;
+    static void* const workspace = [] {
+        void* memory;
+        CUDA_CHECK(cudaMalloc(&memory, workspace_bytes));
+        return memory;
+    }();
+    CUBLAS_CHECK(cublasSetWorkspace(handle, workspace, workspace_bytes));
+    return handle;
+}
+
+template <class T>
+struct Matrix {  // row-major
+    T* data;
+    int ld;
+    int64_t stride = 0;  // to the next one of a batch
+    bool transposed = false;
+    Matrix t() const { return {data, ld, stride, true}; }  // the same memory, read as its transpose
+};
+using In = Matrix<const floatX>;
+using Out = Matrix<floatX>;
+using Gradient = Matrix<real>;
+using RealIn = Matrix<const real>;
+
+// c (m, n) = a (m, k) b (k, n), plus what c was if accumulate
+template <class C, class AB>
+void matmul(Matrix<C> c, Matrix<const AB> a, Matrix<const AB> b, int m, int n, int k, bool accumulate, cudaStream_t stream,
+            int batch = 1) {
+    const cublasHandle_t handle = cublas(stream);
+    const real one = 1, keep = accumulate ? 1 : 0;
+    const auto op = [](bool transposed) { return transposed ? CUBLAS_OP_T : CUBLAS_OP_N; };
+    constexpr cudaDataType_t in = data_type<AB>(), out = data_type<C>();
+    if (batch == 1)
+        CUBLAS_CHECK(cublasGemmEx(handle, op(b.transposed), op(a.transposed), n, m, k, &one, b.data, in, b.ld, a.data, in, a.ld, &keep,
+                                  c.data, out, c.ld, kCompute, CUBLAS_GEMM_DEFAULT));
+    else
+        CUBLAS_CHECK(cublasGemmStridedBatchedEx(handle, op(b.transposed), op(a.transposed), n, m, k, &one, b.data, in, b.ld, b.stride,
+                                                a.data, in, a.ld, a.stride, &keep, c.data, out, c.ld, c.stride, batch, kCompute,
+                                                CUBLAS_GEMM_DEFAULT));
+}
+
+// ------------------------------------------------------------------------------------------------------------------
+// Linear
+void linear_forward(floatX* out, int ld_out, const floatX* in, int ld_in, const floatX* weight, int rows, int I, int O, bool accumulate,
+                    cudaStream_t stream) {
+    if (rows == 0) return;
+    matmul(Out{out, ld_out}, In{in, ld_in}, In{weight, I}.t(), rows, O, I, accumulate, stream);
+}
+void linear_backward(floatX* d_in, int ld_d_in, real* d_weight, const floatX* d_out, int ld_d_out, const floatX* in, int ld_in,
+                     const floatX* weight, int rows, int I, int O, bool accumulate, cudaStream_t stream) {
+    if (rows == 0) return;
+    if (d_in) matmul(Out{d_in, ld_d_in}, In{d_out, ld_d_out}, In{weight, I}, rows, I, O, accumulate, stream);
+    matmul(Gradient{d_weight, I}, In{d_out, ld_d_out}.t(), In{in, ld_in}, O, I, rows, true, stream);
+}
+
+// ------------------------------------------------------------------------------------------------------------------
+// Activations
+template <int width>
+__global__ void swiglu_forward_kernel(floatX* out, const floatX* gate_up, int F) {
+    const int64_t row = blockIdx.x;
+    for (int f = threadIdx.x * width; f < F; f += blockDim.x * width) {
+        auto gate = load<width>(gate_up + row * 2 * F + f);
+        const auto up = load<width>(gate_up + row * 2 * F + F + f);
+        UNROLL for (int j = 0; j < width; j++) gate.v[j] *= sigmoid(gate.v[j]) * up.v[j];
+        store(out + row * F + f, gate);
+    }
+}
+void swiglu_forward(floatX* out, const floatX* gate_up, int rows, int F, cudaStream_t stream) {
+    if (rows == 0) return;
+    with_width({F}, {out, gate_up}, [&](auto width) {
+        LAUNCH(swiglu_forward_kernel<width>, rows, row_threads(ceil_div(F, width)), 0, stream)(out, gate_up, F);
+    });
+    CHECK_LAUNCH();
+}
+template <int width>
+__global__ void swiglu_backward_kernel(floatX* d_gate_up, const floatX* d_out, const floatX* gate_up, int F) {
+    const int64_t row = blockIdx.x;
+    for (int f = threadIdx.x * width; f < F; f += blockDim.x * width) {
+        auto gate = load<width>(gate_up + row * 2 * F + f), up = load<width>(gate_up + row * 2 * F + F + f);
+        const auto d = load<width>(d_out + row * F + f);
+        UNROLL for (int j = 0; j < width; j++) {
+            const real g = gate.v[j], s = sigmoid(g);
+            gate.v[j] = d.v[j] * up.v[j] * s * (1 + g * (1 - s));
+            up.v[j] = d.v[j] * g * s;
+        }
+        store(d_gate_up + row * 2 * F + f, gate);
+        store(d_gate_up + row * 2 * F + F + f, up);
+    }
+}
+void swiglu_backward(floatX* d_gate_up, const floatX* d_out, const floatX* gate_up, int rows, int F, cudaStream_t stream) {
+    if (rows == 0) return;
+    with_width({F}, {d_gate_up, d_out, gate_up}, [&](auto width) {
+        LAUNCH(swiglu_backward_kernel<width>, rows, row_threads(ceil_div(F, width)), 0, stream)(d_gate_up, d_out, gate_up, F);
+    });
+    CHECK_LAUNCH();
+}
+
+template <int width>
+__global__ void relu_forward_kernel(floatX* out, const floatX* in, int64_t count) {
+    const int64_t i = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * width;
+    if (i >= count) return;
+    auto x = load<width>(in + i);
+    UNROLL for (int j = 0; j < width; j++) x.v[j] = x.v[j] <= 0 ? 0 : x.v[j];  // so that NaN stays NaN
+    store(out + i, x);
+}
+void relu_forward(floatX* out, const floatX* in, int64_t count, cudaStream_t stream) {
+    if (count == 0) return;
+    with_width({count}, {out, in}, [&](auto width) {
+        LAUNCH(relu_forward_kernel<width>, blocks_for(count, kThreads * width), kThreads, 0, stream)(out, in, count);
+    });
+    CHECK_LAUNCH();
+}
+template <int width>
+__global__ void relu_backward_kernel(floatX* d_in, const floatX* d_out, const floatX* in, int64_t count) {
+    const int64_t i = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * width;
+    if (i >= count) return;
+    const auto x = load<width>(in + i);
+    auto d = load<width>(d_out + i);
+    UNROLL for (int j = 0; j < width; j++) d.v[j] = x.v[j] <= 0 ? 0 : d.v[j];
+    store(d_in + i, d);
+}
+void relu_backward(floatX* d_in, const floatX* d_out, const floatX* in, int64_t count, cudaStream_t stream) {
+    if (count == 0) return;
+    with_width({count}, {d_in, d_out, in}, [&](auto width) {
+        LAUNCH(relu_backward_kernel<width>, blocks_for(count, kThreads * width), kThreads, 0, stream)(d_in, d_out, in, count);
+    });
+    CHECK_LAUNCH();
+}
+
+// ------------------------------------------------------------------------------------------------------------------
+// RMSNorm fused with the residual add: a warp per row
+constexpr int kNormWarps = 4;
+template <int width>
+__global__ void rmsnorm_forward_kernel(floatX* out, real* sum, real* rstd, const real* residual, const floatX* branch, const real* weight,
+                                       int rows, int C, real eps) {
+    const int64_t row = int64_t(blockIdx.x) * kNormWarps + warp_id();
+    if (row >= rows) return;
+    real squares = 0;
+    for (int c = lane_id() * width; c < C; c += kWarp * width) {
+        auto x = load<width>(residual + row * C + c);
+        if (branch) {
+            const auto add = load<width>(branch + row * C + c);
+            UNROLL for (int j = 0; j < width; j++) x.v[j] += add.v[j];
+        }
+        UNROLL for (int j = 0; j < width; j++) squares += x.v[j] * x.v[j];
+        store(sum + row * C + c, x);
+    }
+    const real scale = 1 / sqrt_(warp_sum(squares) / C + eps);
+    if (lane_id() == 0) rstd[row] = scale;
+    for (int c = lane_id() * width; c < C; c += kWarp * width) {
+        auto x = load<width>(sum + row * C + c);
+        const auto w = load<width>(weight + c);
+        UNROLL for (int j = 0; j < width; j++) x.v[j] *= scale * w.v[j];
+        store(out + row * C + c, x);
+    }
+}
+void rmsnorm_forward(floatX* out, real* sum, real* rstd, const real* residual, const floatX* branch, const real* weight, int rows, int C,
+                     real eps, cudaStream_t stream) {
+    if (rows == 0) return;
+    with_width({C}, {out, sum, residual, branch, weight}, [&](auto width) {
+        LAUNCH(rmsnorm_forward_kernel<width>, blocks_for(rows, kNormWarps), kNormWarps * kWarp, 0, stream)
+        (out, sum, rstd, residual, branch, weight, rows, C, eps);
+    });
+    CHECK_LAUNCH();
+}
+
+// d_x = rstd (g - x rstd^2 mean(g x)), g = weight d_out. The weight's gradient is a sum over rows: each warp keeps that of its rows
+// in shared memory, each block writes one part.   partials (blocks, C)
+template <int width>
+__global__ void rmsnorm_backward_kernel(real* d_sum, floatX* d_branch, real* partials, const floatX* d_out, const real* sum,
+                                        const real* rstd, const real* weight, int rows, int C) {
+    DYNAMIC_SHARED(real, d_weight);  // (warps, C)
+    const int warps = blockDim.x / kWarp;
+    real* mine = d_weight + warp_id() * C;
+    for (int c = lane_id() * width; c < C; c += kWarp * width) store(mine + c, Reals<width>{});
+    for (int64_t row = int64_t(blockIdx.x) * warps + warp_id(); row < rows; row += int64_t(gridDim.x) * warps) {
+        real dot = 0;
+        for (int c = lane_id() * width; c < C; c += kWarp * width) {
+            const auto x = load<width>(sum + row * C + c), w = load<width>(weight + c), d = load<width>(d_out + row * C + c);
+            UNROLL for (int j = 0; j < width; j++) dot += w.v[j] * d.v[j] * x.v[j];
+        }
+        const real scale = rstd[row], pull = warp_sum(dot) / C * scale * scale;
+        for (int c = lane_id() * width; c < C; c += kWarp * width) {
+            const auto x = load<width>(sum + row * C + c), w = load<width>(weight + c), d = load<width>(d_out + row * C + c);
+            auto total = load<width>(d_sum + row * C + c), sums = load<width>(mine + c);
+            UNROLL for (int j = 0; j < width; j++) {
+                sums.v[j] += d.v[j] * x.v[j] * scale;
+                total.v[j] += scale * (w.v[j] * d.v[j] - x.v[j] * pull);
+            }
+            store(mine + c, sums);
+            store(d_sum + row * C + c, total);
+            if (d_branch) store(d_branch + row * C + c, total);
+        }
+    }
+    __syncthreads();
+    for (int c = threadIdx.x; c < C; c += blockDim.x) {
+        real total = 0;
+        for (int w = 0; w < warps; w++) total += d_weight[w * C + c];
+        partials[int64_t(blockIdx.x) * C + c] = total;
+    }
+}
+int rmsnorm_backward_warps(int C) {
+    const int64_t most = (48 << 10) / (int64_t(C) * sizeof(real));
+    if (most == 0) fail("rmsnorm_backward: rows of %d are too long for shared memory, which holds %d", C, int((48 << 10) / sizeof(real)));
+    return int(std::min<int64_t>(most, 8));
+}
+int rmsnorm_backward_blocks(int rows, int C) {
+    return int(std::min<int64_t>(ceil_div(rows, rmsnorm_backward_warps(C)), 2 * multiprocessors()));
+}
+struct NormScratch : Scratch {
+    real* partials;
+    NormScratch(void* memory, int rows, int C) : Scratch(memory) { partials = take<real>(int64_t(rmsnorm_backward_blocks(rows, C)) * C); }
+};
+void rmsnorm_backward(real* d_sum, floatX* d_branch, real* d_weight, const floatX* d_out, const real* sum, const real* rstd,
+                      const real* weight, void* scratch, int rows, int C, cudaStream_t stream) {
+    if (rows == 0) return;
+    const NormScratch s(scratch, rows, C);
+    const int blocks = rmsnorm_backward_blocks(rows, C), warps = rmsnorm_backward_warps(C);
+    with_width({C}, {d_sum, d_branch, d_out, sum, weight}, [&](auto width) {
+        LAUNCH(rmsnorm_backward_kernel<width>, blocks, warps * kWarp, warps * C * sizeof(real), stream)
+        (d_sum, d_branch, s.partials, d_out, sum, rstd, weight, rows, C);
+    });
+    reduce_partials(d_weight, s.partials, blocks, C, stream);
 }
 
 // ------------------------------------------------------------------------------------------------------------------
@@ -293,104 +575,6 @@ void counting_sort(int* position_of, int* placed, int* load, int* offset, int* c
 }
 
 // ------------------------------------------------------------------------------------------------------------------
-// Matrix products by cuBLAS, which is column-major: a row-major matrix is its transpose there, so C^T = B^T A^T.
-template <class T>
-constexpr cudaDataType_t data_type() {
-    return sizeof(T) == 2 ? CUDA_R_16BF : sizeof(T) == 4 ? CUDA_R_32F : CUDA_R_64F;
-}
-// Products in float32 are float32: no TF32. The fast build is the bf16 one.
-constexpr cublasComputeType_t kCompute = sizeof(real) == 8 ? CUBLAS_COMPUTE_64F : CUBLAS_COMPUTE_32F;
-
-cublasHandle_t cublas(cudaStream_t stream) {
-    static const cublasHandle_t handle = [] {
-        cublasHandle_t created;
-        CUBLAS_CHECK(cublasCreate(&created));
-        // Where cuBLAS cuts k into parts, it adds them up in float32, not in the type of the output.
-        CUBLAS_CHECK(cublasSetMathMode(created, CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION));
-        return created;
-    }();
-    CUBLAS_CHECK(cublasSetStream(handle, stream));  // this takes the workspace away: set it again
-    // With a workspace of our own, results do not depend on what else ran: on this stream, the only one there is.
-    constexpr size_t workspace_bytes = 32 << 20;
-    static void* const workspace = [] {
-        void* memory;
-        CUDA_CHECK(cudaMalloc(&memory, workspace_bytes));
-        return memory;
-    }();
-    CUBLAS_CHECK(cublasSetWorkspace(handle, workspace, workspace_bytes));
-    return handle;
-}
-
-template <class T>
-struct Matrix {  // row-major
-    T* data;
-    int ld;
-    int64_t stride = 0;  // to the next one of a batch
-    bool transposed = false;
-    Matrix t() const { return {data, ld, stride, true}; }  // the same memory, read as its transpose
-};
-using In = Matrix<const floatX>;
-using Out = Matrix<floatX>;
-using Gradient = Matrix<real>;
-using RealIn = Matrix<const real>;
-
-// c (m, n) = a (m, k) b (k, n), plus what c was if accumulate
-template <class C, class AB>
-void matmul(Matrix<C> c, Matrix<const AB> a, Matrix<const AB> b, int m, int n, int k, bool accumulate, cudaStream_t stream,
-            int batch = 1) {
-    const cublasHandle_t handle = cublas(stream);
-    const real one = 1, keep = accumulate ? 1 : 0;
-    const auto op = [](bool transposed) { return transposed ? CUBLAS_OP_T : CUBLAS_OP_N; };
-    constexpr cudaDataType_t in = data_type<AB>(), out = data_type<C>();
-    if (batch == 1)
-        CUBLAS_CHECK(cublasGemmEx(handle, op(b.transposed), op(a.transposed), n, m, k, &one, b.data, in, b.ld, a.data, in, a.ld, &keep,
-                                  c.data, out, c.ld, kCompute, CUBLAS_GEMM_DEFAULT));
-    else
-        CUBLAS_CHECK(cublasGemmStridedBatchedEx(handle, op(b.transposed), op(a.transposed), n, m, k, &one, b.data, in, b.ld, b.stride,
-                                                a.data, in, a.ld, a.stride, &keep, c.data, out, c.ld, c.stride, batch, kCompute,
-                                                CUBLAS_GEMM_DEFAULT));
-}
-
-// ------------------------------------------------------------------------------------------------------------------
-// Memory
-void* allocate(size_t bytes, const char* name) {
-    if (bytes == 0) return nullptr;
-    void* memory = nullptr;
-    if (cudaMalloc(&memory, bytes) != cudaSuccess) {
-        cudaGetLastError();  // it is reported here, and must not be reported again at the next launch
-        size_t unused = 0, total = 0;
-        if (cudaMemGetInfo(&unused, &total) != cudaSuccess) cudaGetLastError();
-        fail("%s: cannot allocate %.1f MiB of device memory (%.1f of %.1f MiB are free). Use a smaller batch, sequence or model.", name,
-             bytes / 1048576.0, unused / 1048576.0, total / 1048576.0);
-    }
-#ifndef USE_CUDA
-    simt::name_allocation(memory, name);
-#endif
-    return memory;
-}
-void release(void* memory) { cudaFree(memory); }  // called by destructors; an error that it repeats was reported where it happened
-void* allocate_host(size_t bytes, const char* name) {
-    void* memory = nullptr;
-    if (cudaMallocHost(&memory, bytes) != cudaSuccess) {
-        cudaGetLastError();
-        fail("%s: cannot allocate %zu bytes of page-locked host memory. Use a smaller batch.", name, bytes);
-    }
-    return memory;
-}
-void release_host(void* memory) { cudaFreeHost(memory); }
-void zero(void* memory, size_t bytes, cudaStream_t stream) {
-    if (bytes > 0) CUDA_CHECK(cudaMemsetAsync(memory, 0, bytes, stream));
-}
-void upload(void* to_device, const void* from_host, size_t bytes, cudaStream_t stream) {
-    if (bytes > 0) CUDA_CHECK(cudaMemcpyAsync(to_device, from_host, bytes, cudaMemcpyHostToDevice, stream));
-}
-void synchronize(cudaStream_t stream) { CUDA_CHECK(cudaStreamSynchronize(stream)); }
-void download(void* to_host, const void* from_device, size_t bytes, cudaStream_t stream) {
-    if (bytes > 0) CUDA_CHECK(cudaMemcpyAsync(to_host, from_device, bytes, cudaMemcpyDeviceToHost, stream));
-    synchronize(stream);
-}
-
-// ------------------------------------------------------------------------------------------------------------------
 // Embedding
 template <int width>
 __global__ void embedding_forward_kernel(real* out, const int* tokens, const floatX* table, int C) {
@@ -422,7 +606,7 @@ __global__ void embedding_backward_kernel(real* d_table, const real* d_out, cons
     } while (same == threads);
     for (int begin = 0; begin < C; begin += blockDim.x * width) {
         const int c = begin + threadIdx.x * width;
-        Lanes<width> sum = {};
+        Reals<width> sum = {};
         for (int i = first + threadIdx.y; i < last && c < C; i += groups) {
             const auto x = load<width>(d_out + int64_t(sorted[i]) * C + c);
             UNROLL for (int j = 0; j < width; j++) sum.v[j] += x.v[j];
@@ -465,116 +649,6 @@ void embedding_backward(real* d_table, const real* d_out, const int* tokens, voi
 }
 
 // ------------------------------------------------------------------------------------------------------------------
-// RMSNorm fused with the residual add: a warp per row
-constexpr int kNormWarps = 4;
-template <int width>
-__global__ void rmsnorm_forward_kernel(floatX* out, real* sum, real* rstd, const real* residual, const floatX* branch, const real* weight,
-                                       int rows, int C, real eps) {
-    const int64_t row = int64_t(blockIdx.x) * kNormWarps + warp_id();
-    if (row >= rows) return;
-    real squares = 0;
-    for (int c = lane_id() * width; c < C; c += kWarp * width) {
-        auto x = load<width>(residual + row * C + c);
-        if (branch) {
-            const auto add = load<width>(branch + row * C + c);
-            UNROLL for (int j = 0; j < width; j++) x.v[j] += add.v[j];
-        }
-        UNROLL for (int j = 0; j < width; j++) squares += x.v[j] * x.v[j];
-        store(sum + row * C + c, x);
-    }
-    const real scale = 1 / sqrt_(warp_sum(squares) / C + eps);
-    if (lane_id() == 0) rstd[row] = scale;
-    for (int c = lane_id() * width; c < C; c += kWarp * width) {
-        auto x = load<width>(sum + row * C + c);
-        const auto w = load<width>(weight + c);
-        UNROLL for (int j = 0; j < width; j++) x.v[j] *= scale * w.v[j];
-        store(out + row * C + c, x);
-    }
-}
-void rmsnorm_forward(floatX* out, real* sum, real* rstd, const real* residual, const floatX* branch, const real* weight, int rows, int C,
-                     real eps, cudaStream_t stream) {
-    if (rows == 0) return;
-    with_width({C}, {out, sum, residual, branch, weight}, [&](auto width) {
-        LAUNCH(rmsnorm_forward_kernel<width>, blocks_for(rows, kNormWarps), kNormWarps * kWarp, 0, stream)
-        (out, sum, rstd, residual, branch, weight, rows, C, eps);
-    });
-    CHECK_LAUNCH();
-}
-
-// d_x = rstd (g - x rstd^2 mean(g x)), g = weight d_out. The weight's gradient is a sum over rows: each warp keeps that of its rows
-// in shared memory, each block writes one part.   partials (blocks, C)
-template <int width>
-__global__ void rmsnorm_backward_kernel(real* d_sum, floatX* d_branch, real* partials, const floatX* d_out, const real* sum,
-                                        const real* rstd, const real* weight, int rows, int C) {
-    DYNAMIC_SHARED(real, d_weight);  // (warps, C)
-    const int warps = blockDim.x / kWarp;
-    real* mine = d_weight + warp_id() * C;
-    for (int c = lane_id() * width; c < C; c += kWarp * width) store(mine + c, Lanes<width>{});
-    for (int64_t row = int64_t(blockIdx.x) * warps + warp_id(); row < rows; row += int64_t(gridDim.x) * warps) {
-        real dot = 0;
-        for (int c = lane_id() * width; c < C; c += kWarp * width) {
-            const auto x = load<width>(sum + row * C + c), w = load<width>(weight + c), d = load<width>(d_out + row * C + c);
-            UNROLL for (int j = 0; j < width; j++) dot += w.v[j] * d.v[j] * x.v[j];
-        }
-        const real scale = rstd[row], pull = warp_sum(dot) / C * scale * scale;
-        for (int c = lane_id() * width; c < C; c += kWarp * width) {
-            const auto x = load<width>(sum + row * C + c), w = load<width>(weight + c), d = load<width>(d_out + row * C + c);
-            auto total = load<width>(d_sum + row * C + c), sums = load<width>(mine + c);
-            UNROLL for (int j = 0; j < width; j++) {
-                sums.v[j] += d.v[j] * x.v[j] * scale;
-                total.v[j] += scale * (w.v[j] * d.v[j] - x.v[j] * pull);
-            }
-            store(mine + c, sums);
-            store(d_sum + row * C + c, total);
-            if (d_branch) store(d_branch + row * C + c, total);
-        }
-    }
-    __syncthreads();
-    for (int c = threadIdx.x; c < C; c += blockDim.x) {
-        real total = 0;
-        for (int w = 0; w < warps; w++) total += d_weight[w * C + c];
-        partials[int64_t(blockIdx.x) * C + c] = total;
-    }
-}
-int rmsnorm_backward_warps(int C) {
-    const int64_t most = (48 << 10) / (int64_t(C) * sizeof(real));
-    if (most == 0) fail("rmsnorm_backward: rows of %d are too long for shared memory, which holds %d", C, int((48 << 10) / sizeof(real)));
-    return int(std::min<int64_t>(most, 8));
-}
-int rmsnorm_backward_blocks(int rows, int C) {
-    return int(std::min<int64_t>(ceil_div(rows, rmsnorm_backward_warps(C)), 2 * multiprocessors()));
-}
-struct NormScratch : Scratch {
-    real* partials;
-    NormScratch(void* memory, int rows, int C) : Scratch(memory) { partials = take<real>(int64_t(rmsnorm_backward_blocks(rows, C)) * C); }
-};
-void rmsnorm_backward(real* d_sum, floatX* d_branch, real* d_weight, const floatX* d_out, const real* sum, const real* rstd,
-                      const real* weight, void* scratch, int rows, int C, cudaStream_t stream) {
-    if (rows == 0) return;
-    const NormScratch s(scratch, rows, C);
-    const int blocks = rmsnorm_backward_blocks(rows, C), warps = rmsnorm_backward_warps(C);
-    with_width({C}, {d_sum, d_branch, d_out, sum, weight}, [&](auto width) {
-        LAUNCH(rmsnorm_backward_kernel<width>, blocks, warps * kWarp, warps * C * sizeof(real), stream)
-        (d_sum, d_branch, s.partials, d_out, sum, rstd, weight, rows, C);
-    });
-    reduce_partials(d_weight, s.partials, blocks, C, stream);
-}
-
-// ------------------------------------------------------------------------------------------------------------------
-// Linear
-void linear_forward(floatX* out, int ld_out, const floatX* in, int ld_in, const floatX* weight, int rows, int I, int O, bool accumulate,
-                    cudaStream_t stream) {
-    if (rows == 0) return;
-    matmul(Out{out, ld_out}, In{in, ld_in}, In{weight, I}.t(), rows, O, I, accumulate, stream);
-}
-void linear_backward(floatX* d_in, int ld_d_in, real* d_weight, const floatX* d_out, int ld_d_out, const floatX* in, int ld_in,
-                     const floatX* weight, int rows, int I, int O, bool accumulate, cudaStream_t stream) {
-    if (rows == 0) return;
-    if (d_in) matmul(Out{d_in, ld_d_in}, In{d_out, ld_d_out}, In{weight, I}, rows, I, O, accumulate, stream);
-    matmul(Gradient{d_weight, I}, In{d_out, ld_d_out}.t(), In{in, ld_in}, O, I, rows, true, stream);
-}
-
-// ------------------------------------------------------------------------------------------------------------------
 // Causal depthwise convolution and SiLU. A thread owns some channels of a segment of time and slides a window of the last `taps`
 // inputs through its registers, so that an input is read once, and taps - 1 of them again where a segment starts.
 // Two instances: taps = 4 with vectors, which is every published model, and one that takes whatever comes.
@@ -614,7 +688,7 @@ __device__ __forceinline__ ConvThread conv_thread(const ConvShape& shape) {
 }
 // Inputs before the first come from the state, which holds the last W - 1 of them.
 template <int width>
-__device__ __forceinline__ Lanes<width> conv_input(const ConvShape& shape, const ConvThread& thread, const floatX* in, const real* state,
+__device__ __forceinline__ Reals<width> conv_input(const ConvShape& shape, const ConvThread& thread, const floatX* in, const real* state,
                                                    int t) {
     if (t >= 0) return load<width>(in + (thread.b * shape.T + t) * shape.ld_in + thread.d);
     if (state && t >= 1 - shape.W) return load<width>(state + (thread.b * (shape.W - 1) + shape.W - 1 + t) * shape.D + thread.d);
@@ -622,15 +696,15 @@ __device__ __forceinline__ Lanes<width> conv_input(const ConvShape& shape, const
 }
 template <int width, int taps>
 struct ConvWindow {
-    Lanes<width> w[taps], x[taps];
+    Reals<width> w[taps], x[taps];
     __device__ __forceinline__ void start(const ConvShape& shape, const ConvThread& thread, const floatX* in, const real* weight,
                                           const real* state) {
         UNROLL for (int k = 0; k < taps; k++) {
             UNROLL for (int j = 0; j < width; j++) w[k].v[j] = k < shape.W ? weight[int64_t(thread.d + j) * shape.W + shape.W - 1 - k] : 0;
-            x[k] = k > 0 && k > taps - shape.W ? conv_input<width>(shape, thread, in, state, thread.begin - taps + k) : Lanes<width>{};
+            x[k] = k > 0 && k > taps - shape.W ? conv_input<width>(shape, thread, in, state, thread.begin - taps + k) : Reals<width>{};
         }
     }
-    __device__ __forceinline__ void push(const Lanes<width>& next) {
+    __device__ __forceinline__ void push(const Reals<width>& next) {
         UNROLL for (int i = 1; i < taps; i++) x[i - 1] = x[i];
         x[taps - 1] = next;
     }
@@ -651,14 +725,14 @@ __global__ void conv_forward_kernel(floatX* out, real* final_state, const floatX
     window.start(shape, thread, in, weight, initial_state);
     const auto b = load<width>(bias + thread.d);
     for (int first = thread.begin; first < thread.end; first += kConvBatch) {
-        Lanes<width> x[kConvBatch];
+        Reals<width> x[kConvBatch];
         UNROLL for (int i = 0; i < kConvBatch; i++)
             if (first + i < thread.end) x[i] = conv_input<width>(shape, thread, in, initial_state, first + i);
         UNROLL for (int i = 0; i < kConvBatch; i++) {
             const int t = first + i;
             if (t >= thread.end) break;
             window.push(x[i]);
-            Lanes<width> y;
+            Reals<width> y;
             UNROLL for (int j = 0; j < width; j++) {
                 const real a = window.sum(W, j, b.v[j]);
                 y.v[j] = a * sigmoid(a);
@@ -701,15 +775,15 @@ __global__ void conv_backward_kernel(floatX* d_in, int ld_d_in, real* weight_par
     SHARED(real[kConvSegments][kWarp * width], sums);
     const ConvThread thread = conv_thread<width>(shape);
     const int T = shape.T, D = shape.D, W = shape.W;
-    Lanes<width> d_w[taps] = {}, d_b = {};
+    Reals<width> d_w[taps] = {}, d_b = {};
     if (thread.active) {
         ConvWindow<width, taps> window;
         window.start(shape, thread, in, weight, initial_state);
         const auto b = load<width>(bias + thread.d);
-        Lanes<width> d_a[taps] = {};
+        Reals<width> d_a[taps] = {};
         const int known = min(thread.end + W - 1, T);  // steps from here on add nothing
         for (int first = thread.begin; first < thread.end + taps - 1; first += kConvBatch) {
-            Lanes<width> x[kConvBatch] = {}, d[kConvBatch] = {};
+            Reals<width> x[kConvBatch] = {}, d[kConvBatch] = {};
             UNROLL for (int i = 0; i < kConvBatch; i++)
                 if (first + i < known) {
                     x[i] = conv_input<width>(shape, thread, in, initial_state, first + i);
@@ -730,7 +804,7 @@ __global__ void conv_backward_kernel(floatX* d_in, int ld_d_in, real* weight_par
                     }
                 }
                 if (s < thread.begin && !(thread.begin == 0 && s >= 1 - W && d_initial_state)) continue;
-                Lanes<width> g = {};
+                Reals<width> g = {};
                 if (d_final_state && s > T - W) g = load<width>(d_final_state + (thread.b * (W - 1) + s - (T - W + 1)) * D + thread.d);
                 UNROLL for (int k = 0; k < taps; k++)
                     if (k < W)
@@ -922,22 +996,22 @@ __device__ __forceinline__ void store_part(floatX* p, const Vector& x, int valid
         if (i < valid) p[i] = x.v[i];
 }
 // A thread's states of the row that starts at p, or zeros if p is null.
-__device__ __forceinline__ Lanes<kStates> load_states(const real* p, int n, int N, bool vectors) {
-    Lanes<kStates> x = {};
+__device__ __forceinline__ Reals<kStates> load_states(const real* p, int n, int N, bool vectors) {
+    Reals<kStates> x = {};
     if (p && vectors && n < N) x = load<kStates>(p + n);
     else if (p)
         UNROLL for (int j = 0; j < kStates; j++)
             if (n + j < N) x.v[j] = p[n + j];
     return x;
 }
-__device__ __forceinline__ void store_states(real* p, const Lanes<kStates>& x, int n, int N, bool vectors) {
+__device__ __forceinline__ void store_states(real* p, const Reals<kStates>& x, int n, int N, bool vectors) {
     if (vectors && n < N) store(p + n, x);
     else UNROLL for (int j = 0; j < kStates; j++)
         if (n + j < N) p[n + j] = x.v[j];
 }
 // log2(e) A, so that exp(delta A) is one power of two.
-__device__ __forceinline__ Lanes<kStates> load_decay(const real* A_log, int64_t row, int n, int N, bool valid) {
-    Lanes<kStates> x = {};
+__device__ __forceinline__ Reals<kStates> load_decay(const real* A_log, int64_t row, int n, int N, bool valid) {
+    Reals<kStates> x = {};
     UNROLL for (int j = 0; j < kStates; j++)
         if (valid && n + j < N) x.v[j] = -kLog2e * exp_(A_log[row * N + n + j]);
     return x;
@@ -1008,7 +1082,7 @@ scan_forward_kernel(floatX* out, real* final_state, real* chunk_states, real* se
         const ScanPlace<lanes> p(in, opaque(threadIdx.x), first, thread.end);
         if (brings()) {
             const Vector dt = next.dt.vector();
-            Lanes<kWidth> x;
+            Reals<kWidth> x;
             UNROLL for (int i = 0; i < kWidth; i++) x.v[i] = i < p.channels ? softplus(real(dt.v[i]) + bias[p.column + i]) : 0;
             store(delta + p.at, x);
             *reinterpret_cast<Vector*>(u + p.at) = next.u.vector();
@@ -1029,8 +1103,8 @@ scan_forward_kernel(floatX* out, real* final_state, real* chunk_states, real* se
         skip[threadIdx.x] = d < in.D ? in.skip[d] : 0;
     }
     fetch(thread.begin);
-    const Lanes<kStates> decay = load_decay(in.A_log, thread.d(), thread.n, in.N, valid_channel);
-    Lanes<kStates> h = {};
+    const Reals<kStates> decay = load_decay(in.A_log, thread.d(), thread.n, in.N, valid_channel);
+    Reals<kStates> h = {};
     if (!local && valid_channel) {
         const real* enters = in.segments > 1 ? segment_states + thread.segment_row(in) * in.N
                            : initial_state   ? initial_state + thread.state_row(in) * in.N : nullptr;
@@ -1093,8 +1167,8 @@ scan_backward_local_kernel(real* segment_grads, real* delta_sums, const floatX* 
     SHARED(real[Block::tile * Block::columns / 2], c);
     const ScanThread<lanes> thread(in, 1);
     const bool valid_channel = thread.d() < in.D;
-    const Lanes<kStates> decay = load_decay(in.A_log, thread.d(), thread.n, in.N, valid_channel);
-    Lanes<kStates> dh = {};  // of the state before the step
+    const Reals<kStates> decay = load_decay(in.A_log, thread.d(), thread.n, in.N, valid_channel);
+    Reals<kStates> dh = {};  // of the state before the step
     real delta_sum = 0;
     for (int first = thread.begin + int(ceil_div(thread.end - thread.begin, Block::tile) - 1) * Block::tile; first >= thread.begin;
          first -= Block::tile) {
@@ -1103,7 +1177,7 @@ scan_backward_local_kernel(real* segment_grads, real* delta_sums, const floatX* 
             const Vector dt = load_part(in.dt + p.row * in.D + p.d, p.channels, in.vectors).vector();
             const Vector d = load_part(d_out + p.row * in.D + p.d, p.channels, in.vectors).vector();
             const Vector z = load_part(in.z + p.row * in.ld_z + p.d, p.channels, in.vectors).vector();
-            Lanes<kWidth> delta_part = {}, g_part = {};
+            Reals<kWidth> delta_part = {}, g_part = {};
             UNROLL for (int i = 0; i < kWidth; i++)
                 if (i < p.channels) {
                     delta_part.v[i] = softplus(real(dt.v[i]) + in.dt_bias[p.d + i]);
@@ -1157,8 +1231,8 @@ __global__ void scan_step_kernel(floatX* out, real* final_state, real* chunk_sta
     const int64_t i = valid ? group : 0, b = i / in.D, d = i % in.D;
     const int lane = threadIdx.x % lanes, n = lane * kStates;
     const real dt = softplus(real(in.dt[i]) + in.dt_bias[d]), du = dt * real(in.u[i]);
-    const Lanes<kStates> decay = load_decay(in.A_log, d, n, in.N, true);
-    Lanes<kStates> h = load_states(initial_state ? initial_state + i * in.N : nullptr, n, in.N, in.state_vectors);
+    const Reals<kStates> decay = load_decay(in.A_log, d, n, in.N, true);
+    Reals<kStates> h = load_states(initial_state ? initial_state + i * in.N : nullptr, n, in.N, in.state_vectors);
     if (chunk_states && valid) store_states(chunk_states + i * in.N, h, n, in.N, in.state_vectors);
     real y = 0;
     UNROLL for (int j = 0; j < kStates; j++)
@@ -1258,13 +1332,13 @@ void scan_forward(floatX* out, real* final_state, real* chunk_states, const floa
 // The last few states in registers: a stack whose indices are constants, since registers have no addresses.
 template <int depth>
 struct StateStack {
-    Lanes<kStates> x[depth] = {};
-    __device__ __forceinline__ void push(const Lanes<kStates>& h) {
+    Reals<kStates> x[depth] = {};
+    __device__ __forceinline__ void push(const Reals<kStates>& h) {
         UNROLL for (int i = 1; i < depth; i++) x[i - 1] = x[i];
         x[depth - 1] = h;
     }
-    __device__ __forceinline__ Lanes<kStates> pop() {
-        const Lanes<kStates> h = x[depth - 1];
+    __device__ __forceinline__ Reals<kStates> pop() {
+        const Reals<kStates> h = x[depth - 1];
         UNROLL for (int i = depth - 1; i > 0; i--) x[i] = x[i - 1];
         return h;
     }
@@ -1301,7 +1375,7 @@ scan_backward_kernel(floatX* d_u, floatX* d_dt, floatX* d_z, real* bc_parts, rea
                 *reinterpret_cast<Vector*>(z + p.at) = load_part(in.z + p.row * in.ld_z + p.d, p.channels, in.vectors).vector();
                 *reinterpret_cast<Vector*>(dy + p.at) = load_part(d_out + p.row * in.D + p.d, p.channels, in.vectors).vector();
             }
-            Lanes<kWidth> x;
+            Reals<kWidth> x;
             UNROLL for (int j = 0; j < kWidth; j++) x.v[j] = j < p.channels ? softplus(real(dt.v[j]) + bias[p.column + j]) : 0;
             store(delta + p.at, x);
         }
@@ -1329,8 +1403,8 @@ scan_backward_kernel(floatX* d_u, floatX* d_dt, floatX* d_z, real* bc_parts, rea
         skip[threadIdx.x] = d < in.D ? in.skip[d] : 0;
     }
     __syncthreads();
-    const Lanes<kStates> decay = load_decay(in.A_log, thread.d(), thread.n, in.N, valid_channel);
-    Lanes<kStates> dh = {}, dA = {};  // gradient of the state after the step, but for what the step's own output adds; of A
+    const Reals<kStates> decay = load_decay(in.A_log, thread.d(), thread.n, in.N, valid_channel);
+    Reals<kStates> dh = {}, dA = {};  // gradient of the state after the step, but for what the step's own output adds; of A
     if (valid_channel) {
         const real* arrives = in.segments > 1 ? segment_grads + thread.segment_row(in) * in.N
                             : d_final_state   ? d_final_state + thread.state_row(in) * in.N : nullptr;
@@ -1338,7 +1412,7 @@ scan_backward_kernel(floatX* d_u, floatX* d_dt, floatX* d_z, real* bc_parts, rea
     }
     real d_skip = 0, d_bias = 0;
 
-    const auto advance = [&](Lanes<kStates>& h, int first) {  // by four steps
+    const auto advance = [&](Reals<kStates>& h, int first) {  // by four steps
         UNROLL for (int s = 0; s < kScanSteps; s++) {
             const int at = (first + s) * Block::channels + thread.channel;
             const real dt = delta[at], du = dt * real(u[at]);
@@ -1349,7 +1423,7 @@ scan_backward_kernel(floatX* d_u, floatX* d_dt, floatX* d_z, real* bc_parts, rea
 
     for (int tile = (thread.end - 1) / Block::chunk_tile * Block::chunk_tile; tile >= thread.begin; tile -= Block::chunk_tile) {
         const int chunk = tile / kScanChunk;
-        Lanes<kStates> h = load_states(valid_channel ? chunk_states + thread.chunk_row(in, chunk) * in.N : nullptr, thread.n, in.N,
+        Reals<kStates> h = load_states(valid_channel ? chunk_states + thread.chunk_row(in, chunk) * in.N : nullptr, thread.n, in.N,
                                        in.state_vectors);
         if constexpr (Block::chunk_tile < kScanChunk)
             for (int earlier = chunk * kScanChunk; earlier < tile; earlier += Block::chunk_tile) {
@@ -1374,7 +1448,7 @@ scan_backward_kernel(floatX* d_u, floatX* d_dt, floatX* d_z, real* bc_parts, rea
             NO_UNROLL for (int first = group + kGroup - kScanSteps; first >= group; first -= kScanSteps) {
                 const int own_at = (first + own) * Block::channels + thread.channel;
                 // Forward through the four steps, keeping the state before each one and its decay.
-                Lanes<kStates> before[kScanSteps + 1], a[kScanSteps];
+                Reals<kStates> before[kScanSteps + 1], a[kScanSteps];
                 real y[kScanSteps] = {};
                 before[0] = h;
                 UNROLL for (int s = 0; s < kScanSteps; s++) {
@@ -1741,7 +1815,7 @@ __global__ void dispatch_forward_kernel(floatX* out, const floatX* x, const int*
     const int64_t s = blockIdx.x;
     const int from = choice[s];
     for (int c = threadIdx.x * width; c < C; c += blockDim.x * width)
-        store(out + s * C + c, from < 0 ? Lanes<width>{} : load<width>(x + int64_t(from / K) * C + c));
+        store(out + s * C + c, from < 0 ? Reals<width>{} : load<width>(x + int64_t(from / K) * C + c));
 }
 void dispatch_forward(floatX* out, const floatX* x, const int* choice, int slots, int C, int K, cudaStream_t stream) {
     if (slots == 0) return;
@@ -1756,7 +1830,7 @@ template <int width>
 __global__ void gather_kernel(floatX* out, const floatX* in, const real* gates, const int* slot, int C, int K, bool accumulate) {
     const int64_t row = blockIdx.x;
     for (int c = threadIdx.x * width; c < C; c += blockDim.x * width) {
-        Lanes<width> sum = {};
+        Reals<width> sum = {};
         if (accumulate) sum = load<width>(out + row * C + c);
         for (int k = 0; k < K; k++) {
             const int s = slot[row * K + k];
@@ -1794,7 +1868,7 @@ __global__ void combine_backward_kernel(floatX* d_y, real* d_gates, const floatX
     const real gate = from < 0 ? 0 : gates[from];
     real dot = 0;
     for (int c = threadIdx.x * width; c < C; c += blockDim.x * width) {
-        Lanes<width> d = {};
+        Reals<width> d = {};
         if (from >= 0) {
             d = load<width>(d_out + row * C + c);
             const auto x = load<width>(y + s * C + c);
@@ -1858,80 +1932,6 @@ void experts_backward(floatX* d_in, real* d_weight, const floatX* d_out, const f
 }
 
 // ------------------------------------------------------------------------------------------------------------------
-// Activations
-template <int width>
-__global__ void swiglu_forward_kernel(floatX* out, const floatX* gate_up, int F) {
-    const int64_t row = blockIdx.x;
-    for (int f = threadIdx.x * width; f < F; f += blockDim.x * width) {
-        auto gate = load<width>(gate_up + row * 2 * F + f);
-        const auto up = load<width>(gate_up + row * 2 * F + F + f);
-        UNROLL for (int j = 0; j < width; j++) gate.v[j] *= sigmoid(gate.v[j]) * up.v[j];
-        store(out + row * F + f, gate);
-    }
-}
-void swiglu_forward(floatX* out, const floatX* gate_up, int rows, int F, cudaStream_t stream) {
-    if (rows == 0) return;
-    with_width({F}, {out, gate_up}, [&](auto width) {
-        LAUNCH(swiglu_forward_kernel<width>, rows, row_threads(ceil_div(F, width)), 0, stream)(out, gate_up, F);
-    });
-    CHECK_LAUNCH();
-}
-template <int width>
-__global__ void swiglu_backward_kernel(floatX* d_gate_up, const floatX* d_out, const floatX* gate_up, int F) {
-    const int64_t row = blockIdx.x;
-    for (int f = threadIdx.x * width; f < F; f += blockDim.x * width) {
-        auto gate = load<width>(gate_up + row * 2 * F + f), up = load<width>(gate_up + row * 2 * F + F + f);
-        const auto d = load<width>(d_out + row * F + f);
-        UNROLL for (int j = 0; j < width; j++) {
-            const real g = gate.v[j], s = sigmoid(g);
-            gate.v[j] = d.v[j] * up.v[j] * s * (1 + g * (1 - s));
-            up.v[j] = d.v[j] * g * s;
-        }
-        store(d_gate_up + row * 2 * F + f, gate);
-        store(d_gate_up + row * 2 * F + F + f, up);
-    }
-}
-void swiglu_backward(floatX* d_gate_up, const floatX* d_out, const floatX* gate_up, int rows, int F, cudaStream_t stream) {
-    if (rows == 0) return;
-    with_width({F}, {d_gate_up, d_out, gate_up}, [&](auto width) {
-        LAUNCH(swiglu_backward_kernel<width>, rows, row_threads(ceil_div(F, width)), 0, stream)(d_gate_up, d_out, gate_up, F);
-    });
-    CHECK_LAUNCH();
-}
-
-template <int width>
-__global__ void relu_forward_kernel(floatX* out, const floatX* in, int64_t count) {
-    const int64_t i = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * width;
-    if (i >= count) return;
-    auto x = load<width>(in + i);
-    UNROLL for (int j = 0; j < width; j++) x.v[j] = x.v[j] <= 0 ? 0 : x.v[j];  // so that NaN stays NaN
-    store(out + i, x);
-}
-void relu_forward(floatX* out, const floatX* in, int64_t count, cudaStream_t stream) {
-    if (count == 0) return;
-    with_width({count}, {out, in}, [&](auto width) {
-        LAUNCH(relu_forward_kernel<width>, blocks_for(count, kThreads * width), kThreads, 0, stream)(out, in, count);
-    });
-    CHECK_LAUNCH();
-}
-template <int width>
-__global__ void relu_backward_kernel(floatX* d_in, const floatX* d_out, const floatX* in, int64_t count) {
-    const int64_t i = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * width;
-    if (i >= count) return;
-    const auto x = load<width>(in + i);
-    auto d = load<width>(d_out + i);
-    UNROLL for (int j = 0; j < width; j++) d.v[j] = x.v[j] <= 0 ? 0 : d.v[j];
-    store(d_in + i, d);
-}
-void relu_backward(floatX* d_in, const floatX* d_out, const floatX* in, int64_t count, cudaStream_t stream) {
-    if (count == 0) return;
-    with_width({count}, {d_in, d_out, in}, [&](auto width) {
-        LAUNCH(relu_backward_kernel<width>, blocks_for(count, kThreads * width), kThreads, 0, stream)(d_in, d_out, in, count);
-    });
-    CHECK_LAUNCH();
-}
-
-// ------------------------------------------------------------------------------------------------------------------
 // Classifier: a block per row. The maximum and the sum of exponentials come from one pass over the logits: when a larger maximum turns
 // up, the sum so far is scaled down to it.
 constexpr int kClassifierThreads = 512;
@@ -1963,7 +1963,7 @@ __global__ void classifier_kernel(real* losses, floatX* logits, const int* targe
     if (target < 0) {
         if (threadIdx.x == 0) losses[r] = 0;
         if (d_loss != 0)
-            for (int c = threadIdx.x * width; c < ld; c += blockDim.x * width) store(row + c, Lanes<width>{});
+            for (int c = threadIdx.x * width; c < ld; c += blockDim.x * width) store(row + c, Reals<width>{});
         return;
     }
     const real at_target = real(row[target]);  // read by all before block_max, written by one after it
@@ -2008,7 +2008,7 @@ void softmax_forward(real* probs, const floatX* logits, int rows, int V, int ld,
 // A thread has a sum for each element of its vectors: none grows long, so that little is lost to rounding.   parts (blocks)
 template <int width, bool squares>
 __global__ void sum_kernel(real* parts, const real* in, int64_t count) {
-    Lanes<width> sums = {};
+    Reals<width> sums = {};
     for (int64_t i = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * width; i < count; i += int64_t(gridDim.x) * kThreads * width) {
         const auto x = load<width>(in + i);
         UNROLL for (int j = 0; j < width; j++) sums.v[j] += squares ? x.v[j] * x.v[j] : x.v[j];
@@ -2141,26 +2141,6 @@ const Layers layers = {
 // Host code only from here on: errors, random numbers, Config, the Model, files. It calls kernels through a table of Layers and does
 // not know which device it has.
 using Json = nlohmann::ordered_json;
-
-void fail(const char* format, ...) {
-    char text[2048];
-    va_list arguments;
-    va_start(arguments, format);
-    vsnprintf(text, sizeof(text), format, arguments);
-    va_end(arguments);
-    throw Error(text);
-}
-
-int run_main(int (*body)(int, char**), int argc, char** argv) {
-    try {
-        return body(argc, argv);
-    } catch (const std::bad_alloc&) {
-        fprintf(stderr, "error: out of memory on the host; use a smaller model, --batch or --seq-len\n");
-    } catch (const std::exception& e) {
-        fprintf(stderr, "error: %s\n", e.what());
-    }
-    return 1;
-}
 
 const Layers& find_device(const std::string& name) {
     if (name == "cpu") return cpu::layers;
@@ -3096,208 +3076,6 @@ void generate(Model& model, const Tokenizer& tokenizer, std::vector<int> prompt,
         if (token == tokenizer.end_of_text || !emit(token)) return;
         prompt.assign(1, token);
     }
-}
-
-// ------------------------------------------------------------------------------------------------------------------
-// Files
-
-std::string read_file(const std::string& path, const char* what) {
-    std::FILE* file = fopen(path.c_str(), "rb");
-    if (!file) fail("%s %s: %s", what, path.c_str(), strerror(errno));
-    std::string text;
-    char block[1 << 16];
-    size_t n;
-    while ((n = fread(block, 1, sizeof(block), file)) > 0) text.append(block, n);
-    const bool broken = ferror(file);
-    fclose(file);
-    if (broken) fail("%s %s: cannot be read (%s)", what, path.c_str(), strerror(errno));
-    return text;
-}
-
-void write_atomically(const std::string& path, const std::function<void(std::FILE*)>& write) {
-    const std::string temporary = path + ".tmp";
-    std::FILE* file = fopen(temporary.c_str(), "wb");
-    if (!file) fail("cannot write %s: %s", temporary.c_str(), strerror(errno));
-    errno = 0;
-    try {
-        write(file);
-    } catch (...) {
-        fclose(file);
-        unlink(temporary.c_str());
-        throw;
-    }
-    bool good = !ferror(file) && fflush(file) == 0 && fsync(fileno(file)) == 0;
-    int reason = errno;
-    if (fclose(file) != 0 && good) good = false, reason = errno;
-    if (good && rename(temporary.c_str(), path.c_str()) != 0) good = false, reason = errno;
-    if (!good) {
-        unlink(temporary.c_str());
-        fail("cannot write %s: %s; what was there before is unharmed", path.c_str(), strerror(reason));
-    }
-    // The new name is safe only when the directory is.
-    const size_t slash = path.rfind('/');
-    const int directory = open(slash == std::string::npos ? "." : path.substr(0, slash + 1).c_str(), O_RDONLY);
-    if (directory >= 0) {
-        fsync(directory);
-        close(directory);
-    }
-}
-
-void Tokenizer::encode(std::vector<int>& tokens, const char* text, size_t size) const {
-    for (size_t i = 0; i < size; i++) tokens.push_back(static_cast<unsigned char>(text[i]));
-}
-
-std::string Tokenizer::decode(int token) const { return token == end_of_text ? "" : std::string(1, char(token)); }
-
-std::string Tokenizer::to_json() const { return Json{{"kind", kind}, {"vocab", vocab}, {"end_of_text", end_of_text}}.dump(); }
-
-Tokenizer Tokenizer::from_json(const std::string& text, const std::string& where) {
-    Tokenizer t;
-    try {
-        const Json json = Json::parse(text);
-        json.at("kind").get_to(t.kind);
-        json.at("vocab").get_to(t.vocab);
-        json.at("end_of_text").get_to(t.end_of_text);
-    } catch (const Json::exception& e) {
-        fail("%s: the tokenizer cannot be read (%s)", where.c_str(), e.what());
-    }
-    if (t.kind != "bytes") fail("%s: tokenizer \"%s\" is unknown; there is \"bytes\"", where.c_str(), t.kind.c_str());
-    if (t.vocab != 257 || t.end_of_text != 256) fail("%s: the bytes tokenizer has vocab 257 and end_of_text 256", where.c_str());
-    return t;
-}
-
-static int64_t dtype_bytes(const std::string& dtype) {
-    if (dtype == "F64" || dtype == "I64") return 8;
-    if (dtype == "F32" || dtype == "I32") return 4;
-    if (dtype == "BF16") return 2;
-    return 0;
-}
-
-Safetensors::Safetensors(const std::string& path) : path(path) {
-    const char* p = path.c_str();
-    file = fopen(p, "rb");
-    if (!file) fail("%s: %s", p, strerror(errno));
-    try {
-        uint64_t header_bytes = 0;
-        if (fseek(file, 0, SEEK_END) != 0) fail("%s: not a regular file", p);
-        const int64_t size = ftell(file);
-        rewind(file);
-        if (size < 8 || fread(&header_bytes, 8, 1, file) != 1)
-            fail("%s: too short for a safetensors file (%lld bytes)", p, (long long)size);
-        if (header_bytes > uint64_t(size - 8))
-            fail("%s: not a safetensors file, or cut off: it claims a header of %llu bytes and has %lld in all", p,
-                 (unsigned long long)header_bytes, (long long)size);
-        if (header_bytes > 100'000'000)  // the format's own limit
-            fail("%s: not a safetensors file: it claims a header of %llu bytes", p, (unsigned long long)header_bytes);
-        std::string header(header_bytes, 0);
-        if (fread(header.data(), 1, header.size(), file) != header.size()) fail("%s: cannot be read (%s)", p, strerror(errno));
-        const Json json = Json::parse(header);
-        const int64_t data = 8 + int64_t(header_bytes);
-        for (const auto& [name, value] : json.items()) {
-            if (name == "__metadata__") {
-                for (const auto& [key, text] : value.items()) metadata.emplace_back(key, text.get<std::string>());
-                continue;
-            }
-            Entry e;
-            value.at("dtype").get_to(e.dtype);
-            value.at("shape").get_to(e.shape);
-            const auto ends = value.at("data_offsets").get<std::vector<int64_t>>();
-            e.count = 1;
-            for (int64_t n : e.shape)
-                if (n < 0 || __builtin_mul_overflow(e.count, n, &e.count)) fail("%s: tensor %s has an impossible shape", p, name.c_str());
-            const int64_t width = dtype_bytes(e.dtype);
-            if (!width) fail("%s: tensor %s has dtype %s; F64, F32, BF16, I64 and I32 can be read", p, name.c_str(), e.dtype.c_str());
-            if (ends.size() != 2 || ends[0] < 0 || ends[1] < ends[0] || ends[1] > size - data)
-                fail("%s: cut off or damaged: tensor %s lies outside the file", p, name.c_str());
-            e.offset = data + ends[0];
-            e.bytes = ends[1] - ends[0];
-            if (e.count > e.bytes / width || e.bytes != e.count * width)
-                fail("%s: tensor %s has %lld bytes, its shape says otherwise", p, name.c_str(), (long long)e.bytes);
-            entries.emplace_back(name, e);
-        }
-    } catch (const Json::exception& e) {
-        fclose(file);
-        fail("%s: not a safetensors file: its header is no JSON of the right form", p);
-    } catch (...) {
-        fclose(file);
-        throw;
-    }
-}
-
-Safetensors::~Safetensors() { fclose(file); }
-
-bool Safetensors::has(const std::string& name) const {
-    return std::any_of(entries.begin(), entries.end(), [&](const auto& e) { return e.first == name; });
-}
-
-const Safetensors::Entry& Safetensors::find(const std::string& name) const {
-    for (const auto& [key, entry] : entries)
-        if (key == name) return entry;
-    fail("%s: has no tensor %s", path.c_str(), name.c_str());
-}
-
-std::string Safetensors::meta(const std::string& key) const {
-    for (const auto& [name, text] : metadata)
-        if (name == key) return text;
-    fail("%s: its metadata has no \"%s\"; it was not written by this project's train", path.c_str(), key.c_str());
-}
-
-template <class Stored, class T>
-static void convert(T* out, const std::vector<char>& raw) {
-    for (size_t i = 0; i < raw.size() / sizeof(Stored); i++) {
-        Stored value;
-        memcpy(&value, raw.data() + i * sizeof(Stored), sizeof(Stored));
-        if constexpr (std::is_same_v<Stored, __nv_bfloat16>) out[i] = T(float(value));
-        else out[i] = T(value);
-    }
-}
-
-template <class T>
-static void read_tensor(std::FILE* file, const std::string& path, const std::string& name, const Safetensors::Entry& e, T* out) {
-    std::vector<char> raw(e.bytes);
-    if (fseek(file, e.offset, SEEK_SET) != 0 || fread(raw.data(), 1, raw.size(), file) != raw.size())
-        fail("%s: tensor %s cannot be read (%s)", path.c_str(), name.c_str(), strerror(errno));
-    if (e.dtype == "F64") convert<double>(out, raw);
-    else if (e.dtype == "F32") convert<float>(out, raw);
-    else if (e.dtype == "BF16") convert<__nv_bfloat16>(out, raw);
-    else if (e.dtype == "I64") convert<int64_t>(out, raw);
-    else convert<int32_t>(out, raw);
-}
-
-void Safetensors::read(const std::string& name, double* out) const { read_tensor(file, path, name, find(name), out); }
-void Safetensors::read(const std::string& name, float* out) const { read_tensor(file, path, name, find(name), out); }
-void Safetensors::read(const std::string& name, int* out) const { read_tensor(file, path, name, find(name), out); }
-
-struct NamedTensor {
-    std::string name;
-    std::vector<int64_t> shape;
-    const real* data;  // on the device
-    int64_t count;
-};
-
-static void write_safetensors(const std::string& path, const Model& model, const std::vector<NamedTensor>& list,
-                              const Model::Metadata& metadata) {
-    Json header;
-    for (const auto& [key, text] : metadata) header["__metadata__"][key] = text;
-    int64_t offset = 0;
-    for (const NamedTensor& t : list) {
-        const int64_t end = offset + t.count * int64_t(sizeof(real));
-        header[t.name] = {{"dtype", sizeof(real) == 8 ? "F64" : "F32"}, {"shape", t.shape}, {"data_offsets", {offset, end}}};
-        offset = end;
-    }
-    std::string text = header.dump();
-    text.resize((text.size() + 7) / 8 * 8, ' ');  // so that the data is aligned
-    write_atomically(path, [&](std::FILE* file) {
-        const uint64_t size = text.size();
-        fwrite(&size, 8, 1, file);
-        fwrite(text.data(), 1, text.size(), file);
-        std::vector<real> values;
-        for (const NamedTensor& t : list) {
-            values.resize(t.count);
-            model.layers.download(values.data(), t.data, t.count * sizeof(real), model.stream);
-            if (fwrite(values.data(), sizeof(real), t.count, file) != size_t(t.count)) return;  // write_atomically reports it
-        }
-    });
 }
 
 void Model::save(const std::string& path, const Metadata& metadata) const {
