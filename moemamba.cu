@@ -171,23 +171,36 @@ __device__ __forceinline__ real block_combine(real x) {
 __device__ __forceinline__ real block_sum(real x) { return block_combine<false>(x); }
 __device__ __forceinline__ real block_max(real x) { return block_combine<true>(x); }
 
-// The second stage of every sum over blocks:  out[i] += sum over p of partials[p, i], for partials (parts, count).
-// 16 threads share the parts of one i; each adds its own in order, then the first adds the 16.
+// The second stage of sums over blocks:  out[i] += sum over p of partials[p, i], for partials (parts, count); up to three such sums, with
+// as many parts, in one launch. 16 threads share the parts of one i; each adds its own in order, then the first adds the 16.
+struct PartialSum {
+    real* out;
+    const real* partials;
+    int64_t count;
+};
+struct PartialSums {
+    PartialSum sum[3];
+};
 constexpr int kReduceRows = 16;
-__global__ void reduce_partials_kernel(real* out, const real* partials, int parts, int64_t count) {
-    SHARED(real[kReduceRows][kWarp], sums);
+__global__ void reduce_partials_kernel(PartialSums sums, int parts) {
+    SHARED(real[kReduceRows][kWarp], of_row);
+    const PartialSum& s = sums.sum[blockIdx.y];
     const int64_t i = int64_t(blockIdx.x) * kWarp + threadIdx.x;
     real sum = 0;
-    if (i < count)
-        for (int p = threadIdx.y; p < parts; p += kReduceRows) sum += partials[p * count + i];
-    sums[threadIdx.y][threadIdx.x] = sum;
+    if (i < s.count)
+        for (int p = threadIdx.y; p < parts; p += kReduceRows) sum += s.partials[p * s.count + i];
+    of_row[threadIdx.y][threadIdx.x] = sum;
     __syncthreads();
-    if (threadIdx.y > 0 || i >= count) return;
-    for (int y = 1; y < kReduceRows; y++) sum += sums[y][threadIdx.x];
-    out[i] += sum;
+    if (threadIdx.y > 0 || i >= s.count) return;
+    for (int y = 1; y < kReduceRows; y++) sum += of_row[y][threadIdx.x];
+    s.out[i] += sum;
 }
-void reduce_partials(real* out, const real* partials, int parts, int64_t count, cudaStream_t stream) {
-    LAUNCH(reduce_partials_kernel, blocks_for(count, kWarp), dim3(kWarp, kReduceRows), 0, stream)(out, partials, parts, count);
+void reduce_partials(int parts, std::initializer_list<PartialSum> list, cudaStream_t stream) {
+    PartialSums sums = {};
+    std::copy(list.begin(), list.end(), sums.sum);
+    int64_t longest = 0;
+    for (const PartialSum& s : list) longest = std::max(longest, s.count);
+    LAUNCH(reduce_partials_kernel, dim3(blocks_for(longest, kWarp), unsigned(list.size())), dim3(kWarp, kReduceRows), 0, stream)(sums, parts);
     CHECK_LAUNCH();
 }
 
@@ -470,7 +483,7 @@ void rmsnorm_backward(real* d_sum, floatX* d_branch, real* d_weight, const float
         LAUNCH(rmsnorm_backward_kernel<width>, blocks, warps * kWarp, warps * C * sizeof(real), stream)
         (d_sum, d_branch, s.partials, d_out, sum, rstd, weight, rows, C);
     });
-    reduce_partials(d_weight, s.partials, blocks, C, stream);
+    reduce_partials(blocks, {{d_weight, s.partials, C}}, stream);
 }
 
 // ------------------------------------------------------------------------------------------------------------------
@@ -2026,7 +2039,7 @@ void sum_all(real* out, const real* in, void* scratch, int64_t count, cudaStream
     with_width({count}, {in}, [&](auto width) {
         LAUNCH((sum_kernel<width, squares>), blocks, kThreads, 0, stream)(parts, in, count);
     });
-    reduce_partials(out, parts, blocks, 1, stream);
+    reduce_partials(blocks, {{out, parts, 1}}, stream);
 }
 void sum(real* out, const real* in, void* scratch, int64_t count, cudaStream_t stream) { sum_all<false>(out, in, scratch, count, stream); }
 void sum_of_squares(real* out, const real* in, void* scratch, int64_t count, cudaStream_t stream) {
