@@ -1,7 +1,7 @@
 // The layers on a GPU, and the Model on top of them.
 //
 // namespace gpu holds the kernels and launchers of struct Layers (moemamba.h), in its order, forward beside backward; the functions
-// in cpu/layers.cpp have the same names and arguments, and say in plain loops what is computed here. What all kernels have in common:
+// in cpu/plain.cpp have the same names and arguments, and say in plain loops what is computed here. What all kernels have in common:
 //  - floatX in memory, real in registers. Rows are read 16 bytes at a time where alignment allows (kWidth elements), else one by one:
 //    the same kernel, instantiated for both widths.
 //  - No float atomics. Where many blocks add to one sum, each writes its part to scratch and reduce_partials adds the parts in order,
@@ -10,14 +10,10 @@
 // The Model, after it, is host code only: it calls the layers of whichever device it was given.
 #include "moemamba.h"
 
-#include <fcntl.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <cerrno>
 #include <chrono>
 #include <cmath>
-#include <cstdarg>
 #include <cstring>
 #include <limits>
 #include <nlohmann/json.hpp>
@@ -234,10 +230,14 @@ void release_host(void* memory) { cudaFreeHost(memory); }
 void zero(void* memory, size_t bytes, cudaStream_t stream) {
     if (bytes > 0) CUDA_CHECK(cudaMemsetAsync(memory, 0, bytes, stream));
 }
-void upload(void* to_device, const void* from_host, size_t bytes, cudaStream_t stream) {
+void synchronize(cudaStream_t stream) { CUDA_CHECK(cudaStreamSynchronize(stream)); }
+void upload_later(void* to_device, const void* from_host, size_t bytes, cudaStream_t stream) {
     if (bytes > 0) CUDA_CHECK(cudaMemcpyAsync(to_device, from_host, bytes, cudaMemcpyHostToDevice, stream));
 }
-void synchronize(cudaStream_t stream) { CUDA_CHECK(cudaStreamSynchronize(stream)); }
+void upload(void* to_device, const void* from_host, size_t bytes, cudaStream_t stream) {
+    upload_later(to_device, from_host, bytes, stream);
+    synchronize(stream);  // a GPU that shares the host's memory may read pageable memory late, too
+}
 void download(void* to_host, const void* from_device, size_t bytes, cudaStream_t stream) {
     if (bytes > 0) CUDA_CHECK(cudaMemcpyAsync(to_host, from_device, bytes, cudaMemcpyDeviceToHost, stream));
     synchronize(stream);
@@ -304,16 +304,15 @@ void matmul(Matrix<C> c, Matrix<const AB> a, Matrix<const AB> b, int m, int n, i
 
 // ------------------------------------------------------------------------------------------------------------------
 // Linear
-void linear_forward(floatX* out, int ld_out, const floatX* in, int ld_in, const floatX* weight, int rows, int I, int O, bool accumulate,
-                    cudaStream_t stream) {
-    if (rows == 0) return;
-    matmul(Out{out, ld_out}, In{in, ld_in}, In{weight, I}.t(), rows, O, I, accumulate, stream);
+void linear_forward(floatX* out, int ld_out, const Linear& l, bool accumulate, cudaStream_t stream) {
+    if (l.rows == 0) return;
+    matmul(Out{out, ld_out}, In{l.in, l.ld_in}, In{l.weight, l.I}.t(), l.rows, l.O, l.I, accumulate, stream);
 }
-void linear_backward(floatX* d_in, int ld_d_in, real* d_weight, const floatX* d_out, int ld_d_out, const floatX* in, int ld_in,
-                     const floatX* weight, int rows, int I, int O, bool accumulate, cudaStream_t stream) {
-    if (rows == 0) return;
-    if (d_in) matmul(Out{d_in, ld_d_in}, In{d_out, ld_d_out}, In{weight, I}, rows, I, O, accumulate, stream);
-    matmul(Gradient{d_weight, I}, In{d_out, ld_d_out}.t(), In{in, ld_in}, O, I, rows, true, stream);
+void linear_backward(floatX* d_in, int ld_d_in, real* d_weight, const floatX* d_out, int ld_d_out, const Linear& l, bool accumulate,
+                     bool add_weight, cudaStream_t stream) {
+    if (l.rows == 0) return;
+    if (d_in) matmul(Out{d_in, ld_d_in}, In{d_out, ld_d_out}, In{l.weight, l.I}, l.rows, l.I, l.O, accumulate, stream);
+    matmul(Gradient{d_weight, l.I}, In{d_out, ld_d_out}.t(), In{l.in, l.ld_in}, l.O, l.I, l.rows, add_weight, stream);
 }
 
 // ------------------------------------------------------------------------------------------------------------------
@@ -474,6 +473,7 @@ struct NormScratch : Scratch {
     real* partials;
     NormScratch(void* memory, int rows, int C) : Scratch(memory) { partials = take<real>(int64_t(rmsnorm_backward_blocks(rows, C)) * C); }
 };
+size_t rmsnorm_scratch(int rows, int C) { return NormScratch(nullptr, rows, C).used; }
 void rmsnorm_backward(real* d_sum, floatX* d_branch, real* d_weight, const floatX* d_out, const real* sum, const real* rstd,
                       const real* weight, void* scratch, int rows, int C, cudaStream_t stream) {
     if (rows == 0) return;
@@ -487,38 +487,46 @@ void rmsnorm_backward(real* d_sum, floatX* d_branch, real* d_weight, const float
 }
 
 // ------------------------------------------------------------------------------------------------------------------
-// Stable counting sort into at most 256 buckets: embedding_backward sorts rows by token with it, 8 bits at a time, and
-// dispatch_plan rows by expert. Three kernels: count per tile of items; first position of each tile in each bucket; place the
-// items, each behind those of its bucket that came before it.
+// Stable counting sort into at most 256 buckets: embedding_backward sorts rows by token with it, 8 bits at a time, and dispatch_plan
+// choices by expert. Three parts: count per tile of items; first position of each tile in each bucket; place the items, each behind those
+// of its bucket that came before it. They are three kernels, or one where a single tile holds all.
 constexpr int kBuckets = 256, kSortTile = 16 * kBuckets;  // items per block
 static_assert(kBuckets == kThreads, "a thread for every bucket");
-
-__device__ __forceinline__ int bucket_of(const int* keys, const int* items, int64_t i, int shift) {
-    return (keys[items ? items[i] : int(i)] >> shift) & (kBuckets - 1);
+struct Sort {
+    int *position_of = nullptr, *placed = nullptr;  // placed[position] = item, position_of[item] = position, or -1 past the bucket's capacity; or null
+    int64_t slots = 0;  // of placed: those that no item takes become -1. 0: every item has its place
+    int *load = nullptr, *offset = nullptr;  // (buckets) items of each, or null; (buckets + 1) where each starts: the running
+                                             // sum of load, or e * capacity if there is one
+    int* counts = nullptr;      // scratch (tiles, kBuckets): items of each bucket in each tile; then in the tiles before it
+    const int *keys = nullptr, *items = nullptr;  // an item's bucket is its key's 8 bits from `shift` on; items, or null: 0, 1, 2, ...
+    int shift = 0, count = 0, buckets = 0, capacity = 0;
+};
+int sort_tiles(int64_t count) { return int(std::max<int64_t>(1, ceil_div(count, kSortTile))); }
+__device__ __forceinline__ int bucket_of(const Sort& s, int64_t i) {
+    return (s.keys[s.items ? s.items[i] : int(i)] >> s.shift) & (kBuckets - 1);
 }
 
-// counts (blocks, kBuckets)
-__global__ void sort_count_kernel(int* counts, const int* keys, const int* items, int shift, int count) {
+__device__ __forceinline__ void sort_count(const Sort& s) {
     SHARED(int[kBuckets], found);
     const int t = threadIdx.x;
     found[t] = 0;
     __syncthreads();
     const int64_t first = int64_t(blockIdx.x) * kSortTile;
-    for (int64_t i = first + t; i < min(first + kSortTile, int64_t(count)); i += kThreads)
-        atomicAdd(&found[bucket_of(keys, items, i, shift)], 1);  // integers: the order does not matter
+    for (int64_t i = first + t; i < min(first + kSortTile, int64_t(s.count)); i += kThreads)
+        atomicAdd(&found[bucket_of(s, i)], 1);  // integers: the order does not matter
+    for (int64_t i = int64_t(blockIdx.x) * kThreads + t; i < s.slots; i += int64_t(gridDim.x) * kThreads) s.placed[i] = -1;
     __syncthreads();
-    counts[int64_t(blockIdx.x) * kBuckets + t] = found[t];
+    s.counts[int64_t(blockIdx.x) * kBuckets + t] = found[t];
 }
 
-// One block. counts become the number of items of the same bucket in earlier tiles. load (buckets) or null; offset (buckets + 1):
-// where each bucket starts, the running sum of load, or e * capacity if there is one.
-__global__ void sort_scan_kernel(int* counts, int* load, int* offset, int tiles, int buckets, int capacity) {
+// One block, a thread for every bucket.
+__device__ __forceinline__ void sort_scan(const Sort& s, int tiles) {
     SHARED(int[kBuckets / kWarp], of_warp);
     const int t = threadIdx.x;
     int total = 0;
     for (int tile = 0; tile < tiles; tile++) {
-        const int n = counts[int64_t(tile) * kBuckets + t];
-        counts[int64_t(tile) * kBuckets + t] = total;
+        const int n = s.counts[int64_t(tile) * kBuckets + t];
+        s.counts[int64_t(tile) * kBuckets + t] = total;
         total += n;
     }
     int upto = total;  // of this bucket and those before it
@@ -529,25 +537,23 @@ __global__ void sort_scan_kernel(int* counts, int* load, int* offset, int tiles,
     if (lane_id() == kWarp - 1) of_warp[warp_id()] = upto;
     __syncthreads();
     for (int w = 0; w < warp_id(); w++) upto += of_warp[w];
-    if (t >= buckets) return;
-    if (load) load[t] = total;
-    if (t == 0) offset[0] = 0;
-    offset[t + 1] = capacity > 0 ? (t + 1) * capacity : upto;
+    if (t >= s.buckets) return;
+    if (s.load) s.load[t] = total;
+    if (t == 0) s.offset[0] = 0;
+    s.offset[t + 1] = s.capacity > 0 ? (t + 1) * s.capacity : upto;
 }
 
-// placed[position] = item, and position_of[item] = position, or -1 past the bucket's capacity; position_of or null
-__global__ void sort_place_kernel(int* position_of, int* placed, const int* counts, const int* offset, const int* keys, const int* items,
-                                  int shift, int count, int capacity) {
+__device__ __forceinline__ void sort_place(const Sort& s) {
     constexpr int warps = kThreads / kWarp;
     SHARED(int[warps][kBuckets], rank_of);  // of each warp's first item in each bucket
     SHARED(int[kBuckets], next);            // rank of each bucket's next item
     const int t = threadIdx.x;
-    const int64_t first = int64_t(blockIdx.x) * kSortTile, last = min(first + kSortTile, int64_t(count));
-    next[t] = counts[int64_t(blockIdx.x) * kBuckets + t];
+    const int64_t first = int64_t(blockIdx.x) * kSortTile, last = min(first + kSortTile, int64_t(s.count));
+    next[t] = s.counts[int64_t(blockIdx.x) * kBuckets + t];
     for (int64_t round = first; round < last; round += kThreads) {
         const int64_t i = round + t;
         const bool here = i < last;
-        const int bucket = here ? bucket_of(keys, items, i, shift) : 0;
+        const int bucket = here ? bucket_of(s, i) : 0;
         unsigned peers = __ballot_sync(kAllLanes, here);  // lanes whose item goes to the same bucket
         for (int bit = 1; bit < kBuckets; bit *= 2) {
             const unsigned set = __ballot_sync(kAllLanes, (bucket & bit) != 0);
@@ -567,23 +573,33 @@ __global__ void sort_place_kernel(int* position_of, int* placed, const int* coun
         next[t] = rank;
         __syncthreads();
         if (here) {
-            const int item = items ? items[i] : int(i), in_bucket = rank_of[warp_id()][bucket] + earlier;
-            const bool fits = capacity == 0 || in_bucket < capacity;
-            const int position = fits ? offset[bucket] + in_bucket : -1;
-            if (position_of) position_of[item] = position;
-            if (fits) placed[position] = item;
+            const int item = s.items ? s.items[i] : int(i), in_bucket = rank_of[warp_id()][bucket] + earlier;
+            const bool fits = s.capacity == 0 || in_bucket < s.capacity;
+            const int position = fits ? s.offset[bucket] + in_bucket : -1;
+            if (s.position_of) s.position_of[item] = position;
+            if (fits) s.placed[position] = item;
         }
         __syncthreads();
     }
 }
 
-int sort_tiles(int64_t count) { return int(ceil_div(count, kSortTile)); }
-void counting_sort(int* position_of, int* placed, int* load, int* offset, int* counts, const int* keys, const int* items, int shift,
-                   int count, int buckets, int capacity, cudaStream_t stream) {
-    const int tiles = sort_tiles(count);
-    LAUNCH(sort_count_kernel, tiles, kThreads, 0, stream)(counts, keys, items, shift, count);
-    LAUNCH(sort_scan_kernel, 1, kThreads, 0, stream)(counts, load, offset, tiles, buckets, capacity);
-    LAUNCH(sort_place_kernel, tiles, kThreads, 0, stream)(position_of, placed, counts, offset, keys, items, shift, count, capacity);
+__global__ void sort_count_kernel(Sort s) { sort_count(s); }
+__global__ void sort_scan_kernel(Sort s, int tiles) { sort_scan(s, tiles); }
+__global__ void sort_place_kernel(Sort s) { sort_place(s); }
+__global__ void sort_kernel(Sort s) {
+    sort_count(s);
+    sort_scan(s, 1);
+    __syncthreads();  // offset
+    sort_place(s);
+}
+void counting_sort(const Sort& s, cudaStream_t stream) {
+    const int tiles = sort_tiles(s.count);
+    if (tiles == 1) LAUNCH(sort_kernel, 1, kThreads, 0, stream)(s);
+    else {
+        LAUNCH(sort_count_kernel, tiles, kThreads, 0, stream)(s);
+        LAUNCH(sort_scan_kernel, 1, kThreads, 0, stream)(s, tiles);
+        LAUNCH(sort_place_kernel, tiles, kThreads, 0, stream)(s);
+    }
     CHECK_LAUNCH();
 }
 
@@ -645,12 +661,14 @@ struct EmbeddingScratch : Scratch {
         offset = take<int>(kBuckets + 1);
     }
 };
+size_t embedding_scratch(int rows) { return EmbeddingScratch(nullptr, rows).used; }
 void embedding_backward(real* d_table, const real* d_out, const int* tokens, void* scratch, int rows, int V, int C, cudaStream_t stream) {
     if (rows == 0) return;
     const EmbeddingScratch s(scratch, rows);
     const int* sorted = nullptr;  // in the order of the rows, until the first pass
     for (int shift = 0, pass = 0; shift == 0 || (shift < 32 && (V - 1) >> shift > 0); shift += 8, pass ^= 1) {
-        counting_sort(nullptr, s.sorted[pass], nullptr, s.offset, s.counts, tokens, sorted, shift, rows, kBuckets, 0, stream);
+        counting_sort({.placed = s.sorted[pass], .offset = s.offset, .counts = s.counts, .keys = tokens, .items = sorted, .shift = shift,
+                       .count = rows, .buckets = kBuckets}, stream);
         sorted = s.sorted[pass];
     }
     with_width({C}, {d_table, d_out}, [&](auto width) {
@@ -1606,41 +1624,18 @@ void scan_backward(floatX* d_u, floatX* d_dt, floatX* d_B_t, floatX* d_C_t, floa
 
 // ------------------------------------------------------------------------------------------------------------------
 // Router: a warp per row; lane l holds the values of experts l, l + 32, ...
-constexpr int kMaxExperts = kBuckets, kRouterWarps = 4, kLaneExperts = kMaxExperts / kWarp;
+constexpr int kRouterWarps = 4, kLaneExperts = kMaxExperts / kWarp;
+static_assert(kMaxExperts <= kBuckets);
 void check_experts(int E, int K) {
     if (E < 1 || E > kMaxExperts) fail("%d experts: this build supports 1 to %d", E, kMaxExperts);
     if (K < 1 || K > E) fail("%d experts per token out of %d", K, E);
 }
 
-template <int width>
-__global__ void to_real_kernel(real* out, const floatX* in, int64_t count) {
-    const int64_t i = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * width;
-    if (i < count) store(out + i, load<width>(in + i));
-}
-// x in real: itself where it is, else a copy in `copy`.
-template <class T>
-const real* to_real(real* copy, const T* x, int64_t count, cudaStream_t stream) {
-    if constexpr (std::is_same_v<T, real>) return x;
-    else {
-        with_width({count}, {copy, x}, [&](auto width) {
-            LAUNCH(to_real_kernel<width>, blocks_for(count, kThreads * width), kThreads, 0, stream)(copy, x, count);
-        });
-        CHECK_LAUNCH();
-        return copy;
-    }
-}
-
-// probs: in, the logits; out, their softmax
-__global__ void router_forward_kernel(real* probs, real* lse, int* experts, real* gates, int rows, int E, int K, bool renormalize) {
-    const int64_t row = int64_t(blockIdx.x) * kRouterWarps + warp_id();
-    if (row >= rows) return;
+// From p, the row's logits in the lanes of a warp, to everything that the router gives.
+__device__ __forceinline__ void route(const Routing& out, int64_t row, real (&p)[kLaneExperts], int E, int K, bool renormalize) {
     const int lane = lane_id();
-    real p[kLaneExperts], most = kLowest, sum = 0;
-    UNROLL for (int i = 0; i < kLaneExperts; i++) {
-        const int e = lane + i * kWarp;
-        p[i] = e < E ? probs[row * E + e] : kLowest;
-        most = p[i] > most ? p[i] : most;
-    }
+    real most = kLowest, sum = 0;
+    UNROLL for (int i = 0; i < kLaneExperts; i++) most = p[i] > most ? p[i] : most;
     most = warp_max(most);
     UNROLL for (int i = 0; i < kLaneExperts; i++) {
         p[i] = lane + i * kWarp < E ? exp_(p[i] - most) : 0;
@@ -1649,9 +1644,9 @@ __global__ void router_forward_kernel(real* probs, real* lse, int* experts, real
     sum = warp_sum(sum);
     UNROLL for (int i = 0; i < kLaneExperts; i++) {
         p[i] /= sum;
-        if (lane + i * kWarp < E) probs[row * E + lane + i * kWarp] = p[i];
+        if (lane + i * kWarp < E) out.probs[row * E + lane + i * kWarp] = p[i];
     }
-    if (lane == 0) lse[row] = most + log_(sum);
+    if (lane == 0) out.lse[row] = most + log_(sum);
 
     unsigned taken = 0;  // bit i: this lane's expert lane + 32 i was chosen
     real chosen_sum = 0;
@@ -1674,28 +1669,88 @@ __global__ void router_forward_kernel(real* probs, real* lse, int* experts, real
         if (lane == expert % kWarp) taken |= 1u << expert / kWarp;
         chosen_sum += best;
         if (lane == k % kWarp) {
-            experts[row * K + k] = expert;
-            gates[row * K + k] = best;
+            out.experts[row * K + k] = expert;
+            out.gates[row * K + k] = best;
         }
     }
     if (renormalize)
-        for (int k = lane; k < K; k += kWarp) gates[row * K + k] /= chosen_sum;
+        for (int k = lane; k < K; k += kWarp) out.gates[row * K + k] /= chosen_sum;
+}
+
+// In bf16 the weights, which are float32, are cut into three bf16 matrices that add up to them, (kParts E, C). One product on tensor
+// cores then gives the parts of every logit: as exact as a float32 product, without a float32 copy of x.
+constexpr int kParts = kMixedPrecision ? 3 : 1;
+__global__ void router_split_kernel(floatX* parts, const real* weight, int64_t count) {
+    const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+    if (i >= count) return;
+    real rest = weight[i];
+    for (int part = 0; part < kParts; part++) {
+        const floatX rounded = floatX(rest);
+        parts[part * count + i] = rounded;
+        rest -= real(rounded);
+    }
+}
+// weight in floatX, in kParts parts: itself where it is one type with real
+const floatX* router_split(floatX* parts, const Router& r, cudaStream_t stream) {
+    if constexpr (!kMixedPrecision) return reinterpret_cast<const floatX*>(r.weight);
+    const int64_t count = int64_t(r.E) * r.C;
+    LAUNCH(router_split_kernel, blocks_for(count, kThreads), kThreads, 0, stream)(parts, r.weight, count);
+    CHECK_LAUNCH();
+    return parts;
 }
 struct RouterScratch : Scratch {
-    real *x = nullptr, *d_logits;
+    int ld_logits, ld_d;  // whole vectors, which is what products like best
+    floatX *parts, *d_logits;
+    real* logits;
     RouterScratch(void* memory, int rows, int C, int E) : Scratch(memory) {
-        if (kMixedPrecision) x = take<real>(int64_t(rows) * C);
-        d_logits = take<real>(int64_t(rows) * E);
+        ld_logits = int(ceil_div(kParts * E, 8) * 8), ld_d = int(ceil_div(E, 8) * 8);
+        parts = take<floatX>(int64_t(kParts) * E * C);
+        logits = take<real>(int64_t(rows) * ld_logits);
+        d_logits = take<floatX>(int64_t(rows) * ld_d);
     }
 };
-void router_forward(real* probs, real* lse, int* experts, real* gates, const floatX* x, const real* weight, void* scratch, int rows, int C,
-                    int E, int K, bool renormalize, cudaStream_t stream) {
-    check_experts(E, K);
-    if (rows == 0) return;
-    const RouterScratch s(scratch, rows, C, E);
-    matmul(Matrix<real>{probs, E}, RealIn{to_real(s.x, x, int64_t(rows) * C, stream), C}, RealIn{weight, C}.t(), rows, E, C, false, stream);
-    LAUNCH(router_forward_kernel, blocks_for(rows, kRouterWarps), kRouterWarps * kWarp, 0, stream)
-    (probs, lse, experts, gates, rows, E, K, renormalize);
+size_t router_scratch(int rows, int C, int E) { return RouterScratch(nullptr, rows, C, E).used; }
+
+__global__ void router_forward_kernel(Routing out, const real* logits, int ld_logits, int rows, int E, int K, bool renormalize) {
+    const int64_t row = int64_t(blockIdx.x) * kRouterWarps + warp_id();
+    if (row >= rows) return;
+    real p[kLaneExperts];
+    UNROLL for (int i = 0; i < kLaneExperts; i++) {
+        const int e = lane_id() + i * kWarp;
+        p[i] = e < E ? 0 : kLowest;
+        for (int part = kParts - 1; part >= 0 && e < E; part--) p[i] += logits[row * ld_logits + part * E + e];  // the smallest first
+    }
+    route(out, row, p, E, K, renormalize);
+}
+// A few rows, as in decoding: one launch. A block per row, whose warps take the experts in turn.
+constexpr int kFewRows = 8;
+__global__ void router_few_kernel(Routing out, Router r) {
+    SHARED(real[kMaxExperts], logits);
+    const int64_t row = blockIdx.x;
+    for (int e = warp_id(); e < r.E; e += kThreads / kWarp) {
+        real dot = 0;
+        for (int c = lane_id(); c < r.C; c += kWarp) dot += real(r.x[row * r.C + c]) * r.weight[int64_t(e) * r.C + c];
+        dot = warp_sum(dot);
+        if (lane_id() == 0) logits[e] = dot;
+    }
+    __syncthreads();
+    if (warp_id() > 0) return;
+    real p[kLaneExperts];
+    UNROLL for (int i = 0; i < kLaneExperts; i++) p[i] = lane_id() + i * kWarp < r.E ? logits[lane_id() + i * kWarp] : kLowest;
+    route(out, row, p, r.E, r.K, r.renormalize);
+}
+void router_forward(const Routing& out, const Router& r, void* scratch, cudaStream_t stream) {
+    check_experts(r.E, r.K);
+    if (r.rows == 0) return;
+    if (r.rows <= kFewRows) {
+        LAUNCH(router_few_kernel, r.rows, kThreads, 0, stream)(out, r);
+    } else {
+        const RouterScratch s(scratch, r.rows, r.C, r.E);
+        const floatX* const weight = router_split(s.parts, r, stream);
+        matmul(Gradient{s.logits, s.ld_logits}, In{r.x, r.C}, In{weight, r.C}.t(), r.rows, kParts * r.E, r.C, false, stream);
+        LAUNCH(router_forward_kernel, blocks_for(r.rows, kRouterWarps), kRouterWarps * kWarp, 0, stream)
+        (out, s.logits, s.ld_logits, r.rows, r.E, r.K, r.renormalize);
+    }
     CHECK_LAUNCH();
 }
 
@@ -1721,6 +1776,7 @@ __global__ void router_losses_sum_kernel(real* losses, const real* parts, int co
     }
 }
 constexpr int kSumParts = 1024;  // at most, of a sum over everything: enough threads for any GPU
+static_assert(2 * kSumParts * sizeof(real) <= kSumScratch);
 int sum_parts(int64_t work) { return int(std::clamp<int64_t>(ceil_div(work, 4 * kThreads), 1, kSumParts)); }
 void router_losses(real* losses, const real* probs, const real* lse, const int* load, void* scratch, int rows, int E, cudaStream_t stream) {
     if (rows == 0) return;
@@ -1731,16 +1787,15 @@ void router_losses(real* losses, const real* probs, const real* lse, const int* 
     CHECK_LAUNCH();
 }
 
-__global__ void router_backward_kernel(real* d_logits, const real* d_gates, const real* probs, const real* lse, const int* experts,
-                                       const real* gates, const int* load, int rows, int E, int K, bool renormalize, real balance_weight,
-                                       real z_weight) {
+__global__ void router_backward_kernel(floatX* d_logits, int ld_d, const real* d_gates, Routing out, const int* load, int rows, int E, int K,
+                                       bool renormalize, real balance_weight, real z_weight) {
     const int64_t row = int64_t(blockIdx.x) * kRouterWarps + warp_id();
     if (row >= rows) return;
     const int lane = lane_id();
     real p[kLaneExperts], d_p[kLaneExperts];
     UNROLL for (int i = 0; i < kLaneExperts; i++) {
         const int e = lane + i * kWarp;
-        p[i] = e < E ? probs[row * E + e] : 0;
+        p[i] = e < E ? out.probs[row * E + e] : 0;
         d_p[i] = e < E ? balance_weight * E * (real(load[e]) / rows) / rows : 0;
     }
     // gate = p / S with S the sum of the K chosen p:  d_p = (d_gate - sum of d_gate gate) / S
@@ -1748,12 +1803,12 @@ __global__ void router_backward_kernel(real* d_logits, const real* d_gates, cons
     if (renormalize) {
         chosen_sum = 0;
         for (int k = 0; k < K; k++) {
-            pull += d_gates[row * K + k] * gates[row * K + k];
-            chosen_sum += probs[row * E + experts[row * K + k]];
+            pull += d_gates[row * K + k] * out.gates[row * K + k];
+            chosen_sum += probs[row * E + out.experts[row * K + k]];
         }
     }
     for (int k = 0; k < K; k++) {
-        const int expert = experts[row * K + k];
+        const int expert = out.experts[row * K + k];
         const real d = (d_gates[row * K + k] - pull) / chosen_sum;
         UNROLL for (int i = 0; i < kLaneExperts; i++)
             if (lane + i * kWarp == expert) d_p[i] += d;
@@ -1761,66 +1816,39 @@ __global__ void router_backward_kernel(real* d_logits, const real* d_gates, cons
     real dot = 0;
     UNROLL for (int i = 0; i < kLaneExperts; i++) dot += p[i] * d_p[i];
     dot = warp_sum(dot);
-    const real d_lse = z_weight * 2 * lse[row] / rows;
+    const real d_lse = z_weight * 2 * out.lse[row] / rows;
     UNROLL for (int i = 0; i < kLaneExperts; i++)
-        if (lane + i * kWarp < E) d_logits[row * E + lane + i * kWarp] = p[i] * (d_p[i] - dot + d_lse);
+        if (lane + i * kWarp < E) d_logits[row * ld_d + lane + i * kWarp] = floatX(p[i] * (d_p[i] - dot + d_lse));
 }
-template <int width>
-__global__ void add_kernel(floatX* out, const real* in, int64_t count) {
-    const int64_t i = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * width;
-    if (i >= count) return;
-    auto x = load<width>(out + i);
-    const auto y = load<width>(in + i);
-    UNROLL for (int j = 0; j < width; j++) x.v[j] += y.v[j];
-    store(out + i, x);
-}
-// d_x += d_logits weight; room (rows, C) where d_x is not real
-template <class T>
-void router_backward_input(T* d_x, real* room, const real* d_logits, const real* weight, int rows, int C, int E, cudaStream_t stream) {
-    if constexpr (std::is_same_v<T, real>) {
-        matmul(Matrix<real>{d_x, C}, RealIn{d_logits, E}, RealIn{weight, C}, rows, C, E, true, stream);
-    } else {
-        matmul(Matrix<real>{room, C}, RealIn{d_logits, E}, RealIn{weight, C}, rows, C, E, false, stream);
-        const int64_t count = int64_t(rows) * C;
-        with_width({count}, {d_x, room}, [&](auto width) {
-            LAUNCH(add_kernel<width>, blocks_for(count, kThreads * width), kThreads, 0, stream)(d_x, room, count);
-        });
-        CHECK_LAUNCH();
-    }
-}
-void router_backward(floatX* d_x, real* d_weight, const real* d_gates, const real* probs, const real* lse, const int* experts,
-                     const real* gates, const int* load, const floatX* x, const real* weight, void* scratch, int rows, int C, int E, int K,
-                     bool renormalize, real balance_weight, real z_weight, cudaStream_t stream) {
-    check_experts(E, K);
-    if (rows == 0) return;
-    const RouterScratch s(scratch, rows, C, E);
-    LAUNCH(router_backward_kernel, blocks_for(rows, kRouterWarps), kRouterWarps * kWarp, 0, stream)
-    (s.d_logits, d_gates, probs, lse, experts, gates, load, rows, E, K, renormalize, balance_weight, z_weight);
+// The gradient of the logits is rounded to floatX for its two products, as that of any other linear layer.
+void router_backward(floatX* d_x, real* d_weight, const real* d_gates, const Routing& out, const int* load, const Router& r,
+                     real balance_weight, real z_weight, void* scratch, cudaStream_t stream) {
+    check_experts(r.E, r.K);
+    if (r.rows == 0) return;
+    const RouterScratch s(scratch, r.rows, r.C, r.E);
+    LAUNCH(router_backward_kernel, blocks_for(r.rows, kRouterWarps), kRouterWarps * kWarp, 0, stream)
+    (s.d_logits, s.ld_d, d_gates, out, load, r.rows, r.E, r.K, r.renormalize, balance_weight, z_weight);
     CHECK_LAUNCH();
-    const real* const x_real = to_real(s.x, x, int64_t(rows) * C, stream);
-    matmul(Gradient{d_weight, C}, RealIn{s.d_logits, E}.t(), RealIn{x_real, C}, E, C, rows, true, stream);
-    router_backward_input(d_x, s.x, s.d_logits, weight, rows, C, E, stream);  // x is no longer needed
+    const In d_logits{s.d_logits, s.ld_d};
+    matmul(Gradient{d_weight, r.C}, d_logits.t(), In{r.x, r.C}, r.E, r.C, r.rows, true, stream);
+    matmul(Out{d_x, r.C}, d_logits, In{router_split(s.parts, r, stream), r.C}, r.rows, r.C, r.E, true, stream);
 }
 
 // ------------------------------------------------------------------------------------------------------------------
 // Dispatch and combine
-struct PlanScratch : Scratch {
+struct DispatchScratch : Scratch {
     int* counts;
-    PlanScratch(void* memory, int64_t choices) : Scratch(memory) { counts = take<int>(int64_t(sort_tiles(choices)) * kBuckets); }
+    DispatchScratch(void* memory, int64_t choices) : Scratch(memory) { counts = take<int>(int64_t(sort_tiles(choices)) * kBuckets); }
 };
-void dispatch_plan(int* slot, int* choice, int* load, int* offset, const int* experts, void* scratch, int rows, int E, int K, int capacity,
-                   cudaStream_t stream) {
-    check_experts(E, K);
-    const int64_t choices = int64_t(rows) * K, slots = capacity > 0 ? int64_t(E) * capacity : choices;
-    if (std::max(choices, slots) > std::numeric_limits<int>::max()) fail("%d rows of %d choices: over 2^31; use a smaller batch", rows, K);
-    if (slots > 0) CUDA_CHECK(cudaMemsetAsync(choice, 0xff, slots * sizeof(int), stream));  // -1: empty
-    if (choices == 0) {
-        zero(load, E * sizeof(int), stream);
-        zero(offset, (E + 1) * sizeof(int), stream);
-        return;
-    }
-    const PlanScratch s(scratch, choices);
-    counting_sort(slot, choice, load, offset, s.counts, experts, nullptr, 0, int(choices), E, capacity, stream);
+size_t dispatch_scratch(int64_t choices) { return DispatchScratch(nullptr, choices).used; }
+void dispatch_plan(const Dispatch& to, const int* experts, void* scratch, cudaStream_t stream) {
+    check_experts(to.E, to.K);
+    const int64_t choices = int64_t(to.rows) * to.K, slots = Dispatch::slots(to.rows, to.E, to.K, to.capacity);
+    if (std::max(choices, slots) > std::numeric_limits<int>::max())
+        fail("%d rows of %d choices: over 2^31; use a smaller batch", to.rows, to.K);
+    const DispatchScratch s(scratch, choices);
+    counting_sort({.position_of = to.slot, .placed = to.choice, .slots = slots, .load = to.load, .offset = to.offset, .counts = s.counts,
+                   .keys = experts, .count = int(choices), .buckets = to.E, .capacity = to.capacity}, stream);
 }
 
 template <int width>
@@ -1830,10 +1858,10 @@ __global__ void dispatch_forward_kernel(floatX* out, const floatX* x, const int*
     for (int c = threadIdx.x * width; c < C; c += blockDim.x * width)
         store(out + s * C + c, from < 0 ? Reals<width>{} : load<width>(x + int64_t(from / K) * C + c));
 }
-void dispatch_forward(floatX* out, const floatX* x, const int* choice, int slots, int C, int K, cudaStream_t stream) {
-    if (slots == 0) return;
+void dispatch_forward(floatX* out, const floatX* x, const Dispatch& to, int C, cudaStream_t stream) {
+    if (to.rows == 0) return;
     with_width({C}, {out, x}, [&](auto width) {
-        LAUNCH(dispatch_forward_kernel<width>, slots, row_threads(ceil_div(C, width)), 0, stream)(out, x, choice, C, K);
+        LAUNCH(dispatch_forward_kernel<width>, to.slots(), row_threads(ceil_div(C, width)), 0, stream)(out, x, to.choice, C, to.K);
     });
     CHECK_LAUNCH();
 }
@@ -1855,20 +1883,18 @@ __global__ void gather_kernel(floatX* out, const floatX* in, const real* gates, 
         store(out + row * C + c, sum);
     }
 }
-void gather(floatX* out, const floatX* in, const real* gates, const int* slot, int rows, int C, int K, bool accumulate,
-            cudaStream_t stream) {
-    if (rows == 0) return;
+void gather(floatX* out, const floatX* in, const real* gates, const Dispatch& to, int C, bool accumulate, cudaStream_t stream) {
+    if (to.rows == 0) return;
     with_width({C}, {out, in}, [&](auto width) {
-        LAUNCH(gather_kernel<width>, rows, row_threads(ceil_div(C, width)), 0, stream)(out, in, gates, slot, C, K, accumulate);
+        LAUNCH(gather_kernel<width>, to.rows, row_threads(ceil_div(C, width)), 0, stream)(out, in, gates, to.slot, C, to.K, accumulate);
     });
     CHECK_LAUNCH();
 }
-void dispatch_backward(floatX* d_x, const floatX* d_out, const int* slot, int rows, int C, int K, bool accumulate, cudaStream_t stream) {
-    gather(d_x, d_out, nullptr, slot, rows, C, K, accumulate, stream);
+void dispatch_backward(floatX* d_x, const floatX* d_out, const Dispatch& to, int C, bool accumulate, cudaStream_t stream) {
+    gather(d_x, d_out, nullptr, to, C, accumulate, stream);
 }
-void combine_forward(floatX* out, const floatX* y, const real* gates, const int* slot, int rows, int C, int K, bool accumulate,
-                     cudaStream_t stream) {
-    gather(out, y, gates, slot, rows, C, K, accumulate, stream);
+void combine_forward(floatX* out, const floatX* y, const real* gates, const Dispatch& to, int C, bool accumulate, cudaStream_t stream) {
+    gather(out, y, gates, to, C, accumulate, stream);
 }
 
 // A block per slot writes d_y and, from the same two rows, the gradient of the gate that goes with it.
@@ -1895,53 +1921,89 @@ __global__ void combine_backward_kernel(floatX* d_y, real* d_gates, const floatX
     dot = block_sum(dot);
     if (threadIdx.x == 0 && from >= 0) d_gates[from] = dot;
 }
-void combine_backward(floatX* d_y, real* d_gates, const floatX* d_out, const floatX* y, const real* gates, [[maybe_unused]] const int* slot,
-                      const int* choice, int rows, int slots, int C, int K, cudaStream_t stream) {
-    zero(d_gates, int64_t(rows) * K * sizeof(real), stream);  // dropped choices have no slot
-    if (slots == 0) return;
+void combine_backward(floatX* d_y, real* d_gates, const floatX* d_out, const floatX* y, const real* gates, const Dispatch& to, int C,
+                      cudaStream_t stream) {
+    if (to.rows == 0) return;
+    zero(d_gates, int64_t(to.rows) * to.K * sizeof(real), stream);  // dropped choices have no slot
     with_width({C}, {d_y, d_out, y}, [&](auto width) {
-        LAUNCH(combine_backward_kernel<width>, slots, row_threads(ceil_div(C, width)), 0, stream)
-        (d_y, d_gates, d_out, y, gates, choice, C, K);
+        LAUNCH(combine_backward_kernel<width>, to.slots(), row_threads(ceil_div(C, width)), 0, stream)
+        (d_y, d_gates, d_out, y, gates, to.choice, C, to.K);
     });
     CHECK_LAUNCH();
 }
 
 // ------------------------------------------------------------------------------------------------------------------
-// Experts
-// Calls f(expert, first slot, slots) for every expert that has some.
-template <class F>
-void each_expert(const int* host_offset, int E, F&& f) {
-    for (int e = 0; e < E; e++)
-        if (host_offset[e + 1] > host_offset[e]) f(e, int64_t(host_offset[e]), host_offset[e + 1] - host_offset[e]);
+// Experts. With a capacity: one strided-batched product. Without: one for each expert that has rows, which the host must know; or, of a
+// few slots, a kernel that finds them on the device.
+struct ExpertRows {
+    int64_t first;  // slot
+    int count;
+};
+ExpertRows expert_rows(const Experts& e, int expert) {
+    return {e.host_offset[expert], e.host_offset[expert + 1] - e.host_offset[expert]};
 }
-void experts_forward(floatX* out, const floatX* in, const floatX* weight, const int* host_offset, int slots, int I, int O, int E,
-                     int capacity, cudaStream_t stream) {
-    if (slots == 0) return;
-    const int64_t one = int64_t(O) * I;  // expert's weights
+
+// A warp per output of an expert takes kTogether of its slots at a time: all of them read the weights once.
+constexpr int kFewWarps = 8, kTogether = 4;
+template <int width>
+__global__ void experts_few_kernel(floatX* out, Experts e) {
+    const int expert = blockIdx.y, o = blockIdx.x * kFewWarps + warp_id();
+    if (o >= e.O) return;
+    const int last = e.to.offset[expert + 1];
+    const floatX* const weight = e.weight + (int64_t(expert) * e.O + o) * e.I;
+    for (int first = e.to.offset[expert]; first < last; first += kTogether) {
+        real sums[kTogether] = {};
+        for (int i = lane_id() * width; i < e.I; i += kWarp * width) {
+            const auto w = load<width>(weight + i);
+            UNROLL for (int s = 0; s < kTogether; s++) {
+                if (first + s >= last) break;
+                const auto x = load<width>(e.in + int64_t(first + s) * e.I + i);
+                UNROLL for (int j = 0; j < width; j++) sums[s] += w.v[j] * x.v[j];
+            }
+        }
+        UNROLL for (int s = 0; s < kTogether; s++) {
+            const real sum = warp_sum(sums[s]);
+            if (lane_id() == 0 && first + s < last) out[int64_t(first + s) * e.O + o] = floatX(sum);
+        }
+    }
+}
+void experts_forward(floatX* out, const Experts& e, cudaStream_t stream) {
+    if (e.to.rows == 0) return;
+    const int64_t one = int64_t(e.O) * e.I, capacity = e.to.capacity;  // an expert's weights and slots
     if (capacity > 0) {
-        matmul(Out{out, O, int64_t(capacity) * O}, In{in, I, int64_t(capacity) * I}, In{weight, I, one}.t(), capacity, O, I, false,
-               stream, E);
+        matmul(Out{out, e.O, capacity * e.O}, In{e.in, e.I, capacity * e.I}, In{e.weight, e.I, one}.t(), int(capacity), e.O, e.I, false,
+               stream, e.to.E);
+    } else if (e.host_offset) {
+        for (int i = 0; i < e.to.E; i++)
+            if (const auto [first, count] = expert_rows(e, i); count > 0)
+                matmul(Out{out + first * e.O, e.O}, In{e.in + first * e.I, e.I}, In{e.weight + i * one, e.I}.t(), count, e.O, e.I, false,
+                       stream);
+    } else {
+        with_width({e.I}, {e.in, e.weight}, [&](auto width) {
+            LAUNCH(experts_few_kernel<width>, dim3(blocks_for(e.O, kFewWarps), e.to.E), kFewWarps * kWarp, 0, stream)(out, e);
+        });
+        CHECK_LAUNCH();
+    }
+}
+void experts_backward(floatX* d_in, real* d_weight, const floatX* d_out, const Experts& e, bool add_weight, cudaStream_t stream) {
+    if (e.to.rows == 0) return;
+    const int64_t one = int64_t(e.O) * e.I, capacity = e.to.capacity;
+    if (capacity > 0) {
+        const In d{d_out, e.O, capacity * e.O};
+        matmul(Out{d_in, e.I, capacity * e.I}, d, In{e.weight, e.I, one}, int(capacity), e.I, e.O, false, stream, e.to.E);
+        matmul(Gradient{d_weight, e.I, one}, d.t(), In{e.in, e.I, capacity * e.I}, e.O, e.I, int(capacity), add_weight, stream, e.to.E);
         return;
     }
-    each_expert(host_offset, E, [&](int e, int64_t first, int rows) {
-        matmul(Out{out + first * O, O}, In{in + first * I, I}, In{weight + e * one, I}.t(), rows, O, I, false, stream);
-    });
-}
-void experts_backward(floatX* d_in, real* d_weight, const floatX* d_out, const floatX* in, const floatX* weight, const int* host_offset,
-                      int slots, int I, int O, int E, int capacity, cudaStream_t stream) {
-    if (slots == 0) return;
-    const int64_t one = int64_t(O) * I;  // expert's weights
-    if (capacity > 0) {
-        const In d{d_out, O, int64_t(capacity) * O};
-        matmul(Out{d_in, I, int64_t(capacity) * I}, d, In{weight, I, one}, capacity, I, O, false, stream, E);
-        matmul(Gradient{d_weight, I, one}, d.t(), In{in, I, int64_t(capacity) * I}, O, I, capacity, true, stream, E);
-        return;
+    for (int i = 0; i < e.to.E; i++) {
+        const auto [first, count] = expert_rows(e, i);
+        const In d{d_out + first * e.O, e.O};
+        if (count > 0) {
+            matmul(Out{d_in + first * e.I, e.I}, d, In{e.weight + i * one, e.I}, count, e.I, e.O, false, stream);
+            matmul(Gradient{d_weight + i * one, e.I}, d.t(), In{e.in + first * e.I, e.I}, e.O, e.I, count, add_weight, stream);
+        } else if (!add_weight) {
+            zero(d_weight + i * one, one * sizeof(real), stream);
+        }
     }
-    each_expert(host_offset, E, [&](int e, int64_t first, int rows) {
-        const In d{d_out + first * O, O};
-        matmul(Out{d_in + first * I, I}, d, In{weight + e * one, I}, rows, I, O, false, stream);
-        matmul(Gradient{d_weight + e * one, I}, d.t(), In{in + first * I, I}, O, I, rows, true, stream);
-    });
 }
 
 // ------------------------------------------------------------------------------------------------------------------
@@ -2066,11 +2128,11 @@ __global__ void adamw_kernel(real* master, floatX* weight, real* m, real* v, con
     store(master + i, w);
     if (weight) store(weight + i, w);
 }
-void adamw(real* master, floatX* weight, real* m, real* v, const real* grad, int64_t count, real lr, real beta1, real beta2, real eps,
-           real weight_decay, real grad_scale, int step, cudaStream_t stream) {
+void adamw(real* master, floatX* weight, real* m, real* v, const real* grad, int64_t count, const AdamW& o, real grad_scale, int step,
+           cudaStream_t stream) {
     if (count == 0) return;
-    const AdamWFactors factors = {lr, beta1, beta2, eps, weight_decay, grad_scale, real(1 / (1 - std::pow(double(beta1), step))),
-                                  real(1 / (1 - std::pow(double(beta2), step)))};
+    const AdamWFactors factors = {real(o.lr), real(o.beta1), real(o.beta2), real(o.eps), real(o.weight_decay), grad_scale,
+                                  real(1 / (1 - std::pow(o.beta1, step))), real(1 / (1 - std::pow(o.beta2, step)))};
     with_width({count}, {master, weight, m, v, grad}, [&](auto width) {
         LAUNCH(adamw_kernel<width>, blocks_for(count, kThreads * width), kThreads, 0, stream)(master, weight, m, v, grad, count, factors);
     });
@@ -2078,30 +2140,57 @@ void adamw(real* master, floatX* weight, real* m, real* v, const real* grad, int
 }
 
 // ------------------------------------------------------------------------------------------------------------------
-// The most scratch that any function needs: each layout is asked for its size.
-size_t scratch_bytes(const Config& c, int B, int T) {
-    const int rows = B * T;
-    size_t most = 2 * kSumParts * sizeof(real);  // sums, router_losses
-    const auto need = [&](const Scratch& layout) { most = std::max(most, layout.used); };
-    if (rows == 0) return most;
-    need(EmbeddingScratch(nullptr, rows));
-    need(NormScratch(nullptr, rows, c.d_model));
-    if (c.count('M') > 0) {
-        need(ConvScratch(nullptr, conv_shape<1>(B, T, c.d_inner, c.d_conv, c.d_inner), B));
-        need(ConvScratch(nullptr, conv_shape<kConvWidth>(B, T, c.d_inner, c.d_conv, c.d_inner), B));
-        ScanInput in = {};
-        in.T = T, in.D = c.d_inner, in.N = c.d_state;
-        scan_split(in, B);
-        need(ScanBackwardScratch(nullptr, in, B));
-    }
-    if (c.count('E') > 0) {
-        need(RouterScratch(nullptr, rows, c.d_model, c.experts));
-        need(PlanScratch(nullptr, int64_t(rows) * c.top_k));
-    }
-    return most;
+// The device
+cudaStream_t open() {  // one stream for the process: the default one cannot be captured into a graph
+    static const cudaStream_t stream = [] {
+        cudaStream_t created;
+        CUDA_CHECK(cudaStreamCreateWithFlags(&created, cudaStreamNonBlocking));
+        cublas(created);  // takes its workspace
+        return created;
+    }();
+    return stream;
+}
+
+std::string machine() {
+#ifdef USE_CUDA
+    int device = 0, version = 0;
+    cudaDeviceProp properties;
+    CUDA_CHECK(cudaGetDevice(&device));
+    CUDA_CHECK(cudaGetDeviceProperties(&properties, device));
+    CUBLAS_CHECK(cublasGetVersion(cublas(open()), &version));
+    return std::string(properties.name) + " with " + std::to_string(multiprocessors()) + " multiprocessors, cuBLAS " +
+           std::to_string(version) + ", in " + kPrecision;
+#else
+    return std::string("simt in ") + kPrecision;
+#endif
 }
 
 }  // namespace
+
+// Why no GPU can be used here: "" if one can. `absent`: there is none, or nothing to drive one with.
+static std::string problem(bool& absent) {
+    int count = 0, driver = 0, runtime = 0, device = 0, shared = 0;
+    cudaFuncAttributes attributes;
+    const cudaError_t status = cudaGetDeviceCount(&count), versions = cudaDriverGetVersion(&driver);
+    absent = status == cudaErrorNoDevice || (status == cudaSuccess && count == 0) || (versions == cudaSuccess && driver == 0);
+    cudaGetLastError();  // an error is reported here, and not again at the next launch
+    if (absent) return "no GPU";
+    cudaRuntimeGetVersion(&runtime);
+    if (status != cudaSuccess)
+        return std::string(cudaGetErrorString(status)) + " (the driver serves CUDA " + std::to_string(driver / 1000) + "." +
+               std::to_string(driver % 1000 / 10) + ", this build is of " + std::to_string(runtime / 1000) + "." +
+               std::to_string(runtime % 1000 / 10) + ")";
+    CUDA_CHECK(cudaGetDevice(&device));
+    CUDA_CHECK(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    if (size_t(shared) < kMaxShared)
+        return "the GPU gives a block " + std::to_string(shared >> 10) + " KB of shared memory, the scan needs " +
+               std::to_string(kMaxShared >> 10);
+    if (const cudaError_t code = cudaFuncGetAttributes(&attributes, reduce_partials_kernel); code != cudaSuccess) {
+        cudaGetLastError();
+        return std::string("this build has no code for the GPU (") + cudaGetErrorString(code) + "); run make again on this machine";
+    }
+    return "";
+}
 
 const Layers layers = {
 #ifdef USE_CUDA
@@ -2109,39 +2198,47 @@ const Layers layers = {
 #else
     .device = "simt",
 #endif
+    .machine = machine,
+    .open = open,
     .allocate = allocate,
     .release = release,
     .allocate_host = allocate_host,
     .release_host = release_host,
     .zero = zero,
     .upload = upload,
+    .upload_later = upload_later,
     .download = download,
     .synchronize = synchronize,
-    .scratch_bytes = scratch_bytes,
-    .embedding_forward = embedding_forward,
-    .embedding_backward = embedding_backward,
-    .rmsnorm_forward = rmsnorm_forward,
-    .rmsnorm_backward = rmsnorm_backward,
     .linear_forward = linear_forward,
     .linear_backward = linear_backward,
+    .swiglu_forward = swiglu_forward,
+    .swiglu_backward = swiglu_backward,
+    .relu_forward = relu_forward,
+    .relu_backward = relu_backward,
+    .rmsnorm_forward = rmsnorm_forward,
+    .rmsnorm_backward = rmsnorm_backward,
+    .rmsnorm_scratch = rmsnorm_scratch,
+    .embedding_forward = embedding_forward,
+    .embedding_backward = embedding_backward,
+    .embedding_scratch = embedding_scratch,
     .conv_forward = conv_forward,
     .conv_backward = conv_backward,
+    .conv_scratch = conv_scratch,
     .scan_forward = scan_forward,
     .scan_backward = scan_backward,
+    .scan_scratch = scan_scratch,
     .router_forward = router_forward,
     .router_losses = router_losses,
     .router_backward = router_backward,
+    .router_scratch = router_scratch,
     .dispatch_plan = dispatch_plan,
+    .dispatch_scratch = dispatch_scratch,
     .dispatch_forward = dispatch_forward,
     .dispatch_backward = dispatch_backward,
     .combine_forward = combine_forward,
     .combine_backward = combine_backward,
     .experts_forward = experts_forward,
     .experts_backward = experts_backward,
-    .swiglu_forward = swiglu_forward,
-    .swiglu_backward = swiglu_backward,
-    .relu_forward = relu_forward,
-    .relu_backward = relu_backward,
     .classifier = classifier,
     .softmax_forward = softmax_forward,
     .sum = sum,
@@ -2156,22 +2253,19 @@ const Layers layers = {
 using Json = nlohmann::ordered_json;
 
 const Layers& find_device(const std::string& name) {
-    if (name == "cpu") return cpu::layers;
-#ifdef USE_CUDA
-    int count = 0;
-    const cudaError_t status = cudaGetDeviceCount(&count);
-    if (name == "auto") return status == cudaSuccess && count > 0 ? gpu::layers : cpu::layers;
-    if (name == "cuda") {
-        if (status != cudaSuccess || count == 0)
-            fail("--device cuda: no GPU can be used here (%s); use --device cpu", cudaGetErrorString(status));
-        return gpu::layers;
-    }
-    fail("--device %s: this build has auto, cpu and cuda", name.c_str());
-#else
-    if (name == "auto") return cpu::layers;
-    if (name == "simt") return gpu::layers;
-    fail("--device %s: this build has auto, cpu and simt%s", name.c_str(), name == "cuda" ? "; build with nvcc: make CUDA=1" : "");
-#endif
+    const std::string gpu_name = gpu::layers.device;
+    const bool simulated = gpu_name == "simt";
+    if (name == "cpu" || (name == "auto" && simulated)) return cpu::layers;
+    if (name == "plain") return plain::layers;
+    if (name != "auto" && name != gpu_name)
+        fail("--device %s: this build has auto, cpu, plain and %s%s", name.c_str(), gpu_name.c_str(),
+             name == "cuda" ? "; build with nvcc: make CUDA=1" : "");
+    bool absent;
+    const std::string problem = gpu::problem(absent);
+    if (problem.empty()) return gpu::layers;
+    if (name != "auto" || !absent) fail("--device %s: %s; or use --device cpu", name.c_str(), problem.c_str());
+    fprintf(stderr, "note: there is %s here: this runs on the CPU\n", problem.c_str());
+    return cpu::layers;
 }
 
 // Median seconds of one call of `work`, which starts something on the device.

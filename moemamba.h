@@ -224,8 +224,7 @@ struct Layers {
     std::string (*machine)();  // what the bits depend on besides inputs and sizes: device, threads, versions
 
     // -------- memory
-    cudaStream_t (*open)();  // takes whatever is needed beside the memory below; all functions are called on streams of open()
-    void (*close)(cudaStream_t stream);
+    cudaStream_t (*open)();  // the stream that the Model works on; takes whatever a device needs beside the memory below
     void* (*allocate)(size_t bytes, const char* name);       // contents undefined; fails with name and size
     void (*release)(void* memory);                           // null is fine
     void* (*allocate_host)(size_t bytes, const char* name);  // on the host, for upload_later
