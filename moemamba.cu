@@ -18,6 +18,7 @@
 #include <limits>
 #include <nlohmann/json.hpp>
 #include <numeric>
+#include <span>
 #include <type_traits>
 
 namespace gpu {
@@ -2248,8 +2249,8 @@ const Layers layers = {
 }  // namespace gpu
 
 // ------------------------------------------------------------------------------------------------------------------
-// Host code only from here on: errors, random numbers, Config, the Model, files. It calls kernels through a table of Layers and does
-// not know which device it has.
+// Host code only from here on: random numbers, Config, the kinds of layers, the Model. It calls kernels through a table of Layers and
+// does not know which device it has.
 using Json = nlohmann::ordered_json;
 
 const Layers& find_device(const std::string& name) {
@@ -2268,14 +2269,14 @@ const Layers& find_device(const std::string& name) {
     return cpu::layers;
 }
 
-// Median seconds of one call of `work`, which starts something on the device.
+// Median seconds of one call of `work`, which starts something on the stream.
 template <class F>
-static double median_seconds(const Layers& layers, int repeats, F&& work) {
+static double median_seconds(const Layers& layers, cudaStream_t stream, int repeats, F&& work) {
     std::vector<double> seconds;
     for (int i = -1; i < repeats; i++) {  // the first is a warm-up
         const auto start = std::chrono::steady_clock::now();
         work();
-        layers.synchronize(nullptr);
+        layers.synchronize(stream);
         if (i >= 0) seconds.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
     }
     std::nth_element(seconds.begin(), seconds.begin() + repeats / 2, seconds.end());
@@ -2283,33 +2284,35 @@ static double median_seconds(const Layers& layers, int repeats, F&& work) {
 }
 
 double measure_matmul_flops(const Layers& layers, int size) {
+    const cudaStream_t stream = layers.open();
     Arena arena("matrix products");
     floatX *out, *in, *weight;
     const int64_t count = int64_t(size) * size;
     for (floatX** matrix : {&out, &in, &weight}) arena.add(matrix, "matrix", count);
     arena.allocate(layers);
-    const std::vector<floatX> ones(count, floatX(1.0f));
-    for (floatX* matrix : {in, weight}) layers.upload(matrix, ones.data(), count * sizeof(floatX), nullptr);
-    const double seconds = median_seconds(layers, 5, [&] {
-        layers.linear_forward(out, size, in, size, weight, size, size, size, false, nullptr);
+    std::vector<floatX> values(count);  // random: numbers whose bits do not change take less power, and flatter a GPU
+#pragma omp parallel for
+    for (int64_t i = 0; i < count; i++) values[i] = floatX(real(2 * random_uniform(0, kInitStream, i) - 1));
+    for (floatX* matrix : {in, weight}) layers.upload(matrix, values.data(), count * sizeof(floatX), stream);
+    const double seconds = median_seconds(layers, stream, 5, [&] {
+        layers.linear_forward(out, size, {in, size, weight, size, size, size}, false, stream);
     });
     return 2.0 * double(count) * size / seconds;
 }
 
 double measure_read_bandwidth(const Layers& layers, size_t bytes) {
-    Config any;
-    any.resolve();
+    const cudaStream_t stream = layers.open();
     Arena arena("bandwidth");
     real *in, *out;
     char* scratch;
     const int64_t count = int64_t(bytes / sizeof(real));
     arena.add(&in, "input", count);
     arena.add(&out, "sum", 1);
-    arena.add(&scratch, "scratch", int64_t(layers.scratch_bytes(any, 1, 1)));
+    arena.add(&scratch, "scratch", kSumScratch);
     arena.allocate(layers);
-    layers.zero(in, count * sizeof(real), nullptr);
-    layers.zero(out, sizeof(real), nullptr);
-    return double(count * sizeof(real)) / median_seconds(layers, 7, [&] { layers.sum(out, in, scratch, count, nullptr); });
+    layers.zero(in, count * sizeof(real), stream);
+    layers.zero(out, sizeof(real), stream);
+    return double(count * sizeof(real)) / median_seconds(layers, stream, 7, [&] { layers.sum(out, in, scratch, count, stream); });
 }
 
 // ---- random numbers: the finaliser of splitmix64 (Steele, Lea, Flood 2014), applied to each of the three words in turn
@@ -2338,7 +2341,26 @@ double random_normal(uint64_t seed, uint64_t stream, uint64_t counter) {
 // ------------------------------------------------------------------------------------------------------------------
 // Config
 
-// Splits "ME(ME)*4" into the steps of one repeat and the number of repeats.
+// The kinds of layers: a letter, how it is called, how its parameters are, and its struct (below).
+struct Kind {
+    char letter;
+    const char *name, *parameters;
+    std::unique_ptr<Layer> (*make)(Model& model, const std::string& name);
+};
+template <class L>
+static std::unique_ptr<Layer> make(Model& model, const std::string& name);
+struct MambaLayer;
+struct FeedForwardLayer;
+struct ExpertsLayer;
+static const Kind kKinds[] = {{'M', "Mamba", "mixer", make<MambaLayer>},
+                              {'F', "feed-forward", "feed_forward", make<FeedForwardLayer>},
+                              {'E', "experts", "moe", make<ExpertsLayer>}};
+static const Kind* find_kind(char letter) {
+    const Kind* const kind = std::find_if(std::begin(kKinds), std::end(kKinds), [&](const Kind& k) { return k.letter == letter; });
+    return kind == std::end(kKinds) ? nullptr : kind;
+}
+
+// The steps of "ME(ME)*4", repeated.
 static std::vector<std::string> parse_layers(const std::string& text) {
     std::vector<std::string> unit;
     const char* where = "--layers \"%s\", character %zu: %s";
@@ -2356,12 +2378,13 @@ static std::vector<std::string> parse_layers(const std::string& text) {
             if (!group) bad(i, "')' without '('");
             if (unit.back().empty()) bad(i, "an empty group");
             group = false;
-        } else if (letter && strchr("MFE", letter)) {
+        } else if (find_kind(letter)) {
             if (group) unit.back() += letter;
             else unit.emplace_back(1, letter);
         } else {
-            bad(i, std::string("'") + letter + "' is no layer; there are M (Mamba), F (feed-forward), E (experts) and (..) for a parallel "
-                                              "group");
+            std::string known;
+            for (const Kind& kind : kKinds) known += std::string(1, kind.letter) + " (" + kind.name + "), ";
+            bad(i, std::string("'") + letter + "' is no layer; there are " + known + "and (..) for a parallel group");
         }
     }
     if (group) bad(text.size(), "a '(' is not closed");
@@ -2388,27 +2411,10 @@ int Config::count(char letter) const {
 
 void Config::resolve() {
     parse_layers(layers);
-    auto between = [](const char* flag, double value, double low, double high) {
-        if (!(value >= low && value <= high)) fail("--%s %g: must be between %g and %g", flag, value, low, high);
-    };
-    constexpr double kLargest = 1 << 24;  // keeps every product of two sizes far inside 64 bits
-    between("vocab", vocab, 2, kLargest);
-    between("d-model", d_model, 1, kLargest);
-    between("d-inner", d_inner, 0, kLargest);
-    between("d-state", d_state, 1, 128);
-    between("d-conv", d_conv, 1, 8);
-    between("dt-rank", dt_rank, 0, kLargest);
-    between("d-ff", d_ff, 0, kLargest);
-    between("d-expert", d_expert, 0, kLargest);
-    between("experts", experts, 1, 256);
-    between("top-k", top_k, 1, experts);
-    between("capacity", capacity, 0, 1e6);
-    between("balance-loss", balance_loss, 0, 1e6);
-    between("z-loss", z_loss, 0, 1e6);
-    between("norm-eps", norm_eps, 1e-12, 1);
-    between("swiglu-experts", swiglu_experts, 0, 1);
-    between("renormalize", renormalize, 0, 1);
-    between("tied", tied, 0, 1);
+    each_field(*this, [](const char* flag, const auto& field, const char*, double least, double most) {
+        if constexpr (std::is_arithmetic_v<std::decay_t<decltype(field)>>)
+            if (!(field >= least && field <= most)) fail("--%s %g: must be between %g and %g", flag, double(field), least, most);
+    });
     if (!d_inner) d_inner = 2 * d_model;
     if (!dt_rank) dt_rank = (d_model + 15) / 16;
     if (!d_ff) d_ff = 2 * d_model;
@@ -2421,18 +2427,9 @@ int Config::capacity_rows(int rows) const {
     return int(std::clamp(std::floor(capacity * choices / experts), 1.0, std::min(choices, largest)));
 }
 
-double Config::matmul_flops_per_token(bool training) const {
-    const double C = d_model, D = d_inner, R = dt_rank, N = d_state;
-    const double mamba = C * 2 * D + D * (R + 2 * N) + R * D + D * C;
-    const double feed_forward = 3 * C * d_ff;
-    const double moe = experts * C + top_k * (swiglu_experts ? 3 : 2) * C * d_expert;
-    const double weights = count('M') * mamba + count('F') * feed_forward + count('E') * moe + C * padded_vocab();
-    return 2 * weights * (training ? 3 : 1);
-}
-
 std::string Config::to_json() const {
     Json json;
-    each_field(*this, [&](const char* flag, const auto& field, const char*) { json[flag] = field; });
+    each_field(*this, [&](const char* flag, const auto& field, auto...) { json[flag] = field; });
     return json.dump();
 }
 
@@ -2440,7 +2437,7 @@ Config Config::from_json(const std::string& text, const std::string& where) {
     Config config;
     try {
         const Json json = Json::parse(text);
-        each_field(config, [&](const char* flag, auto& field, const char*) { json.at(flag).get_to(field); });
+        each_field(config, [&](const char* flag, auto& field, auto...) { json.at(flag).get_to(field); });
     } catch (const Json::exception& e) {
         fail("%s: the model's config cannot be read (%s)", where.c_str(), e.what());
     }
@@ -2510,13 +2507,14 @@ void Arena::add_bytes(void** pointer, const std::string& tensor, size_t size) {
     bytes = std::max(bytes, top);
 }
 
-void Arena::allocate(const Layers& on) {
+void Arena::allocate(const Layers& on, const Arena* lender) {
     device = &on;
     // Under simt.h every tensor is an allocation of its own, so that one byte past it is reported with its name.
     if (std::string(on.device) == "simt")
         for (Entry& entry : entries) entry.memory = on.allocate(std::max<size_t>(entry.bytes, 1), entry.name.c_str());
     else {
-        memory = static_cast<char*>(on.allocate(std::max<size_t>(bytes, 1), name.c_str()));
+        borrowed = lender && lender->memory && bytes <= lender->bytes;
+        memory = borrowed ? lender->memory : static_cast<char*>(on.allocate(std::max<size_t>(bytes, 1), name.c_str()));
         for (Entry& entry : entries) entry.memory = memory + entry.offset;
     }
     bind();
@@ -2527,109 +2525,307 @@ void Arena::bind() const {
 }
 
 void Arena::release() {
-    if (memory) device->release(memory);
-    else
-        for (Entry& entry : entries)
-            if (entry.memory) device->release(entry.memory);
+    if (memory && !borrowed) device->release(memory);
+    for (Entry& entry : entries)
+        if (!memory && entry.memory) device->release(entry.memory);
     memory = nullptr;
+    borrowed = false;
     entries.clear();
     top = bytes = 0;
 }
+
+// ------------------------------------------------------------------------------------------------------------------
+// The kinds of layers. Deviation of a matrix with n inputs: sqrt(0.1 / n), Switch's small initialisation, where nothing else is said.
+static double fan_in(int64_t n) { return std::sqrt(0.1 / double(n)); }
+template <class L>
+static std::unique_ptr<Layer> make(Model& model, const std::string& name) {
+    return std::make_unique<L>(model, name);
+}
+
+struct MambaLayer : Layer {
+    const int C, D, N, R, W;
+    const int ld;  // of x_dbl: whole vectors, for every R
+    Tensor in_proj, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, skip, out_proj;
+    floatX *xz, *u, *x_dbl, *dt, *y;           // (rows, 2D) = [x | z]; (rows, D); (rows, ld) = [dt | B | C]; (rows, D); (rows, D)
+    real* chunk_states;                        // (B, chunks, D, N)
+    floatX *d_xz, *d_u, *d_x_dbl, *d_dt, *d_y;
+    real *conv_state[2], *scan_state[2];       // (B, W-1, D), (B, D, N): one side is read, the other written
+
+    MambaLayer(Model& model, const std::string& name)
+        : Layer(model, name), C(model.config.d_model), D(model.config.d_inner), N(model.config.d_state), R(model.config.dt_rank),
+          W(model.config.d_conv), ld((R + 2 * N + 7) / 8 * 8) {
+        const double conv = 1 / std::sqrt(double(W)), inner = 1 / std::sqrt(double(D));
+        model.add(A_log, name + "A_log", {D, N}, Init::log_state, 0, Tensor::plain);
+        model.add(skip, name + "D", {D}, Init::one, 0, Tensor::plain);
+        model.add(conv_weight, name + "conv1d.weight", {D, 1, W}, Init::uniform, conv, Tensor::decayed);
+        model.add(conv_bias, name + "conv1d.bias", {D}, Init::uniform, conv, Tensor::plain);
+        model.add(in_proj, name + "in_proj.weight", {2 * D, C}, Init::uniform, 1 / std::sqrt(double(C)), Tensor::decayed);
+        model.add(x_proj, name + "x_proj.weight", {R + 2 * N, D}, Init::uniform, inner, Tensor::decayed);
+        model.add(dt_proj, name + "dt_proj.weight", {D, R}, Init::uniform, 1 / std::sqrt(double(R)), Tensor::decayed);
+        model.add(dt_bias, name + "dt_proj.bias", {D}, Init::dt_bias, 0, Tensor::plain);
+        model.add(out_proj, name + "out_proj.weight", {C, D}, Init::uniform, inner / std::sqrt(double(model.additions)), Tensor::decayed);
+    }
+    void plan_activations(Plan& plan) override {
+        plan.arena.add(&xz, name + "xz", plan.rows() * 2 * D);
+        plan.arena.add(&u, name + "u", plan.rows() * D);
+        plan.arena.add(&x_dbl, name + "dt, B, C", plan.rows() * ld);
+        plan.arena.add(&dt, name + "dt", plan.rows() * D);
+        plan.arena.add(&y, name + "y", plan.rows() * D);
+        plan.arena.add(&chunk_states, name + "chunk states", plan.training ? plan.B * scan_chunks(plan.T) * D * N : 0);
+        plan.need(model.layers.scan_scratch(plan.B, plan.T, D, N));
+        if (plan.training) plan.need(model.layers.conv_scratch(plan.B, plan.T, D, W));
+    }
+    void plan_gradients(Plan& plan) override {
+        plan.arena.add(&d_xz, "d xz", plan.rows() * 2 * D);
+        plan.arena.add(&d_u, "d u", plan.rows() * D);
+        plan.arena.add(&d_x_dbl, "d dt, B, C", plan.rows() * ld);
+        plan.arena.add(&d_dt, "d dt", plan.rows() * D);
+        plan.arena.add(&d_y, "d y", plan.rows() * D);
+    }
+    void plan_state(Arena& arena, int B, int64_t) override {
+        for (int side : {0, 1}) {
+            arena.add(&conv_state[side], name + "conv state " + std::to_string(side), int64_t(B) * std::max(1, W - 1) * D);
+            arena.add(&scan_state[side], name + "scan state " + std::to_string(side), int64_t(B) * D * N);
+        }
+    }
+    Conv conv(const Pass& p) const {
+        return {xz, 2 * D, conv_weight.master, conv_bias.master, p.state < 0 ? nullptr : conv_state[p.state], p.B, p.T, D, W};
+    }
+    Scan scan(const Pass& p) const {
+        return {u, dt, x_dbl + R, x_dbl + R + N, ld, xz + D, 2 * D, A_log.master, skip.master, dt_bias.master,
+                p.state < 0 ? nullptr : scan_state[p.state], p.B, p.T, D, N};
+    }
+    void forward(const Pass& p, const floatX* normed, floatX* out, bool accumulate) override {
+        const Layers& l = model.layers;
+        const cudaStream_t stream = model.stream;
+        const int rows = p.rows();
+        l.linear_forward(xz, 2 * D, {normed, C, in_proj.weight, rows, C, 2 * D}, false, stream);
+        l.conv_forward(u, p.state < 0 ? nullptr : conv_state[1 - p.state], conv(p), stream);
+        l.linear_forward(x_dbl, ld, {u, D, x_proj.weight, rows, D, R + 2 * N}, false, stream);
+        l.linear_forward(dt, D, {x_dbl, ld, dt_proj.weight, rows, R, D}, false, stream);
+        l.scan_forward(y, p.state < 0 ? nullptr : scan_state[1 - p.state], p.training ? chunk_states : nullptr, scan(p),
+                       model.buffers.scratch, stream);
+        l.linear_forward(out, C, {y, D, out_proj.weight, rows, D, C}, accumulate, stream);
+    }
+    void backward(const Pass& p, floatX* d_normed, const floatX* d_out, const floatX* normed, bool accumulate) override {
+        const Layers& l = model.layers;
+        const cudaStream_t stream = model.stream;
+        const int rows = p.rows();
+        const bool add = p.part > 0;
+        l.linear_backward(d_y, D, out_proj.grad, d_out, C, {y, D, out_proj.weight, rows, D, C}, false, add, stream);
+        l.scan_backward({d_u, d_dt, d_x_dbl + R, d_x_dbl + R + N, d_xz + D, A_log.grad, skip.grad, dt_bias.grad, nullptr}, d_y, nullptr,
+                        scan(p), chunk_states, model.buffers.scratch, stream);
+        l.linear_backward(d_x_dbl, ld, dt_proj.grad, d_dt, D, {x_dbl, ld, dt_proj.weight, rows, R, D}, false, add, stream);
+        l.linear_backward(d_u, D, x_proj.grad, d_x_dbl, ld, {u, D, x_proj.weight, rows, D, R + 2 * N}, true, add, stream);
+        l.conv_backward({d_xz, conv_weight.grad, conv_bias.grad, nullptr}, d_u, nullptr, conv(p), model.buffers.scratch, stream);
+        l.linear_backward(d_normed, C, in_proj.grad, d_xz, 2 * D, {normed, C, in_proj.weight, rows, C, 2 * D}, accumulate, add, stream);
+    }
+    int64_t matmul_weights() const override { return in_proj.count + x_proj.count + dt_proj.count + out_proj.count; }
+};
+
+struct FeedForwardLayer : Layer {
+    const int C, F;
+    Tensor gate_up, down;          // (2F, C), (C, F)
+    floatX *gate_up_out, *hidden;  // (rows, 2F), (rows, F)
+    floatX *d_gate_up, *d_hidden;
+
+    FeedForwardLayer(Model& model, const std::string& name) : Layer(model, name), C(model.config.d_model), F(model.config.d_ff) {
+        model.add_block(gate_up, name + "gate_up", int64_t(2) * F * C, Init::normal, fan_in(C), Tensor::decayed);
+        model.add_part(gate_up, name + "gate_proj.weight", F, C);
+        model.add_part(gate_up, name + "up_proj.weight", F, C);
+        model.add(down, name + "down_proj.weight", {C, F}, Init::normal, fan_in(F), Tensor::decayed);
+    }
+    void plan_activations(Plan& plan) override {
+        plan.arena.add(&gate_up_out, name + "gate, up", plan.rows() * 2 * F);
+        plan.arena.add(&hidden, name + "hidden", plan.rows() * F);
+    }
+    void plan_gradients(Plan& plan) override {
+        plan.arena.add(&d_gate_up, "d gate, up", plan.rows() * 2 * F);
+        plan.arena.add(&d_hidden, "d hidden", plan.rows() * F);
+    }
+    void forward(const Pass& p, const floatX* normed, floatX* out, bool accumulate) override {
+        const Layers& l = model.layers;
+        l.linear_forward(gate_up_out, 2 * F, {normed, C, gate_up.weight, p.rows(), C, 2 * F}, false, model.stream);
+        l.swiglu_forward(hidden, gate_up_out, p.rows(), F, model.stream);
+        l.linear_forward(out, C, {hidden, F, down.weight, p.rows(), F, C}, accumulate, model.stream);
+    }
+    void backward(const Pass& p, floatX* d_normed, const floatX* d_out, const floatX* normed, bool accumulate) override {
+        const Layers& l = model.layers;
+        const int rows = p.rows();
+        const bool add = p.part > 0;
+        l.linear_backward(d_hidden, F, down.grad, d_out, C, {hidden, F, down.weight, rows, F, C}, false, add, model.stream);
+        l.swiglu_backward(d_gate_up, d_hidden, gate_up_out, rows, F, model.stream);
+        l.linear_backward(d_normed, C, gate_up.grad, d_gate_up, 2 * F, {normed, C, gate_up.weight, rows, C, 2 * F}, accumulate, add,
+                          model.stream);
+    }
+    int64_t matmul_weights() const override { return gate_up.count + down.count; }
+};
+
+struct ExpertsLayer : Layer {
+    const int C, F, E, K;
+    const bool swiglu;
+    const int F_in;                         // outputs of the first product: 2F or F
+    Tensor router, in, out;                 // (E, C); per expert (F_in, C), (C, F)
+    Routing routing;
+    int *slot, *choice, *offset;            // as in Dispatch; its load lies among the counters
+    std::vector<int> host_offset;
+    floatX *dispatched, *gate_up, *hidden, *y;    // (slots, C); (slots, 2F), SwiGLU only; (slots, F); (slots, C)
+    floatX *d_slots, *d_gate_up, *d_hidden;       // (slots, C) first the gradient of y, then of dispatched
+    real* d_gates;
+
+    ExpertsLayer(Model& model, const std::string& name)
+        : Layer(model, name), C(model.config.d_model), F(model.config.d_expert), E(model.config.experts), K(model.config.top_k),
+          swiglu(model.config.swiglu_experts), F_in(swiglu ? 2 * F : F) {
+        model.expert_layers++;
+        model.add(router, name + "router.weight", {E, C}, Init::normal, fan_in(C), Tensor::decayed);
+        model.add_block(in, name + "experts.in", int64_t(E) * F_in * C, Init::normal, fan_in(C), Tensor::decayed);
+        model.add_block(out, name + "experts.out", int64_t(E) * C * F, Init::normal, fan_in(F), Tensor::decayed);
+        for (int e = 0; e < E; e++) {
+            const std::string expert = name + "experts." + std::to_string(e) + ".";
+            if (swiglu) model.add_part(in, expert + "gate_proj.weight", F, C);
+            model.add_part(in, expert + "up_proj.weight", F, C);
+            model.add_part(out, expert + "down_proj.weight", C, F);
+        }
+    }
+    int64_t slots(const Plan& plan) const {
+        const int64_t n = Dispatch::slots(plan.rows(), E, K, plan.training ? model.config.capacity_rows(int(plan.rows())) : 0);
+        if (n > std::numeric_limits<int>::max())
+            fail("%lld tokens in a batch make %lld rows for the experts, more than 2^31 - 1: use a smaller batch, --top-k or --capacity",
+                 (long long)plan.rows(), (long long)n);
+        return n;
+    }
+    void plan_activations(Plan& plan) override {
+        const int64_t rows = plan.rows(), n = slots(plan);
+        plan.arena.add(&routing.probs, name + "router probabilities", rows * E);
+        plan.arena.add(&routing.lse, name + "router logsumexp", rows);
+        plan.arena.add(&routing.gates, name + "gates", rows * K);
+        plan.arena.add(&routing.experts, name + "chosen experts", rows * K);
+        plan.arena.add(&slot, name + "slots of choices", rows * K);
+        plan.arena.add(&choice, name + "choices of slots", n);
+        plan.arena.add(&offset, name + "expert offsets", E + 1);
+        plan.arena.add(&dispatched, name + "dispatched", n * C);
+        plan.arena.add(&gate_up, name + "expert gate, up", swiglu ? n * F_in : 0);
+        plan.arena.add(&hidden, name + "expert hidden", n * F);
+        plan.arena.add(&y, name + "expert outputs", n * C);
+        plan.need(model.layers.router_scratch(int(rows), C, E));
+        plan.need(model.layers.dispatch_scratch(rows * K));
+        host_offset.resize(E + 1);
+    }
+    void plan_gradients(Plan& plan) override {
+        const int64_t n = slots(plan);
+        plan.arena.add(&d_gates, "d gates", plan.rows() * K);
+        plan.arena.add(&d_slots, "d expert inputs, outputs", n * C);
+        plan.arena.add(&d_gate_up, "d expert gate, up", swiglu ? n * F_in : 0);
+        plan.arena.add(&d_hidden, "d expert hidden", n * F);
+    }
+    Dispatch to(const Pass& p) const {
+        int* const load = model.buffers.counters + int64_t(p.part % model.planned_parts) * model.counters + first_counter;
+        return {slot, choice, load, offset, p.rows(), E, K, p.training ? model.config.capacity_rows(p.rows()) : 0};
+    }
+    Router router_of(const Pass& p, const floatX* normed) const {
+        return {normed, router.master, p.rows(), C, E, K, bool(model.config.renormalize)};
+    }
+    void forward(const Pass& p, const floatX* normed, floatX* branch, bool accumulate) override {
+        const Layers& l = model.layers;
+        const cudaStream_t stream = model.stream;
+        char* const scratch = model.buffers.scratch;
+        const Dispatch to = this->to(p);
+        l.router_forward(routing, router_of(p, normed), scratch, stream);
+        l.dispatch_plan(to, routing.experts, scratch, stream);
+        if (p.training) l.router_losses(model.buffers.losses + Model::kBalance, routing.probs, routing.lse, to.load, scratch, p.rows(), E, stream);
+        const bool counted = to.capacity == 0 && (p.training || to.slots() > kFewSlots);
+        if (counted) l.download(host_offset.data(), offset, (E + 1) * sizeof(int), stream);
+        const int* const known = counted ? host_offset.data() : nullptr;
+        l.dispatch_forward(dispatched, normed, to, C, stream);
+        floatX* const first = swiglu ? gate_up : hidden;
+        l.experts_forward(first, {dispatched, in.weight, to, known, C, F_in}, stream);
+        if (swiglu) l.swiglu_forward(hidden, gate_up, to.slots(), F, stream);
+        else l.relu_forward(hidden, hidden, int64_t(to.slots()) * F, stream);
+        l.experts_forward(y, {hidden, out.weight, to, known, F, C}, stream);
+        l.combine_forward(branch, y, routing.gates, to, C, accumulate, stream);
+    }
+    void backward(const Pass& p, floatX* d_normed, const floatX* d_out, const floatX* normed, bool accumulate) override {
+        const Layers& l = model.layers;
+        const cudaStream_t stream = model.stream;
+        const Dispatch to = this->to(p);
+        const bool add = p.part > 0;
+        const int* const known = to.capacity ? nullptr : host_offset.data();
+        const real share = real(1) / real(p.parts * model.expert_layers);
+        l.combine_backward(d_slots, d_gates, d_out, y, routing.gates, to, C, stream);
+        l.experts_backward(d_hidden, out.grad, d_slots, {hidden, out.weight, to, known, F, C}, add, stream);
+        if (swiglu) l.swiglu_backward(d_gate_up, d_hidden, gate_up, to.slots(), F, stream);
+        else l.relu_backward(d_hidden, d_hidden, hidden, int64_t(to.slots()) * F, stream);
+        l.experts_backward(d_slots, in.grad, swiglu ? d_gate_up : d_hidden, {dispatched, in.weight, to, known, C, F_in}, add, stream);
+        l.dispatch_backward(d_normed, d_slots, to, C, accumulate, stream);
+        l.router_backward(d_normed, router.grad, d_gates, routing, to.load, router_of(p, normed), real(model.config.balance_loss) * share,
+                          real(model.config.z_loss) * share, model.buffers.scratch, stream);
+    }
+    int64_t matmul_weights() const override { return router.count + (in.count + out.count) / E * K; }
+    int64_t idle_parameters() const override { return (in.count + out.count) / E * (E - K); }
+    int counters() const override { return E; }
+    void report(Losses& losses, const int* load, int rows, double share) const override {
+        const int capacity = model.config.capacity_rows(rows);
+        const double choices = double(rows) * K;
+        for (int e = 0; e < E; e++) {
+            losses.expert_load = std::max(losses.expert_load, load[e] / (choices / E));
+            if (capacity) losses.dropped += std::max(0, load[e] - capacity) / choices * share / model.expert_layers;
+        }
+    }
+};
 
 // ------------------------------------------------------------------------------------------------------------------
 // Model: parameters
 
 Model::Model(const Config& given, const Layers& layers) : config(given), layers(layers) {
     config.resolve();
-    const int64_t C = config.d_model, D = config.d_inner, N = config.d_state, R = config.dt_rank, W = config.d_conv, E = config.experts,
-                  Vp = config.padded_vocab(), kGated = 2;
+    const int64_t C = config.d_model, Vp = config.padded_vocab();
     const std::vector<std::string> layout = config.steps();
-    int additions = 0;
     for (const std::string& step : layout) additions += int(step.size());
-    const double moe_scale = 0.1;  // Switch's small init: deviation sqrt(0.1 / fan_in)
-
-    auto tensor = [&](Tensor& t, const std::string& name, int64_t count, Init init, double scale, bool decay) {
-        t.name = name;
-        t.count = count;
-        t.init = init;
-        t.scale = scale;
-        t.decay = decay;
-        tensors.push_back(&t);
-    };
-    // A tensor that checkpoints know under one name.
-    auto single = [&](Tensor& t, const std::string& name, std::vector<int64_t> shape, Init init, double scale, bool decay) {
-        int64_t count = 1;
-        for (int64_t n : shape) count *= n;
-        tensor(t, name, count, init, scale, decay);
-        parameters.push_back({name, shape, &t, 0, count});
-    };
-    // The next (rows, columns) of a tensor that checkpoints know in parts.
-    auto part = [&](Tensor& t, int64_t& offset, const std::string& name, int64_t rows, int64_t columns) {
-        parameters.push_back({name, {rows, columns}, &t, offset, rows * columns});
-        offset += rows * columns;
-    };
-    auto fan_in = [&](int64_t n) { return std::sqrt(moe_scale / double(n)); };
-
-    single(embedding, "backbone.embeddings.weight", {Vp, C}, Init::normal, 0.02, true);
+    add(embedding, "backbone.embeddings.weight", {Vp, C}, Init::normal, 0.02, Tensor::decayed);
     for (size_t s = 0; s < layout.size(); s++) {
         Step& step = *steps.emplace_back(std::make_unique<Step>());
         const std::string prefix = "backbone.layers." + std::to_string(s) + ".";
-        single(step.norm, prefix + "norm.weight", {C}, Init::one, 0, false);
+        add(step.norm, prefix + "norm.weight", {C}, Init::one, 0, Tensor::plain);
         for (size_t l = 0; l < layout[s].size(); l++) {
-            Layer& layer = *step.layers.emplace_back(std::make_unique<Layer>());
-            layer.kind = layout[s][l];
             // In a parallel group with two layers of one kind, the second has a number.
-            const auto twins = std::count(layout[s].begin(), layout[s].begin() + l, layer.kind);
-            auto named = [&](const char* what) { return prefix + what + (twins ? "_" + std::to_string(twins) : "") + "."; };
-            if (layer.kind == 'M') {
-                MambaLayer& m = layer.mamba;
-                const std::string p = named("mixer");
-                const double conv = 1 / std::sqrt(double(W)), in = 1 / std::sqrt(double(C)), inner = 1 / std::sqrt(double(D));
-                single(m.A_log, p + "A_log", {D, N}, Init::log_state, 0, false);
-                single(m.skip, p + "D", {D}, Init::one, 0, false);
-                single(m.conv_weight, p + "conv1d.weight", {D, 1, W}, Init::uniform, conv, true);
-                single(m.conv_bias, p + "conv1d.bias", {D}, Init::uniform, conv, false);
-                single(m.in_proj, p + "in_proj.weight", {2 * D, C}, Init::uniform, in, true);
-                single(m.x_proj, p + "x_proj.weight", {R + 2 * N, D}, Init::uniform, inner, true);
-                single(m.dt_proj, p + "dt_proj.weight", {D, R}, Init::uniform, 1 / std::sqrt(double(R)), true);
-                single(m.dt_bias, p + "dt_proj.bias", {D}, Init::dt_bias, 0, false);
-                single(m.out_proj, p + "out_proj.weight", {C, D}, Init::uniform, inner / std::sqrt(double(additions)), true);
-            } else if (layer.kind == 'F') {
-                FeedForwardLayer& f = layer.feed_forward;
-                const int64_t F = config.d_ff;
-                const std::string p = named("feed_forward");
-                tensor(f.gate_up, p + "gate_up", kGated * F * C, Init::normal, fan_in(C), true);
-                int64_t offset = 0;
-                part(f.gate_up, offset, p + "gate_proj.weight", F, C);
-                part(f.gate_up, offset, p + "up_proj.weight", F, C);
-                single(f.down, p + "down_proj.weight", {C, F}, Init::normal, fan_in(F), true);
-            } else {
-                ExpertsLayer& e = layer.experts;
-                const int64_t F = config.d_expert, wide = config.swiglu_experts ? kGated * F : F;
-                const std::string p = named("moe");
-                single(e.router, p + "router.weight", {E, C}, Init::normal, fan_in(C), true);
-                tensor(e.in, p + "experts.in", E * wide * C, Init::normal, fan_in(C), true);
-                tensor(e.out, p + "experts.out", E * C * F, Init::normal, fan_in(F), true);
-                int64_t in_offset = 0, out_offset = 0;
-                for (int64_t i = 0; i < E; i++) {
-                    const std::string q = p + "experts." + std::to_string(i) + ".";
-                    if (config.swiglu_experts) part(e.in, in_offset, q + "gate_proj.weight", F, C);
-                    part(e.in, in_offset, q + "up_proj.weight", F, C);
-                    part(e.out, out_offset, q + "down_proj.weight", C, F);
-                }
-            }
+            const auto twins = std::count(layout[s].begin(), layout[s].begin() + l, layout[s][l]);
+            const Kind& kind = *find_kind(layout[s][l]);
+            step.layers.push_back(kind.make(*this, prefix + kind.parameters + (twins ? "_" + std::to_string(twins) : "") + "."));
+            step.layers.back()->first_counter = counters;
+            counters += step.layers.back()->counters();
         }
     }
-    Step& last = *steps.emplace_back(std::make_unique<Step>());
-    single(last.norm, "backbone.norm_f.weight", {C}, Init::one, 0, false);
+    add(steps.emplace_back(std::make_unique<Step>())->norm, "backbone.norm_f.weight", {C}, Init::one, 0, Tensor::plain);
     head = &embedding;
     if (!config.tied) {
         head = &head_table;
-        single(head_table, "lm_head.weight", {Vp, C}, Init::normal, fan_in(C), true);
+        add(head_table, "lm_head.weight", {Vp, C}, Init::normal, fan_in(C), Tensor::decayed);
     }
 }
 
 Model::~Model() { layers.release_host(staging); }
+
+void Model::add_block(Tensor& t, const std::string& name, int64_t count, Init init, double scale, Tensor::Update update) {
+    t.name = name;
+    t.count = count;
+    t.init = init;
+    t.scale = scale;
+    t.update = update;
+    tensors.push_back(&t);
+}
+
+void Model::add(Tensor& t, const std::string& name, std::vector<int64_t> shape, Init init, double scale, Tensor::Update update) {
+    const int64_t count = std::accumulate(shape.begin(), shape.end(), int64_t(1), std::multiplies<>());
+    add_block(t, name, count, init, scale, update);
+    parameters.push_back({name, std::move(shape), &t, 0, count});
+}
+
+void Model::add_part(Tensor& t, const std::string& name, int64_t rows, int64_t columns) {
+    int64_t offset = 0;
+    for (const Parameter& p : parameters)
+        if (p.tensor == &t) offset = p.offset + p.count;
+    parameters.push_back({name, {rows, columns}, &t, offset, rows * columns});
+}
 
 int64_t Model::parameter_count() const {
     int64_t n = 0;
@@ -2638,28 +2834,49 @@ int64_t Model::parameter_count() const {
 }
 
 int64_t Model::active_parameter_count() const {
-    int64_t idle = 0;
+    int64_t n = parameter_count();
     for (const auto& step : steps)
-        for (const auto& layer : step->layers)
-            if (layer->kind == 'E')
-                idle += (layer->experts.in.count + layer->experts.out.count) / config.experts * (config.experts - config.top_k);
-    return parameter_count() - idle;
+        for (const auto& layer : step->layers) n -= layer->idle_parameters();
+    return n;
 }
 
-void Model::plan_weights() {
-    for (Tensor* t : tensors) {
-        masters.add(&t->master, t->name, t->count);
-        if (kMixedPrecision) weights.add(&t->weight, t->name, t->count);
+int64_t Model::outer_parameter_count() const { return embedding.count + head_table.count; }
+
+double Model::matmul_flops_per_token(bool training) const {
+    int64_t weights = head->count;
+    for (const auto& step : steps)
+        for (const auto& layer : step->layers) weights += layer->matmul_weights();
+    return 2.0 * double(weights) * (training ? 3 : 1);
+}
+
+// In each arena tensors lie by their kind of update, so that one launch updates all of a kind, and what is never updated has no gradient.
+void Model::plan_tensors() {
+    constexpr int64_t kAlign = 128;  // elements: 256 bytes of bf16
+    int64_t at = 0;
+    for (Tensor::Update update : {Tensor::decayed, Tensor::plain, Tensor::never}) {
+        for (Tensor* t : tensors)
+            if (t->update == update) {
+                t->at = at;
+                at += (t->count + kAlign - 1) / kAlign * kAlign;
+            }
+        ends[update] = at;
     }
+    masters.add(&buffers.master, "master weights", at);
+    if (kMixedPrecision) weights.add(&buffers.weight, "weights", at);
 }
 
 void Model::allocate_weights() {
     if (masters.device) return;
-    if (masters.entries.empty()) plan_weights();
+    if (masters.entries.empty()) plan_tensors();
+    stream = layers.open();
     masters.allocate(layers);
+    layers.zero(buffers.master, ends[Tensor::never] * sizeof(real), stream);  // what lies between tensors, too
     if (kMixedPrecision) weights.allocate(layers);
-    else
-        for (Tensor* t : tensors) t->weight = reinterpret_cast<floatX*>(t->master);  // one type, one copy
+    else buffers.weight = reinterpret_cast<floatX*>(buffers.master);  // one type, one copy
+    for (Tensor* t : tensors) {
+        t->master = buffers.master + t->at;
+        t->weight = buffers.weight + t->at;
+    }
 }
 
 // Copies `count` values to the master and the rounded weight of a tensor.
@@ -2668,7 +2885,6 @@ static void set_tensor(const Model& model, const Tensor& t, int64_t offset, cons
     if (kMixedPrecision) {
         const std::vector<floatX> rounded(values.begin(), values.end());
         model.layers.upload(t.weight + offset, rounded.data(), rounded.size() * sizeof(floatX), model.stream);
-        model.layers.synchronize(model.stream);
     }
 }
 
@@ -2696,95 +2912,59 @@ void Model::initialize(uint64_t seed) {
         for (int64_t k = 0; k < t.count; k++) values[k] = real(draw(k));
         set_tensor(*this, t, 0, values);
     }
-    layers.synchronize(stream);
 }
 
 // ------------------------------------------------------------------------------------------------------------------
 // Model: activations
 
 // The head's logits would be the largest tensor of all (rows, V): they are made, and turned into gradients, this many rows at a time.
-static constexpr int kHeadRows = 1024;
+int Model::head_rows() const {
+    constexpr int64_t kBytes = 64 << 20, kLeast = 128;
+    return int(std::max<int64_t>(kLeast, kBytes / (config.padded_vocab() * int64_t(sizeof(floatX)))));
+}
 
 // Training keeps what the backward pass needs. Without it every step works in the same memory.
 void Model::plan_activations(Arena& arena, int B, int T, bool training) {
-    const int64_t C = config.d_model, D = config.d_inner, N = config.d_state, R = config.dt_rank, E = config.experts, K = config.top_k;
-    const int64_t rows = int64_t(B) * T, parts = training ? planned_parts : 1;
-    const int64_t slots = expert_slots(int(rows), int(E), int(K), training ? config.capacity_rows(int(rows)) : 0);
-    if (config.count('E') && slots > std::numeric_limits<int>::max())
-        fail("%lld tokens in a batch make %lld rows for the experts, more than 2^31 - 1: use a smaller batch, --top-k or --capacity",
-             (long long)rows, (long long)slots);
-    auto add = [&](auto** pointer, const std::string& name, int64_t count) { arena.add(pointer, name, count); };
-
-    add(&buffers.tokens, "tokens", rows);
-    add(&buffers.targets, "targets", rows);
-    add(&buffers.losses, "losses", kLossCount);
-    add(&buffers.row_losses, "row losses", rows);
-    add(&buffers.loads, "expert loads", std::max<int64_t>(1, parts * config.count('E') * E));
-    add(&buffers.branch, "branch", rows * C);
-    add(&buffers.logits, "logits", std::min<int64_t>(rows, kHeadRows) * config.padded_vocab());
-    add(&buffers.probs, "probabilities", int64_t(B) * config.vocab);
-    arena.add(&buffers.scratch, "scratch", int64_t(std::max(layers.scratch_bytes(config, B, T), layers.scratch_bytes(config, B, 1))));
-
+    Plan plan{arena, B, T, training, kSumScratch};
+    const int64_t C = config.d_model, rows = plan.rows();
+    arena.add(&buffers.tokens, "tokens", rows);
+    arena.add(&buffers.targets, "targets", rows);
+    arena.add(&buffers.row_losses, "row losses", rows);
+    arena.add(&buffers.evaluated, "sum of row losses", 1);
+    arena.add(&buffers.counters, "counters", int64_t(training ? planned_parts : 1) * std::max(1, counters));
+    arena.add(&buffers.branch, "branch", rows * C);
+    arena.add(&buffers.logits, "logits", std::min<int64_t>(rows, head_rows()) * config.padded_vocab());
+    arena.add(&buffers.probs, "probabilities", int64_t(B) * config.vocab);
     const size_t base = arena.top;
-    int experts_layers = 0;
     for (size_t s = 0; s < steps.size(); s++) {
         Step& step = *steps[s];
         const std::string prefix = "step " + std::to_string(s) + " ";
         if (!training) arena.rewind(base);
-        add(&step.sum, prefix + "residual", rows * C);
-        add(&step.rstd, prefix + "rstd", rows);
-        add(&step.normed, prefix + "normed", rows * C);
+        arena.add(&step.sum, prefix + "residual", rows * C);
+        arena.add(&step.rstd, prefix + "rstd", rows);
+        arena.add(&step.normed, prefix + "normed", rows * C);
         const size_t after_norm = arena.top;
         for (const auto& layer : step.layers) {
             if (!training) arena.rewind(after_norm);
-            if (layer->kind == 'M') {
-                MambaLayer& m = layer->mamba;
-                add(&m.xz, prefix + "xz", rows * 2 * D);
-                add(&m.u, prefix + "u", rows * D);
-                add(&m.x_dbl, prefix + "dt, B, C", rows * (R + 2 * N));
-                add(&m.dt, prefix + "dt", rows * D);
-                add(&m.y, prefix + "y", rows * D);
-                add(&m.chunk_states, prefix + "chunk states", training ? B * scan_chunks(T) * D * N : 0);
-            } else if (layer->kind == 'F') {
-                FeedForwardLayer& f = layer->feed_forward;
-                add(&f.gate_up_out, prefix + "gate, up", rows * 2 * config.d_ff);
-                add(&f.hidden, prefix + "hidden", rows * config.d_ff);
-            } else {
-                ExpertsLayer& e = layer->experts;
-                const int64_t F = config.d_expert;
-                e.index = experts_layers++;
-                add(&e.probs, prefix + "router probabilities", rows * E);
-                add(&e.lse, prefix + "router logsumexp", rows);
-                add(&e.gates, prefix + "gates", rows * K);
-                add(&e.experts, prefix + "chosen experts", rows * K);
-                add(&e.slot, prefix + "slots of choices", rows * K);
-                add(&e.choice, prefix + "choices of slots", slots);
-                add(&e.offset, prefix + "expert offsets", E + 1);
-                add(&e.dispatched, prefix + "dispatched", slots * C);
-                add(&e.gate_up, prefix + "expert gate, up", config.swiglu_experts ? slots * 2 * F : 0);
-                add(&e.hidden, prefix + "expert hidden", slots * F);
-                add(&e.y, prefix + "expert outputs", slots * C);
-            }
+            layer->plan_activations(plan);
         }
     }
-    if (!training) return;
-    add(&buffers.d_sum, "d residual", rows * C);
-    add(&buffers.d_branch, "d branch", rows * C);
-    add(&buffers.d_normed, "d normed", rows * C);
-    const size_t shared = arena.top;  // gradients inside a layer: dead when it is done
-    add(&buffers.d_y, "d y", rows * D);
-    add(&buffers.d_xz, "d xz", rows * 2 * D);
-    add(&buffers.d_u, "d u", rows * D);
-    add(&buffers.d_x_dbl, "d dt, B, C", rows * (R + 2 * N));
-    add(&buffers.d_dt, "d dt", rows * D);
-    arena.rewind(shared);
-    add(&buffers.d_gate_up, "d gate, up", rows * 2 * config.d_ff);
-    add(&buffers.d_hidden, "d hidden", rows * config.d_ff);
-    arena.rewind(shared);
-    add(&buffers.d_gates, "d gates", rows * K);
-    add(&buffers.d_slots, "d expert inputs, outputs", slots * C);
-    add(&buffers.d_expert_gate_up, "d expert gate, up", config.swiglu_experts ? slots * 2 * config.d_expert : 0);
-    add(&buffers.d_expert_hidden, "d expert hidden", slots * config.d_expert);
+    arena.rewind(arena.bytes);
+    if (training) {
+        arena.add(&buffers.d_sum, "d residual", rows * C);
+        arena.add(&buffers.d_branch, "d branch", rows * C);
+        arena.add(&buffers.d_normed, "d normed", rows * C);
+        const size_t shared = arena.top;  // gradients inside a layer: dead when it is done
+        for (const auto& step : steps)
+            for (const auto& layer : step->layers) {
+                arena.rewind(shared);
+                layer->plan_gradients(plan);
+            }
+        arena.rewind(arena.bytes);
+        plan.need(layers.rmsnorm_scratch(int(rows), config.d_model));
+        plan.need(layers.embedding_scratch(int(rows)));
+    }
+    arena.add(&buffers.scratch, "scratch", int64_t(plan.scratch));
 }
 
 void Model::plan_training(int B, int T, int accumulation) {
@@ -2793,286 +2973,193 @@ void Model::plan_training(int B, int T, int accumulation) {
     batch = B;
     time = T;
     planned_parts = accumulation;
-    if (masters.entries.empty()) plan_weights();
-    for (Tensor* t : tensors) {
-        gradients.add(&t->grad, "gradient of " + t->name, t->count);
-        moments.add(&t->m, "first moment of " + t->name, t->count);
-        moments.add(&t->v, "second moment of " + t->name, t->count);
-    }
+    if (masters.entries.empty()) plan_tensors();
+    gradients.add(&buffers.grad, "gradients", ends[Tensor::plain]);
+    gradients.add(&buffers.losses, "losses", kLossCount);
+    moments.add(&buffers.m, "first moments", ends[Tensor::plain]);
+    moments.add(&buffers.v, "second moments", ends[Tensor::plain]);
     plan_activations(activations, B, T, true);
+    Arena evaluation("evaluation");  // works in the same memory, between two steps
+    plan_activations(evaluation, B, T, false);
+    activations.bytes = std::max(activations.bytes, evaluation.bytes);
 }
 
+// Everything that training takes, evaluation of as many tokens included: what did not fit would otherwise fail late, with work lost.
 void Model::allocate_training(int B, int T, int accumulation) {
     plan_training(B, T, accumulation);
     allocate_weights();
     gradients.allocate(layers);
     moments.allocate(layers);
     activations.allocate(layers);
-    staging = static_cast<int*>(layers.allocate_host(size_t(accumulation) * 2 * B * T * sizeof(int), "tokens of a step"));
-    for (Tensor* t : tensors) {
-        layers.zero(t->m, t->count * sizeof(real), stream);
-        layers.zero(t->v, t->count * sizeof(real), stream);
-    }
+    for (Tensor* t : tensors)
+        if (t->update != Tensor::never) {
+            t->grad = buffers.grad + t->at;
+            t->m = buffers.m + t->at;
+            t->v = buffers.v + t->at;
+        }
+    for (real* moment : {buffers.m, buffers.v}) layers.zero(moment, ends[Tensor::plain] * sizeof(real), stream);
+    begin_inference(B, T);
     zero_gradients();
 }
 
 // ------------------------------------------------------------------------------------------------------------------
-// Model: forward. Each layer reads `normed` and writes its output to `branch`, or adds it where a parallel group has begun one.
+// Model: forward and backward
 
-void Model::mamba_forward(MambaLayer& m, const floatX* normed, bool accumulate, int B, int T, DecodeState::Mixer* state, int current) {
-    const int rows = B * T, C = config.d_model, D = config.d_inner, N = config.d_state, R = config.dt_rank, W = config.d_conv,
-        ld = R + 2 * N;
-    const real *conv_in = nullptr, *scan_in = nullptr;
-    real *conv_out = nullptr, *scan_out = nullptr, *chunk_states = m.chunk_states;
-    if (state) {
-        conv_in = state->conv[current], conv_out = state->conv[1 - current];
-        scan_in = state->scan[current], scan_out = state->scan[1 - current];
+// Tokens, and targets or null, where the device may read them later. Parts of a step lie side by side: as long as there is room for
+// them, nobody waits.
+int* Model::stage(const int* tokens, const int* targets, int rows) {
+    const size_t bytes = 2 * sizeof(int) * size_t(rows), room = std::max<size_t>(1, planned_parts) * bytes;
+    if (room > staging_bytes || staged == planned_parts) {
+        layers.synchronize(stream);
+        staged = 0;
     }
-    if (!training_pass) chunk_states = nullptr;
-    layers.linear_forward(m.xz, 2 * D, normed, C, m.in_proj.weight, rows, C, 2 * D, false, stream);
-    layers.conv_forward(m.u, conv_out, m.xz, 2 * D, m.conv_weight.master, m.conv_bias.master, conv_in, B, T, D, W, stream);
-    layers.linear_forward(m.x_dbl, ld, m.u, D, m.x_proj.weight, rows, D, ld, false, stream);
-    layers.linear_forward(m.dt, D, m.x_dbl, ld, m.dt_proj.weight, rows, R, D, false, stream);
-    layers.scan_forward(m.y, scan_out, chunk_states, m.u, m.dt, m.x_dbl + R, m.x_dbl + R + N, ld, m.xz + D, 2 * D, m.A_log.master,
-                        m.skip.master, m.dt_bias.master, scan_in, buffers.scratch, B, T, D, N, stream);
-    layers.linear_forward(buffers.branch, C, m.y, D, m.out_proj.weight, rows, D, C, accumulate, stream);
-}
-
-void Model::mamba_backward(MambaLayer& m, const floatX* normed, bool accumulate) {
-    const int B = batch, T = time, rows = B * T, C = config.d_model, D = config.d_inner, N = config.d_state, R = config.dt_rank,
-              W = config.d_conv, ld = R + 2 * N;
-    Buffers& b = buffers;
-    layers.linear_backward(b.d_y, D, m.out_proj.grad, b.d_branch, C, m.y, D, m.out_proj.weight, rows, D, C, false, stream);
-    layers.scan_backward(b.d_u, b.d_dt, b.d_x_dbl + R, b.d_x_dbl + R + N, b.d_xz + D, m.A_log.grad, m.skip.grad, m.dt_bias.grad, nullptr,
-                         b.d_y, nullptr, m.u, m.dt, m.x_dbl + R, m.x_dbl + R + N, ld, m.xz + D, 2 * D, m.A_log.master, m.skip.master,
-                         m.dt_bias.master, m.chunk_states, b.scratch, B, T, D, N, stream);
-    layers.linear_backward(b.d_x_dbl, ld, m.dt_proj.grad, b.d_dt, D, m.x_dbl, ld, m.dt_proj.weight, rows, R, D, false, stream);
-    layers.linear_backward(b.d_u, D, m.x_proj.grad, b.d_x_dbl, ld, m.u, D, m.x_proj.weight, rows, D, ld, true, stream);
-    layers.conv_backward(b.d_xz, 2 * D, m.conv_weight.grad, m.conv_bias.grad, nullptr, b.d_u, nullptr, m.xz, 2 * D, m.conv_weight.master,
-                         m.conv_bias.master, nullptr, b.scratch, B, T, D, W, stream);
-    layers.linear_backward(b.d_normed, C, m.in_proj.grad, b.d_xz, 2 * D, normed, C, m.in_proj.weight, rows, C, 2 * D, accumulate, stream);
-}
-
-void Model::feed_forward_forward(FeedForwardLayer& f, const floatX* normed, bool accumulate, int rows) {
-    const int C = config.d_model, F = config.d_ff;
-    layers.linear_forward(f.gate_up_out, 2 * F, normed, C, f.gate_up.weight, rows, C, 2 * F, false, stream);
-    layers.swiglu_forward(f.hidden, f.gate_up_out, rows, F, stream);
-    layers.linear_forward(buffers.branch, C, f.hidden, F, f.down.weight, rows, F, C, accumulate, stream);
-}
-
-void Model::feed_forward_backward(FeedForwardLayer& f, const floatX* normed, bool accumulate) {
-    const int rows = batch * time, C = config.d_model, F = config.d_ff;
-    Buffers& b = buffers;
-    layers.linear_backward(b.d_hidden, F, f.down.grad, b.d_branch, C, f.hidden, F, f.down.weight, rows, F, C, false, stream);
-    layers.swiglu_backward(b.d_gate_up, b.d_hidden, f.gate_up_out, rows, F, stream);
-    layers.linear_backward(b.d_normed, C, f.gate_up.grad, b.d_gate_up, 2 * F, normed, C, f.gate_up.weight, rows, C, 2 * F, accumulate,
-                           stream);
-}
-
-void Model::experts_forward(ExpertsLayer& e, const floatX* normed, bool accumulate, int rows, int capacity) {
-    const int C = config.d_model, F = config.d_expert, E = config.experts, K = config.top_k;
-    const int slots = int(expert_slots(rows, E, K, capacity));
-    const int part = training_pass ? parts % planned_parts : 0;
-    e.load = buffers.loads + (int64_t(part) * config.count('E') + e.index) * E;
-    layers.router_forward(e.probs, e.lse, e.experts, e.gates, normed, e.router.master, buffers.scratch, rows, C, E, K, config.renormalize,
-                          stream);
-    layers.dispatch_plan(e.slot, e.choice, e.load, e.offset, e.experts, buffers.scratch, rows, E, K, capacity, stream);
-    if (training_pass) layers.router_losses(buffers.losses + kBalance, e.probs, e.lse, e.load, buffers.scratch, rows, E, stream);
-    if (capacity == 0) {  // only then does the host have to know how many rows each expert has
-        e.host_offset.resize(E + 1);
-        layers.download(e.host_offset.data(), e.offset, (E + 1) * sizeof(int), stream);
+    if (room > staging_bytes) {
+        layers.release_host(staging);
+        staging = nullptr;
+        staging = static_cast<int*>(layers.allocate_host(room, "tokens on their way to the device"));
+        staging_bytes = room;
     }
-    const int* offset = capacity ? nullptr : e.host_offset.data();
-    layers.dispatch_forward(e.dispatched, normed, e.choice, slots, C, K, stream);
-    if (config.swiglu_experts) {
-        layers.experts_forward(e.gate_up, e.dispatched, e.in.weight, offset, slots, C, 2 * F, E, capacity, stream);
-        layers.swiglu_forward(e.hidden, e.gate_up, slots, F, stream);
-    } else {
-        layers.experts_forward(e.hidden, e.dispatched, e.in.weight, offset, slots, C, F, E, capacity, stream);
-        layers.relu_forward(e.hidden, e.hidden, int64_t(slots) * F, stream);
-    }
-    layers.experts_forward(e.y, e.hidden, e.out.weight, offset, slots, F, C, E, capacity, stream);
-    layers.combine_forward(buffers.branch, e.y, e.gates, e.slot, rows, C, K, accumulate, stream);
+    int* const to = staging + int64_t(2) * rows * staged++;
+    std::copy_n(tokens, rows, to);
+    if (targets) std::copy_n(targets, rows, to + rows);
+    return to;
 }
 
-void Model::experts_backward(ExpertsLayer& e, const floatX* normed, bool accumulate, int accumulation) {
-    const int rows = batch * time, C = config.d_model, F = config.d_expert, E = config.experts, K = config.top_k;
-    const int capacity = config.capacity_rows(rows), slots = int(expert_slots(rows, E, K, capacity));
-    const real share = real(1) / real(accumulation * config.count('E'));
-    const int* offset = capacity ? nullptr : e.host_offset.data();
-    Buffers& b = buffers;
-    layers.combine_backward(b.d_slots, b.d_gates, b.d_branch, e.y, e.gates, e.slot, e.choice, rows, slots, C, K, stream);
-    layers.experts_backward(b.d_expert_hidden, e.out.grad, b.d_slots, e.hidden, e.out.weight, offset, slots, F, C, E, capacity, stream);
-    const floatX* d_in = b.d_expert_hidden;
-    if (config.swiglu_experts) {
-        layers.swiglu_backward(b.d_expert_gate_up, b.d_expert_hidden, e.gate_up, slots, F, stream);
-        d_in = b.d_expert_gate_up;
-    } else {
-        layers.relu_backward(b.d_expert_hidden, b.d_expert_hidden, e.hidden, int64_t(slots) * F, stream);
-    }
-    const int wide = config.swiglu_experts ? 2 * F : F;
-    layers.experts_backward(b.d_slots, e.in.grad, d_in, e.dispatched, e.in.weight, offset, slots, C, wide, E, capacity, stream);
-    layers.dispatch_backward(b.d_normed, b.d_slots, e.slot, rows, C, K, accumulate, stream);
-    layers.router_backward(b.d_normed, e.router.grad, b.d_gates, e.probs, e.lse, e.experts, e.gates, e.load, normed, e.router.master,
-                           b.scratch, rows, C, E, K, config.renormalize, real(config.balance_loss) * share, real(config.z_loss) * share, stream);
-}
-
-// From tokens (on the host) to the normed residual stream that the head reads. targets: null, or on the host, for cross_entropy; they
-// are uploaded here because an upload between two layers would wait for the first.
-void Model::forward(const int* tokens, const int* targets, int B, int T, DecodeState* state) {
-    const int rows = B * T, C = config.d_model;
-    const int capacity = training_pass ? config.capacity_rows(rows) : 0;
-    layers.upload(buffers.tokens, tokens, rows * sizeof(int), stream);
-    if (targets) layers.upload(buffers.targets, targets, rows * sizeof(int), stream);
+// From tokens to the normed residual stream that the head reads. Both on the host; targets or null, for cross_entropy: they are uploaded
+// here because an upload between two layers would wait for the first.
+void Model::forward(const Pass& pass, const int* tokens, const int* targets) {
+    const int rows = pass.rows(), C = config.d_model;
+    const int* const staged_tokens = stage(tokens, targets, rows);
+    layers.upload_later(buffers.tokens, staged_tokens, rows * sizeof(int), stream);
+    if (targets) layers.upload_later(buffers.targets, staged_tokens + rows, rows * sizeof(int), stream);
     layers.embedding_forward(steps[0]->sum, buffers.tokens, embedding.weight, rows, C, stream);
     const real* residual = steps[0]->sum;
     const floatX* branch = nullptr;
-    size_t mixer = 0;
     for (const auto& step : steps) {
         layers.rmsnorm_forward(step->normed, step->sum, step->rstd, residual, branch, step->norm.master, rows, C, real(config.norm_eps),
                                stream);
-        for (const auto& layer : step->layers) {
-            const bool accumulate = layer != step->layers.front();
-            switch (layer->kind) {
-                case 'M':
-                    mamba_forward(layer->mamba, step->normed, accumulate, B, T, state ? &state->mixers[mixer] : nullptr,
-                                  state ? state->current : 0);
-                    mixer++;
-                    break;
-                case 'F': feed_forward_forward(layer->feed_forward, step->normed, accumulate, rows); break;
-                case 'E': experts_forward(layer->experts, step->normed, accumulate, rows, capacity); break;
-            }
-        }
+        for (const auto& layer : step->layers) layer->forward(pass, step->normed, buffers.branch, layer != step->layers.front());
         residual = step->sum;
         branch = buffers.branch;
     }
-    if (state) state->current = 1 - state->current;
 }
 
-// Runs the head over `rows` rows of normed, kHeadRows at a time, and calls each(first row, rows) with their logits in buffers.logits.
+// Runs the head over `rows` rows of normed, head_rows() at a time, and calls each(first row, rows) with their logits in buffers.logits.
 template <class F>
 void Model::head_blocks(const floatX* normed, int ld_normed, int rows, F&& each) {
     const int C = config.d_model, Vp = config.padded_vocab();
-    for (int first = 0; first < rows; first += kHeadRows) {
-        const int block = std::min(kHeadRows, rows - first);
-        layers.linear_forward(buffers.logits, Vp, normed + int64_t(first) * ld_normed, ld_normed, head->weight, block, C, Vp, false,
-                              stream);
+    for (int first = 0; first < rows; first += head_rows()) {
+        const int block = std::min(head_rows(), rows - first);
+        layers.linear_forward(buffers.logits, Vp, {normed + int64_t(first) * ld_normed, ld_normed, head->weight, block, C, Vp}, false, stream);
         each(first, block);
     }
 }
 
-// Adds the sum of the rows' cross-entropies to losses[kCrossEntropy]. d_loss != 0: logits become gradients, `each` uses them.
+// Adds the rows' cross-entropies to *sum. d_loss != 0: logits become gradients, `each` uses them.
 template <class F>
-void Model::cross_entropy(int rows, real d_loss, F&& each) {
+void Model::cross_entropy(real* sum, int rows, real d_loss, F&& each) {
     head_blocks(steps.back()->normed, config.d_model, rows, [&](int first, int block) {
         layers.classifier(buffers.row_losses + first, buffers.logits, buffers.targets + first, block, config.vocab, config.padded_vocab(),
                           d_loss, stream);
         each(first, block);
     });
-    layers.sum(buffers.losses + kCrossEntropy, buffers.row_losses, buffers.scratch, rows, stream);
+    layers.sum(sum, buffers.row_losses, buffers.scratch, rows, stream);
 }
 
 void Model::forward_backward(const int* tokens, const int* targets, int accumulation) {
-    const int rows = batch * time, C = config.d_model, Vp = config.padded_vocab();
+    const Pass pass{.B = batch, .T = time, .training = true, .part = parts, .parts = accumulation};
+    const int rows = pass.rows(), C = config.d_model, Vp = config.padded_vocab();
     Buffers& b = buffers;
     activations.bind();
-    training_pass = true;
-    if (staged == planned_parts) {  // more parts than were planned: they wait for room
-        layers.synchronize(stream);
-        staged = 0;
-    }
-    int* const part = staging + int64_t(2) * rows * staged++;
-    std::copy_n(tokens, rows, part);
-    std::copy_n(targets, rows, part + rows);
-    forward(part, part + rows, batch, time, nullptr);
+    forward(pass, tokens, targets);
     const int64_t counted = rows - std::count(targets, targets + rows, -1);
-    parts++;
-    targets_seen += counted;
     const floatX* normed = steps.back()->normed;
-    cross_entropy(rows, real(1) / real(std::max<int64_t>(1, counted) * accumulation), [&](int first, int block) {
+    cross_entropy(b.losses + kCrossEntropy, rows, real(1) / real(std::max<int64_t>(1, counted) * accumulation), [&](int first, int block) {
         const int64_t at = int64_t(first) * C;
-        layers.linear_backward(b.d_normed + at, C, head->grad, b.logits, Vp, normed + at, C, head->weight, block, C, Vp, false, stream);
+        layers.linear_backward(b.d_normed + at, C, head->grad, b.logits, Vp, {normed + at, C, head->weight, block, C, Vp}, false,
+                               parts > 0 || first > 0, stream);
     });
     layers.zero(b.d_sum, size_t(rows) * C * sizeof(real), stream);
     for (size_t s = steps.size(); s-- > 0;) {
         Step& step = *steps[s];
-        bool accumulate = false;
-        for (const auto& layer : step.layers) {
-            switch (layer->kind) {
-                case 'M': mamba_backward(layer->mamba, step.normed, accumulate); break;
-                case 'F': feed_forward_backward(layer->feed_forward, step.normed, accumulate); break;
-                case 'E': experts_backward(layer->experts, step.normed, accumulate, accumulation); break;
-            }
-            accumulate = true;
-        }
+        for (const auto& layer : step.layers)
+            layer->backward(pass, b.d_normed, b.d_branch, step.normed, layer != step.layers.front());
         layers.rmsnorm_backward(b.d_sum, b.d_branch, step.norm.grad, b.d_normed, step.sum, step.rstd, step.norm.master, b.scratch, rows,
                                 C, stream);
     }
     layers.embedding_backward(embedding.grad, b.d_sum, b.tokens, b.scratch, rows, Vp, C, stream);
+    parts++;
+    targets_seen += counted;
 }
 
 void Model::zero_gradients() {
-    activations.bind();
-    for (Tensor* t : tensors) layers.zero(t->grad, t->count * sizeof(real), stream);
+    layers.zero(buffers.grad, ends[Tensor::plain] * sizeof(real), stream);
     layers.zero(buffers.losses, kLossCount * sizeof(real), stream);
     parts = 0;
     targets_seen = 0;
 }
 
 Losses Model::read_losses() {
-    const int E = config.experts, moe_layers = config.count('E'), rows = batch * time, capacity = config.capacity_rows(rows);
-    for (Tensor* t : tensors) layers.sum_of_squares(buffers.losses + kGradSquares, t->grad, buffers.scratch, t->count, stream);
+    activations.bind();
+    layers.sum_of_squares(buffers.losses + kGradSquares, buffers.grad, buffers.scratch, ends[Tensor::plain], stream);
     real sums[kLossCount];
-    std::vector<int> loads(int64_t(std::min(parts, planned_parts)) * moe_layers * E);
+    const int kept = std::min(parts, planned_parts);
+    std::vector<int> counts(int64_t(kept) * counters);
     layers.download(sums, buffers.losses, sizeof(sums), stream);
-    if (!loads.empty()) layers.download(loads.data(), buffers.loads, loads.size() * sizeof(int), stream);
+    if (!counts.empty()) layers.download(counts.data(), buffers.counters, counts.size() * sizeof(int), stream);
     layers.zero(buffers.losses + kGradSquares, sizeof(real), stream);  // so that reading twice gives the same
     staged = 0;
     Losses losses;
     losses.cross_entropy = sums[kCrossEntropy] / double(std::max<int64_t>(1, targets_seen));
     losses.grad_norm = std::sqrt(double(sums[kGradSquares]));
-    if (loads.empty()) return losses;
-    losses.balance = sums[kBalance] / (double(parts) * moe_layers);
-    losses.z = sums[kZ] / (double(parts) * moe_layers);
-    int64_t dropped = 0;
-    int fullest = 0;
-    for (int load : loads) {
-        fullest = std::max(fullest, load);
-        if (capacity) dropped += std::max(0, load - capacity);
-    }
-    const double choices = double(rows) * config.top_k;
-    losses.expert_load = fullest / (choices / E);
-    losses.dropped = double(dropped) / (choices * double(loads.size() / E));
+    losses.balance = sums[kBalance] / (std::max(1.0, double(parts)) * std::max(1, expert_layers));
+    losses.z = sums[kZ] / (std::max(1.0, double(parts)) * std::max(1, expert_layers));
+    for (int part = 0; part < kept; part++)
+        for (const auto& step : steps)
+            for (const auto& layer : step->layers)
+                layer->report(losses, counts.data() + int64_t(part) * counters + layer->first_counter, batch * time, 1.0 / kept);
     return losses;
 }
 
 std::string Model::first_bad_tensor() {
-    const auto bad = [&](const real* values, int64_t count) {
+    activations.bind();
+    const auto squares = [&](const real* values, int64_t count) {
         real sum = 0;
         layers.zero(buffers.losses + kGradSquares, sizeof(real), stream);
-        layers.sum(buffers.losses + kGradSquares, values, buffers.scratch, count, stream);
+        layers.sum_of_squares(buffers.losses + kGradSquares, values, buffers.scratch, count, stream);
         layers.download(&sum, buffers.losses + kGradSquares, sizeof(real), stream);
-        return !std::isfinite(sum);
+        layers.zero(buffers.losses + kGradSquares, sizeof(real), stream);
+        return double(sum);
     };
-    activations.bind();
     for (const Tensor* t : tensors)
-        if (bad(t->master, t->count)) return "weight of " + t->name;
+        if (!std::isfinite(squares(t->master, t->count))) return "weight of " + t->name;
     for (size_t s = 0; parts > 0 && s < steps.size(); s++)
-        if (bad(steps[s]->sum, int64_t(batch) * time * config.d_model)) return "residual stream that reaches " + steps[s]->norm.name;
-    for (size_t i = tensors.size(); i-- > 0;)
-        if (bad(tensors[i]->grad, tensors[i]->count)) return "gradient of " + tensors[i]->name;
-    return "";
+        if (!std::isfinite(squares(steps[s]->sum, int64_t(batch) * time * config.d_model)))
+            return "residual stream that reaches " + steps[s]->norm.name;
+    double largest = 0;
+    std::string name;
+    for (size_t i = tensors.size(); i-- > 0;) {
+        const double size = tensors[i]->grad ? squares(tensors[i]->grad, tensors[i]->count) : 0;
+        if (!std::isfinite(size)) return "gradient of " + tensors[i]->name;
+        if (size > largest) largest = size, name = tensors[i]->name;
+    }
+    return name.empty() ? "" : "gradient of " + name + ", the largest";
 }
 
 void Model::update(const AdamW& o, const Losses& losses, int step) {
     const double clip = o.grad_clip > 0 && losses.grad_norm > o.grad_clip ? o.grad_clip / losses.grad_norm : 1;
-    for (Tensor* t : tensors)
-        layers.adamw(t->master, kMixedPrecision ? t->weight : nullptr, t->m, t->v, t->grad, t->count, real(o.lr), real(o.beta1),
-                     real(o.beta2), real(o.eps), t->decay ? real(o.weight_decay) : 0, real(clip), step, stream);
+    int64_t first = 0;
+    for (Tensor::Update update : {Tensor::decayed, Tensor::plain}) {
+        AdamW options = o;
+        if (update == Tensor::plain) options.weight_decay = 0;
+        layers.adamw(buffers.master + first, kMixedPrecision ? buffers.weight + first : nullptr, buffers.m + first, buffers.v + first,
+                     buffers.grad + first, ends[update] - first, options, real(clip), step, stream);
+        first = ends[update];
+    }
 }
 
 // ------------------------------------------------------------------------------------------------------------------
-// Model: evaluation and decoding. They have an arena of their own, so that they can run between two training steps.
+// Model: evaluation and decoding. They run between two training steps, in the activations' memory where that is enough.
 
 void Model::begin_inference(int B, int T) {
     if (int64_t(T) * config.d_model > std::numeric_limits<int>::max())
@@ -3082,46 +3169,52 @@ void Model::begin_inference(int B, int T) {
         inference_batch = B;
         inference_time = std::max(1, T);
         plan_activations(inference, B, inference_time, false);
-        inference.allocate(layers);
+        inference.allocate(layers, &activations);
     }
     inference.bind();
-    training_pass = false;
-    layers.zero(buffers.losses, kLossCount * sizeof(real), stream);
 }
 
 double Model::evaluate(const int* tokens, const int* targets, int B, int T) {
     const int rows = B * T;
     begin_inference(B, T);
-    forward(tokens, targets, B, T, nullptr);
-    cross_entropy(rows, 0, [](int, int) {});
+    layers.zero(buffers.evaluated, sizeof(real), stream);
+    forward({.B = B, .T = T}, tokens, targets);
+    cross_entropy(buffers.evaluated, rows, 0, [](int, int) {});
     real sum;
-    layers.download(&sum, buffers.losses + kCrossEntropy, sizeof(sum), stream);
+    layers.download(&sum, buffers.evaluated, sizeof(sum), stream);
+    staged = 0;
     return sum / double(std::max<int64_t>(1, rows - std::count(targets, targets + rows, -1)));
 }
 
-void Model::start(DecodeState& state, int B) {
-    const int64_t D = config.d_inner, N = config.d_state, W = config.d_conv;
-    state.arena.release();
-    state.B = B;
-    state.current = 0;
-    state.mixers.assign(config.count('M'), {});
-    for (size_t i = 0; i < state.mixers.size(); i++)
-        for (int side : {0, 1}) {
-            state.arena.add(&state.mixers[i].conv[side], "conv state " + std::to_string(i), B * std::max<int64_t>(1, W - 1) * D);
-            state.arena.add(&state.mixers[i].scan[side], "scan state " + std::to_string(i), B * D * N);
-        }
-    state.arena.allocate(layers);
-    for (const Arena::Entry& entry : state.arena.entries) layers.zero(*entry.pointer, entry.bytes, stream);
+void Model::start(DecodeState& state, int B, int64_t context) {
+    if (state.B != B || state.context != context) {
+        state.arena.release();
+        state.B = B;
+        state.context = context;
+        for (const auto& step : steps)
+            for (const auto& layer : step->layers) layer->plan_state(state.arena, B, context);
+        state.arena.allocate(layers);
+    }
+    state.position = state.current = 0;
+    for (const Arena::Entry& entry : state.arena.entries) layers.zero(entry.memory, entry.bytes, stream);
 }
 
-size_t Model::decode_state_bytes() const {
-    return size_t(config.count('M')) * 2 * config.d_inner * (config.d_conv - 1 + config.d_state) * sizeof(real);
+size_t Model::decode_state_bytes(int64_t context) {
+    Arena arena("one sequence");
+    for (const auto& step : steps)
+        for (const auto& layer : step->layers) layer->plan_state(arena, 1, context);
+    return arena.bytes;
 }
 
 const real* Model::decode(DecodeState& state, const int* tokens, int T, real temperature) {
     const int B = state.B, C = config.d_model, V = config.vocab, Vp = config.padded_vocab();
+    if (state.position + T > state.context)
+        fail("decoding %d tokens after %lld: there is room for %lld in all", T, (long long)state.position, (long long)state.context);
     begin_inference(B, T);
-    forward(tokens, nullptr, B, T, &state);
+    state.arena.bind();
+    forward({.B = B, .T = T, .state = state.current, .position = state.position}, tokens, nullptr);
+    state.current = 1 - state.current;
+    state.position += T;
     // Only the last position of each sequence reaches the head: rows that lie T * C apart.
     const floatX* last = steps.back()->normed + int64_t(T - 1) * C;
     probabilities.resize(int64_t(B) * V);
@@ -3129,13 +3222,14 @@ const real* Model::decode(DecodeState& state, const int* tokens, int T, real tem
         layers.softmax_forward(buffers.probs + int64_t(first) * V, buffers.logits, block, V, Vp, temperature > 0 ? temperature : 1, stream);
     });
     layers.download(probabilities.data(), buffers.probs, probabilities.size() * sizeof(real), stream);
+    staged = 0;
     return probabilities.data();
 }
 
 std::vector<real> Model::logits(const int* tokens, int B, int T) {
     const int V = config.vocab, Vp = config.padded_vocab();
     begin_inference(B, T);
-    forward(tokens, nullptr, B, T, nullptr);
+    forward({.B = B, .T = T}, tokens, nullptr);
     std::vector<real> out;
     out.reserve(int64_t(B) * T * V);
     head_blocks(steps.back()->normed, config.d_model, B * T, [&](int, int block) {
@@ -3144,6 +3238,7 @@ std::vector<real> Model::logits(const int* tokens, int B, int T) {
         for (int r = 0; r < block; r++)
             for (int v = 0; v < V; v++) out.push_back(real(padded[int64_t(r) * Vp + v]));
     });
+    staged = 0;
     return out;
 }
 
@@ -3169,11 +3264,10 @@ int sample_token(const real* probs, int V, bool greedy, int top_k, double top_p,
     return order.back();
 }
 
-void generate(Model& model, const Tokenizer& tokenizer, std::vector<int> prompt, int64_t count, const Sampling& sampling, int64_t sample,
-              const std::function<bool(int)>& emit) {
+void generate(Model& model, DecodeState& state, const Tokenizer& tokenizer, std::vector<int> prompt, int64_t count,
+              const Sampling& sampling, int64_t sample, const std::function<bool(int)>& emit) {
     if (prompt.empty()) prompt.push_back(tokenizer.end_of_text);
-    DecodeState state;
-    model.start(state, 1);
+    model.start(state, 1, int64_t(prompt.size()) + count);
     for (int64_t i = 0; i < count; i++) {
         const real* probs = model.decode(state, prompt.data(), int(prompt.size()), real(sampling.temperature));
         if (!std::isfinite(std::accumulate(probs, probs + tokenizer.vocab, 0.0)))
@@ -3185,55 +3279,74 @@ void generate(Model& model, const Tokenizer& tokenizer, std::vector<int> prompt,
     }
 }
 
+// ------------------------------------------------------------------------------------------------------------------
+// Model: checkpoints
+
+// One of the optimizer's moments, or the masters, of each parameter that has them.
+struct Kept {
+    const char* suffix;
+    real* Tensor::*values;
+};
+static const Kept kMasters[] = {{"", &Tensor::master}}, kMoments[] = {{".m", &Tensor::m}, {".v", &Tensor::v}};
+
+template <class F>
+static void each_kept(const Model& model, std::span<const Kept> kept, F&& f) {
+    for (const Parameter& p : model.parameters)
+        for (const Kept& k : kept)
+            if (k.values == &Tensor::master || p.tensor->update != Tensor::never) f(p, p.name + k.suffix, p.tensor->*k.values + p.offset);
+}
+
+static void save_tensors(const Model& model, std::span<const Kept> kept, const std::string& path, const Model::Metadata& metadata) {
+    std::vector<Safetensors::NewEntry> list;
+    std::vector<const real*> sources;
+    each_kept(model, kept, [&](const Parameter& p, const std::string& name, const real* from) {
+        list.push_back({name, sizeof(real) == 8 ? "F64" : "F32", p.shape, p.count * int64_t(sizeof(real))});
+        sources.push_back(from);
+    });
+    std::vector<char> bytes;
+    Safetensors::write(path, list, metadata, [&](size_t i) {
+        bytes.resize(list[i].bytes);
+        model.layers.download(bytes.data(), sources[i], bytes.size(), model.stream);
+        return bytes.data();
+    });
+}
+
+// Every tensor of the file is one that the model has, and the other way round. set(parameter, where it goes, values)
+template <class F>
+static void load_tensors(const Model& model, std::span<const Kept> kept, const Safetensors& file, F&& set) {
+    size_t count = 0;
+    each_kept(model, kept, [&](const Parameter& p, const std::string& name, real*) {
+        if (file.find(name).shape != p.shape)
+            fail("%s: tensor %s has another shape than the model's config says", file.path.c_str(), name.c_str());
+        count++;
+    });
+    if (file.entries.size() != count)
+        fail("%s: has %zu tensors, the model's config says %zu", file.path.c_str(), file.entries.size(), count);
+    each_kept(model, kept, [&](const Parameter& p, const std::string& name, real* to) {
+        std::vector<real> values(p.count);
+        file.read(name, values.data());
+        set(p, to, values);
+    });
+}
+
 void Model::save(const std::string& path, const Metadata& metadata) const {
-    std::vector<NamedTensor> list;
-    for (const Parameter& p : parameters) list.push_back({p.name, p.shape, p.tensor->master + p.offset, p.count});
     Metadata all = {{"format", "pt"}, {"config", config.to_json()}};
     all.insert(all.end(), metadata.begin(), metadata.end());
-    write_safetensors(path, *this, list, all);
+    save_tensors(*this, kMasters, path, all);
 }
 
-void Model::save_optimizer(const std::string& path, const Metadata& metadata) const {
-    std::vector<NamedTensor> list;
-    for (const Parameter& p : parameters) {
-        list.push_back({p.name + ".m", p.shape, p.tensor->m + p.offset, p.count});
-        list.push_back({p.name + ".v", p.shape, p.tensor->v + p.offset, p.count});
-    }
-    write_safetensors(path, *this, list, metadata);
-}
-
-// Every tensor of the file is one that the model has, and the other way round.
-static void check_tensors(const Safetensors& file, const Model& model, const std::vector<std::string>& suffixes) {
-    for (const Parameter& p : model.parameters)
-        for (const std::string& suffix : suffixes)
-            if (file.find(p.name + suffix).shape != p.shape)
-                fail("%s: tensor %s has another shape than the model's config says", file.path.c_str(), (p.name + suffix).c_str());
-    if (file.entries.size() != model.parameters.size() * suffixes.size())
-        fail("%s: has %zu tensors, the model's config says %zu", file.path.c_str(), file.entries.size(),
-             model.parameters.size() * suffixes.size());
-}
+void Model::save_optimizer(const std::string& path, const Metadata& metadata) const { save_tensors(*this, kMoments, path, metadata); }
 
 void Model::load(const std::string& path) {
     const Safetensors file(path);
-    check_tensors(file, *this, {""});
     allocate_weights();
-    for (const Parameter& p : parameters) {
-        std::vector<real> values(p.count);
-        file.read(p.name, values.data());
+    load_tensors(*this, kMasters, file, [&](const Parameter& p, real*, const std::vector<real>& values) {
         set_tensor(*this, *p.tensor, p.offset, values);
-    }
-    layers.synchronize(stream);
+    });
 }
 
 void Model::load_optimizer(const std::string& path) {
-    const Safetensors file(path);
-    check_tensors(file, *this, {".m", ".v"});
-    for (const Parameter& p : parameters) {
-        std::vector<real> values(p.count);
-        file.read(p.name + ".m", values.data());
-        layers.upload(p.tensor->m + p.offset, values.data(), values.size() * sizeof(real), stream);
-        file.read(p.name + ".v", values.data());
-        layers.upload(p.tensor->v + p.offset, values.data(), values.size() * sizeof(real), stream);
-        layers.synchronize(stream);
-    }
+    load_tensors(*this, kMoments, Safetensors(path), [&](const Parameter&, real* to, const std::vector<real>& values) {
+        layers.upload(to, values.data(), values.size() * sizeof(real), stream);
+    });
 }

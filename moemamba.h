@@ -437,7 +437,8 @@ struct Layer {
     virtual int64_t matmul_weights() const = 0;            // that take part in a token's matrix products
     virtual int64_t idle_parameters() const { return 0; }  // that a token does not use
     virtual int counters() const { return 0; }             // ints that a training pass leaves for report()
-    virtual void report(Losses&, const int* /*counters*/) const {}  // of one part of a step
+    // Adds to the report of a step what one part of it has left, of so many rows; `share`: of the part in the step
+    virtual void report(Losses&, const int* /*counters*/, int /*rows*/, double /*share*/) const {}
     int first_counter = 0;                                          // among all layers'
 };
 struct Step {  // x += sum of its layers' f(norm(x)); the last one has no layers: the norm before the head
