@@ -1805,7 +1805,7 @@ __global__ void router_backward_kernel(floatX* d_logits, int ld_d, const real* d
         chosen_sum = 0;
         for (int k = 0; k < K; k++) {
             pull += d_gates[row * K + k] * out.gates[row * K + k];
-            chosen_sum += probs[row * E + out.experts[row * K + k]];
+            chosen_sum += out.probs[row * E + out.experts[row * K + k]];
         }
     }
     for (int k = 0; k < K; k++) {
@@ -2974,8 +2974,7 @@ void Model::plan_training(int B, int T, int accumulation) {
     time = T;
     planned_parts = accumulation;
     if (masters.entries.empty()) plan_tensors();
-    gradients.add(&buffers.grad, "gradients", ends[Tensor::plain]);
-    gradients.add(&buffers.losses, "losses", kLossCount);
+    gradients.add(&buffers.grad, "gradients, losses", ends[Tensor::plain] + kLossCount);
     moments.add(&buffers.m, "first moments", ends[Tensor::plain]);
     moments.add(&buffers.v, "second moments", ends[Tensor::plain]);
     plan_activations(activations, B, T, true);
@@ -2989,6 +2988,7 @@ void Model::allocate_training(int B, int T, int accumulation) {
     plan_training(B, T, accumulation);
     allocate_weights();
     gradients.allocate(layers);
+    buffers.losses = buffers.grad + ends[Tensor::plain];
     moments.allocate(layers);
     activations.allocate(layers);
     for (Tensor* t : tensors)
@@ -2998,6 +2998,7 @@ void Model::allocate_training(int B, int T, int accumulation) {
             t->v = buffers.v + t->at;
         }
     for (real* moment : {buffers.m, buffers.v}) layers.zero(moment, ends[Tensor::plain] * sizeof(real), stream);
+    reserve_staging(int64_t(2) * accumulation * B * T);
     begin_inference(B, T);
     zero_gradients();
 }
@@ -3005,33 +3006,35 @@ void Model::allocate_training(int B, int T, int accumulation) {
 // ------------------------------------------------------------------------------------------------------------------
 // Model: forward and backward
 
-// Tokens, and targets or null, where the device may read them later. Parts of a step lie side by side: as long as there is room for
-// them, nobody waits.
-int* Model::stage(const int* tokens, const int* targets, int rows) {
-    const size_t bytes = 2 * sizeof(int) * size_t(rows), room = std::max<size_t>(1, planned_parts) * bytes;
-    if (room > staging_bytes || staged == planned_parts) {
+// Room on the host for so many tokens and targets that wait to be read by the device.
+void Model::reserve_staging(int64_t count) {
+    if (count <= staging_count) return;
+    if (staged > 0) layers.synchronize(stream);
+    staged = 0;
+    layers.release_host(staging);
+    staging = nullptr;
+    staging = static_cast<int*>(layers.allocate_host(count * sizeof(int), "tokens on their way to the device"));
+    staging_count = count;
+}
+
+// Uploads from there, without waiting as long as there is room.
+void Model::stage(int* to_device, const int* from, int count) {
+    if (staged + count > staging_count) {
         layers.synchronize(stream);
         staged = 0;
     }
-    if (room > staging_bytes) {
-        layers.release_host(staging);
-        staging = nullptr;
-        staging = static_cast<int*>(layers.allocate_host(room, "tokens on their way to the device"));
-        staging_bytes = room;
-    }
-    int* const to = staging + int64_t(2) * rows * staged++;
-    std::copy_n(tokens, rows, to);
-    if (targets) std::copy_n(targets, rows, to + rows);
-    return to;
+    int* const to = staging + staged;
+    staged += count;
+    std::copy_n(from, count, to);
+    layers.upload_later(to_device, to, count * sizeof(int), stream);
 }
 
 // From tokens to the normed residual stream that the head reads. Both on the host; targets or null, for cross_entropy: they are uploaded
 // here because an upload between two layers would wait for the first.
 void Model::forward(const Pass& pass, const int* tokens, const int* targets) {
     const int rows = pass.rows(), C = config.d_model;
-    const int* const staged_tokens = stage(tokens, targets, rows);
-    layers.upload_later(buffers.tokens, staged_tokens, rows * sizeof(int), stream);
-    if (targets) layers.upload_later(buffers.targets, staged_tokens + rows, rows * sizeof(int), stream);
+    stage(buffers.tokens, tokens, rows);
+    if (targets) stage(buffers.targets, targets, rows);
     layers.embedding_forward(steps[0]->sum, buffers.tokens, embedding.weight, rows, C, stream);
     const real* residual = steps[0]->sum;
     const floatX* branch = nullptr;
@@ -3093,8 +3096,7 @@ void Model::forward_backward(const int* tokens, const int* targets, int accumula
 }
 
 void Model::zero_gradients() {
-    layers.zero(buffers.grad, ends[Tensor::plain] * sizeof(real), stream);
-    layers.zero(buffers.losses, kLossCount * sizeof(real), stream);
+    layers.zero(buffers.grad, (ends[Tensor::plain] + kLossCount) * sizeof(real), stream);
     parts = 0;
     targets_seen = 0;
 }
@@ -3172,6 +3174,7 @@ void Model::begin_inference(int B, int T) {
         inference.allocate(layers, &activations);
     }
     inference.bind();
+    reserve_staging(int64_t(2) * B * T);
 }
 
 double Model::evaluate(const int* tokens, const int* targets, int B, int T) {

@@ -534,9 +534,8 @@ struct Model {
     int inference_batch = 0, inference_time = 0;   // what the inference arena has room for
     int planned_parts = 1;                         // accumulation parts that buffers.counters and staging have room for
     int counters = 0;                              // of all layers
-    int* staging = nullptr;                        // on the host: tokens and targets (2, rows) of each planned part
-    size_t staging_bytes = 0;
-    int staged = 0;                                // parts in it that the device may not have read yet
+    int* staging = nullptr;                        // (staging_count) on the host: tokens and targets, from where they are uploaded
+    int64_t staging_count = 0, staged = 0;         // of them, those that the device may not have read yet
     int parts = 0;                                 // accumulation parts and targets since zero_gradients()
     int64_t targets_seen = 0;
     std::vector<real> probabilities;
@@ -545,7 +544,8 @@ struct Model {
     void allocate_weights();
     void plan_activations(Arena& arena, int B, int T, bool training);
     void begin_inference(int B, int T);
-    int* stage(const int* tokens, const int* targets, int rows);
+    void reserve_staging(int64_t count);
+    void stage(int* to_device, const int* from, int count);
     void forward(const Pass& pass, const int* tokens, const int* targets);
     int head_rows() const;
     template <class F> void head_blocks(const floatX* normed, int ld_normed, int rows, F&& each);
