@@ -16,9 +16,9 @@ import time
 TESTS = "[gpu],[traffic]"
 BUILD = "build/mutants"
 # A function whose name begins so is tested on its own layer first; most faults show there, and only the others need all tests.
-LAYERS = {"embedding|Embedding|sort_|bucket_of": "embedding", "rmsnorm": "rmsnorm", "linear|matmul": "linear", "conv|Conv|with_conv": "conv",
+LAYERS = {"embedding|Embedding|sort_|bucket_of|counting_sort": "embedding", "rmsnorm": "rmsnorm", "linear|matmul": "linear", "conv|Conv|with_conv": "conv",
           "scan|Scan|exchange|load_part|store_part|load_states|store_states|load_decay|sum_lanes|with_lanes|State": "scan",
-          "router|Router|to_real|add_kernel|dispatch|gather|combine|each_expert|experts": "moe", "swiglu": "feed-forward", "relu": "relu",
+          "route|Router|dispatch|Dispatch|gather|combine|expert": "moe", "swiglu": "feed-forward", "relu": "relu",
           "softmax_of_row|classifier": "classifier", "softmax_forward": "softmax", "sum_kernel|sum_all": "sum", "adamw": "adamw"}
 
 # function: [(name, fragment, replacement, why it is harmless if it is)]
@@ -47,35 +47,41 @@ FAULTS = {
     "reduce_partials_kernel": [
         ("every part", "p += kReduceRows", "p += 1"),
         ("last part", "p < parts", "p < parts - 1"),
-        ("bounds", "i >= count) return", "i > count) return"),
+        ("bounds", "i >= s.count) return", "i > s.count) return"),
         ("barrier", "__syncthreads();", ""),
-        ("overwrites", "out[i] += sum", "out[i] = sum"),
+        ("overwrites", "s.out[i] += sum", "s.out[i] = sum"),
         ("second row", "int y = 1", "int y = 2"),
+        ("first sum alone", "sums.sum[blockIdx.y]", "sums.sum[0]"),
     ],
-    "reduce_partials": [("too few blocks", "blocks_for(count, kWarp)", "unsigned((count + kWarp - 2) / kWarp)")],
+    "reduce_partials": [("too few blocks", "blocks_for(longest, kWarp)", "unsigned((longest + kWarp - 2) / kWarp)"),
+                        ("one sum less", "unsigned(list.size())", "unsigned(std::max<size_t>(1, list.size() - 1))"),
+                        ("the first is the longest", "std::max(longest, s.count)", "list.begin()->count")],
 
     # ---- counting sort
-    "bucket_of": [("no shift", ">> shift", ">> 0"), ("no order", "items ? items[i] : int(i)", "int(i)")],
-    "sort_count_kernel": [
+    "bucket_of": [("no shift", ">> s.shift", ">> 0"), ("no order", "s.items ? s.items[i] : int(i)", "int(i)")],
+    "sort_count": [
         ("barrier 1", "found[t] = 0;\n    __syncthreads();", "found[t] = 0;"),
-        ("barrier 2", "    __syncthreads();\n    counts", "    counts"),
-        ("past the end", "min(first + kSortTile, int64_t(count))", "first + kSortTile"),
+        ("barrier 2", "    __syncthreads();\n    s.counts", "    s.counts"),
+        ("past the end", "min(first + kSortTile, int64_t(s.count))", "first + kSortTile"),
         ("stride", "i += kThreads", "i += 2 * kThreads"),
-        ("no atomic", "atomicAdd(&found[bucket_of(keys, items, i, shift)], 1)", "found[bucket_of(keys, items, i, shift)] += 1"),
+        ("no atomic", "atomicAdd(&found[bucket_of(s, i)], 1)", "found[bucket_of(s, i)] += 1"),
+        ("empty slots", "i < s.slots;", "i < s.slots / 2;"),
+        ("empty slots of later blocks", "i = int64_t(blockIdx.x) * kThreads + t; i < s.slots; i += int64_t(gridDim.x) * kThreads",
+         "i = int64_t(blockIdx.x) * kThreads + t; i < s.slots; i += s.slots"),
     ],
-    "sort_scan_kernel": [
+    "sort_scan": [
         ("tiles not added", "total += n;", "total = n;"),
         ("not the tiles before", "* kBuckets + t] = total;", "* kBuckets + t] = 0;"),
         ("distance", "distance *= 2", "distance *= 4"),
         ("lane", ">= distance) upto", "> distance) upto"),
         ("barrier", "__syncthreads();", ""),
         ("own warp twice", "w < warp_id()", "w <= warp_id()"),
-        ("bounds", "t >= buckets", "t > buckets"),
+        ("bounds", "t >= s.buckets", "t > s.buckets"),
         ("load", "load[t] = total", "load[t] = upto"),
-        ("first offset", "if (t == 0) offset[0] = 0;", ""),
-        ("capacity", "(t + 1) * capacity", "t * capacity"),
+        ("first offset", "if (t == 0) s.offset[0] = 0;", ""),
+        ("capacity", "(t + 1) * s.capacity", "t * s.capacity"),
     ],
-    "sort_place_kernel": [
+    "sort_place": [
         ("rank counts itself", "(1u << lane_id()) - 1", "(2u << lane_id()) - 1"),
         ("last bit", "bit < kBuckets;", "bit < kBuckets / 2;"),
         ("peers", "set : ~set", "set : set"),
@@ -86,21 +92,26 @@ FAULTS = {
         ("barrier 3", "next[t] = rank;\n        __syncthreads();", "next[t] = rank;"),
         ("barrier 4", "        }\n        __syncthreads();\n    }", "        }\n    }"),
         ("ranks start again", "next[t] = rank;\n", "\n"),
-        ("not the tiles before", "next[t] = counts[int64_t(blockIdx.x) * kBuckets + t];", "next[t] = 0;"),
-        ("one too many", "in_bucket < capacity", "in_bucket <= capacity"),
+        ("not the tiles before", "next[t] = s.counts[int64_t(blockIdx.x) * kBuckets + t];", "next[t] = 0;"),
+        ("one too many", "in_bucket < s.capacity", "in_bucket <= s.capacity"),
         ("dropped", "in_bucket : -1", "in_bucket : 0"),
     ],
-    "counting_sort": [("capacity", "shift, count, capacity);\n    CHECK", "shift, count, 0);\n    CHECK")],
+    "sort_count_kernel": [("nothing", "{ sort_count(s); }", "{}")],
+    "sort_scan_kernel": [("one tile", "sort_scan(s, tiles)", "sort_scan(s, 1)")],
+    "sort_place_kernel": [("nothing", "{ sort_place(s); }", "{}")],
+    "sort_kernel": [("barrier", "__syncthreads();", "")],
+    "counting_sort": [("always one tile", "if (tiles == 1)", "if (tiles >= 1)")],
 
     # ---- matrix products and memory
     "matmul": [("accumulate", "accumulate ? 1 : 0", "0"), ("transposition", "op(a.transposed), n, m, k, &one, b.data, in, b.ld, a.data, in, a.ld, &keep",
                                                         "op(false), n, m, k, &one, b.data, in, b.ld, a.data, in, a.ld, &keep")],
     "zero": [("half", "memory, 0, bytes, stream", "memory, 0, bytes / 2, stream")],
-    "linear_forward": [("accumulate", "O, I, accumulate", "O, I, false")],
+    "linear_forward": [("accumulate", "l.I, accumulate", "l.I, false")],
     "linear_backward": [
-        ("accumulate", "I, O, accumulate", "I, O, false"),
-        ("weight overwritten", "rows, true, stream", "rows, false, stream"),
-        ("ld", "{d_in, ld_d_in}", "{d_in, I}"),
+        ("accumulate", "l.O, accumulate", "l.O, false"),
+        ("weight overwritten", "add_weight, stream", "false, stream"),
+        ("weight added to", "add_weight, stream", "true, stream"),
+        ("ld", "{d_in, ld_d_in}", "{d_in, l.I}"),
     ],
 
     # ---- embedding
@@ -111,7 +122,7 @@ FAULTS = {
         ("one round", "while (same == threads)", "while (false)"),
         ("not itself", "int i = first + threadIdx.y;", "int i = first + 1 + threadIdx.y;"),
         ("run past the end", "candidate < rows &&", "candidate <= rows &&"),
-        ("overwrites", "auto total = load<width>(to)", "auto total = Lanes<width>{}"),
+        ("overwrites", "auto total = load<width>(to)", "auto total = Reals<width>{}"),
         ("first group only", "y < groups", "y < 1"),
         ("rows of other groups", "i += groups", "i += 1"),
         ("barrier", "store(sums + thread * width, sum);\n        __syncthreads();", "store(sums + thread * width, sum);"),
@@ -134,7 +145,7 @@ FAULTS = {
     ],
     "rmsnorm_forward": [("blocks", "blocks_for(rows, kNormWarps)", "blocks_for(rows, 2 * kNormWarps)")],
     "rmsnorm_backward_kernel": [
-        ("not cleared", "store(mine + c, Lanes<width>{})", "(void)mine"),
+        ("not cleared", "store(mine + c, Reals<width>{})", "(void)mine"),
         ("not added up", "store(mine + c, sums)", "store(mine + c, d)"),
         ("barrier", "__syncthreads();", ""),
         ("sign", "- x.v[j] * pull", "+ x.v[j] * pull"),
@@ -145,7 +156,7 @@ FAULTS = {
         ("rows of later rounds", "row += int64_t(gridDim.x) * warps", "row += rows"),
         ("d_branch", "store(d_branch + row * C + c, total)", "store(d_branch + row * C + c, d)"),
     ],
-    "rmsnorm_backward": [("parts", "s.partials, blocks, C", "s.partials, blocks - 1, C"),
+    "rmsnorm_backward": [("parts", "reduce_partials(blocks, {", "reduce_partials(blocks - 1, {"),
                          ("shared bytes", "warps * C * sizeof(real), stream", "(warps * C - 1) * sizeof(real), stream")],
 
     # ---- convolution
@@ -314,9 +325,7 @@ FAULTS = {
     ],
 
     # ---- router
-    "to_real_kernel": [("bounds", "i < count", "i <= count", None, "bf16"), ("offset", "store(out + i", "store(out + i / 2", None, "bf16")],
-    "router_forward_kernel": [
-        ("bounds", "row >= rows", "row > rows"),
+    "route": [
         ("no maximum", "exp_(p[i] - most)", "exp_(p[i])"),
         ("lse", "most + log_(sum)", "log_(sum)"),
         ("ties to the higher", "other_expert < expert)", "other_expert > expert)"),
@@ -327,8 +336,24 @@ FAULTS = {
          "past E lies the lowest number there is, whose exponential is the same 0"),
         ("best of the lane", "p[i] > best)", "p[i] < best)"),
     ],
-    "RouterScratch": [("logits", "take<real>(int64_t(rows) * E)", "take<real>(rows)")],
-    "router_forward": [("blocks", "blocks_for(rows, kRouterWarps)", "blocks_for(rows, 2 * kRouterWarps)")],
+    "router_split_kernel": [("bounds", "i >= count", "i > count", None, "bf16"), ("rest", "rest -= real(rounded);", "", None, "bf16"),
+                            ("part", "parts[part * count + i]", "parts[i]", None, "bf16")],
+    "router_split": [("half", "blocks_for(count, kThreads)", "blocks_for(count / 2, kThreads)", None, "bf16")],
+    "router_forward_kernel": [
+        ("bounds", "row >= rows", "row > rows"),
+        ("first part alone", "part = kParts - 1", "part = 0", None, "bf16"),
+        ("ld", "row * ld_logits", "row * E * kParts"),
+    ],
+    "router_few_kernel": [
+        ("experts", "e += kThreads / kWarp", "e += kThreads"),
+        ("half a row", "c < r.C;", "c < r.C / 2;"),
+        ("row of x", "real(r.x[row * r.C + c])", "real(r.x[c])"),
+        ("barrier", "__syncthreads();", ""),
+        ("sum over lanes", "dot = warp_sum(dot);", ""),
+    ],
+    "RouterScratch": [("logits", "take<real>(int64_t(rows) * ld_logits)", "take<real>(rows)"), ("ld", "ceil_div(E, 8) * 8);", "E / 8 * 8);")],
+    "router_forward": [("blocks", "blocks_for(r.rows, kRouterWarps)", "blocks_for(r.rows, 2 * kRouterWarps)"),
+                       ("rows of a few", "router_few_kernel, r.rows,", "router_few_kernel, 1,")],
     "router_losses_kernel": [
         ("share", "real(load[i % E]) / rows", "real(load[i % E])"),
         ("expert", "load[i % E]", "load[i % rows % E]"),
@@ -343,26 +368,26 @@ FAULTS = {
         ("z", "z_weight * 2 *", "z_weight *"),
         ("softmax", "d_p[i] - dot + d_lse", "d_p[i] + d_lse"),
         ("pull", "row * K + k] - pull)", "row * K + k])"),
-        ("sum of the chosen", "chosen_sum += probs", "chosen_sum = probs"),
+        ("sum of the chosen", "chosen_sum += out.probs", "chosen_sum = out.probs"),
+        ("ld", "row * ld_d", "row * E"),
         ("bounds", "row >= rows", "row > rows"),
         ("gate's", "d_p[i] += d;", "d_p[i] = d;"),
     ],
-    "add_kernel": [("overwrites", "x.v[j] += y.v[j]", "x.v[j] = y.v[j]", None, "bf16"), ("bounds", "i >= count", "i > count", None, "bf16")],
-    "router_backward_input": [("overwrites", "rows, C, E, true", "rows, C, E, false")],
-    "router_backward": [("weight overwritten", "rows, true, stream", "rows, false, stream")],
+    "router_backward": [("weight overwritten", "r.rows, true, stream", "r.rows, false, stream"), ("input overwritten", "r.E, true, stream", "r.E, false, stream")],
 
     # ---- dispatch and combine
-    "dispatch_plan": [("empty slots", "0xff, slots", "0xff, slots / 2"), ("capacity", "int(choices), E, capacity", "int(choices), E, 0")],
+    "dispatch_plan": [("empty slots", ".slots = slots", ".slots = 0"), ("capacity", ".capacity = to.capacity", ".capacity = 0"),
+                      ("scratch", "const DispatchScratch s(scratch, choices)", "const DispatchScratch s(static_cast<char*>(scratch) + 256, choices)")],
     "dispatch_forward_kernel": [("row of the choice", "from / K", "from"), ("empty slots", "from < 0 ?", "from < -1 ?")],
-    "dispatch_forward": [("slots", "<width>, slots,", "<width>, slots - 1,")],
-    "dispatch_backward": [("gates", "d_out, nullptr, slot", "d_out, nullptr, slot + 0 * K, rows, C, 1, accumulate, stream), (void)(slot")],
+    "dispatch_forward": [("slots", "to.slots(), row", "to.slots() - 1, row")],
+    "dispatch_backward": [("accumulate", "C, accumulate", "C, false")],
     "gather_kernel": [
         ("dropped", "if (s < 0) continue;", "if (s < -1) continue;"),
         ("gate", "gate * x.v[j]", "x.v[j]"),
         ("overwrites", "if (accumulate) sum", "if (false) sum"),
         ("first choice only", "k < K;", "k < 1;"),
     ],
-    "gather": [("rows", "<width>, rows, row", "<width>, rows - 1, row")],
+    "gather": [("rows", "<width>, to.rows, row", "<width>, to.rows - 1, row")],
     "combine_forward": [("accumulate", "accumulate, stream);", "false, stream);")],
     "combine_backward_kernel": [
         ("gate", "d.v[j] *= gate", "d.v[j] *= 1"),
@@ -373,13 +398,26 @@ FAULTS = {
     "combine_backward": [("dropped choices", "zero(d_gates,", "if (false) zero(d_gates,")],
 
     # ---- experts
-    "each_expert": [("last expert", "e < E;", "e < E - 1;"), ("rows", "host_offset[e + 1] - host_offset[e])", "1)")],
-    "experts_forward": [("weight", "In{weight + e * one, I}.t()", "In{weight, I}.t()"), ("stride", "In{weight, I, one}.t()", "In{weight, I, 0}.t()")],
+    "expert_rows": [("rows", "e.host_offset[expert + 1] - e.host_offset[expert]", "1")],
+    "experts_few_kernel": [
+        ("bounds", "o >= e.O", "o > e.O"),
+        ("expert's weight", "int64_t(expert) * e.O + o", "int64_t(o)"),
+        ("stride", "i += kWarp * width", "i += 2 * kWarp * width"),
+        ("slots together", "first += kTogether", "first += 2 * kTogether"),
+        ("last slot", "first + s >= last", "first + s + 1 >= last"),
+        ("sum over lanes", "warp_sum(sums[s])", "sums[s]"),
+        ("slot of the output", "out[int64_t(first + s) * e.O + o]", "out[int64_t(first) * e.O + o]"),
+    ],
+    "experts_forward": [("weight", "In{e.weight + i * one, e.I}.t()", "In{e.weight, e.I}.t()"), ("stride", "In{e.weight, e.I, one}.t()", "In{e.weight, e.I, 0}.t()"),
+                        ("last expert", "i < e.to.E;", "i < e.to.E - 1;"), ("outputs of a few", "blocks_for(e.O, kFewWarps)", "blocks_for(e.O, 2 * kFewWarps)")],
     "experts_backward": [
-        ("weight overwritten", "O, I, capacity, true", "O, I, capacity, false"),
-        ("weight overwritten without capacity", "O, I, rows, true", "O, I, rows, false"),
-        ("stride", "const In d{d_out, O, int64_t(capacity) * O}", "const In d{d_out, O, int64_t(capacity) * I}"),
-        ("weight", "Gradient{d_weight + e * one, I}", "Gradient{d_weight, I}"),
+        ("weight overwritten", "int(capacity), add_weight", "int(capacity), false"),
+        ("weight added to", "int(capacity), add_weight", "int(capacity), true"),
+        ("weight overwritten without capacity", "count, add_weight", "count, false"),
+        ("weight added to without capacity", "count, add_weight", "count, true"),
+        ("idle experts", "else if (!add_weight)", "else if (false)"),
+        ("stride", "const In d{d_out, e.O, capacity * e.O}", "const In d{d_out, e.O, capacity * e.I}"),
+        ("weight", "Gradient{d_weight + i * one, e.I}", "Gradient{d_weight, e.I}"),
     ],
 
     # ---- activations
@@ -404,7 +442,7 @@ FAULTS = {
     "classifier_kernel": [
         ("ignored rows", "target < 0", "target < -1"),
         ("ignored loss", "if (threadIdx.x == 0) losses[r] = 0;", ""),
-        ("ignored gradient", "store(row + c, Lanes<width>{})", "(void)c"),
+        ("ignored gradient", "store(row + c, Reals<width>{})", "(void)c"),
         ("target", "c + j == target ? d_loss : 0", "c + j == target ? 1 : 0"),
         ("loss", "log_(s.sum) - at_target", "log_(s.sum) + at_target"),
         ("scale", "d_loss / s.sum", "1 / s.sum"),
@@ -420,7 +458,7 @@ FAULTS = {
     # ---- sums and the optimizer
     "sum_kernel": [("squares", "squares ? x.v[j] * x.v[j] : x.v[j]", "x.v[j] * x.v[j]"), ("stride", "gridDim.x) * kThreads * width", "gridDim.x) * kThreads"),
                    ("one lane", "sum += sums.v[j]", "sum = sums.v[j]")],
-    "sum_all": [("parts", "parts, blocks, 1, stream", "parts, blocks - 1, 1, stream")],
+    "sum_all": [("parts", "reduce_partials(blocks, {", "reduce_partials(blocks - 1, {")],
     "adamw_kernel": [
         ("first moment", "(1 - f.beta1) * g;", "f.beta1 * g;"),
         ("second moment", "(1 - f.beta2) * g * g", "(1 - f.beta2) * g"),
@@ -431,9 +469,11 @@ FAULTS = {
         ("bounds", "i >= count", "i > count"),
         ("weight", "store(weight + i, w)", "store(weight + i, m_i)"),
     ],
-    "adamw": [("step", "std::pow(double(beta1), step)", "std::pow(double(beta1), step + 1)")],
-    "scratch_bytes": [("norm", "need(NormScratch(nullptr, rows, c.d_model));", ""), ("scan", "need(ScanBackwardScratch(nullptr, in, B));", "need(ScanScratch(nullptr, in, B));"),
-                      ("sort", "need(EmbeddingScratch(nullptr, rows));", "")],
+    "adamw": [("step", "std::pow(o.beta1, step)", "std::pow(o.beta1, step + 1)")],
+    "rmsnorm_scratch": [("half", "C).used", "C).used / 2")],
+    "embedding_scratch": [("half", "rows).used", "rows).used / 2")],
+    "router_scratch": [("half", "E).used", "E).used / 2")],
+    "dispatch_scratch": [("none", "choices).used", "choices).used * 0")],
 }
 
 
@@ -475,7 +515,7 @@ def uncovered(source):
     """Kernels and functions of the table that no fault is listed for."""
     kernels = re.findall(r"\b(\w+_kernel)\((?=[^;{]*\) {)", source)
     table = re.findall(r"^    \.(\w+) = \1,", source, re.M)
-    plain = {"allocate", "release", "allocate_host", "release_host", "upload", "download", "synchronize", "sum", "sum_of_squares"}  # calls of one line
+    plain = {"machine", "open", "allocate", "release", "allocate_host", "release_host", "upload", "upload_later", "download", "synchronize", "sum", "sum_of_squares"}  # calls of one line
     return sorted(set(kernels + table) - plain - set(FAULTS))
 
 
