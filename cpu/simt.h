@@ -103,17 +103,34 @@ __forceinline__ int __popc(unsigned x) { return std::popcount(x); }
 template <class T> requires std::is_arithmetic_v<T> constexpr T min(T a, T b) { return b < a || !(a == a) ? b : a; }
 template <class T> requires std::is_arithmetic_v<T> constexpr T max(T a, T b) { return a < b || !(a == a) ? b : a; }
 
+enum cudaError_t {
+    cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorMemoryAllocation = 2, cudaErrorInsufficientDriver = 35, cudaErrorNoDevice = 100,
+    cudaErrorNoKernelImageForDevice = 209
+};
+
 namespace simt {
 // ---------------------------------------------------------------------------------------------------------------------------------
 // Threads, warps, blocks
+
+inline constexpr size_t max_shared = 99 << 10, default_shared = 48 << 10, max_arrays = 64, red_zone = 256;
+inline constexpr size_t arena_bytes = max_shared + (max_arrays + 2) * 2 * red_zone;
 
 enum Order { forward, reverse, shuffled };
 struct Options {
     Order order = forward;                                    // of the threads between barriers, and of the blocks of a launch
     uint64_t seed = 0;                                        // for Order::shuffled
     int threads = std::clamp(int(std::thread::hardware_concurrency()), 1, 16);   // OS threads that share the blocks of a launch
+    // What the runtime says of the device and of itself, so that a test can have another GPU, a broken driver, or none.
+    int multiprocessors = 4, blocks_per_multiprocessor = 2;
+    size_t shared_optin = max_shared;                         // bytes that a block may have at most; max_shared at most
+    cudaError_t device_status = cudaSuccess;                  // of cudaGetDeviceCount
+    int device_count = 1, driver_version = 13000, runtime_version = 13000;
+    cudaError_t code_status = cudaSuccess;                    // of cudaFuncGetAttributes: has the program code for this device?
 };
 inline Options options;
+
+inline uint64_t launches = 0;                                 // kernels, memsets and cuBLAS calls so far
+inline uint64_t waits = 0;                                    // of the host: synchronisations, copies from memory that is not page-locked
 
 using Location = std::source_location;
 SIMT_UNWATCHED inline bool same(const Location& a, const Location& b) {
@@ -168,8 +185,6 @@ struct Launch {
 };
 
 struct Array { const void* key; const char* name; char* data; size_t bytes; };
-inline constexpr size_t max_shared = 99 << 10, default_shared = 48 << 10, max_arrays = 64, red_zone = 256;
-inline constexpr size_t arena_bytes = max_shared + (max_arrays + 2) * 2 * red_zone;
 
 struct Device;
 struct Worker {                                               // an OS thread that runs blocks
@@ -220,6 +235,7 @@ struct Device {
     uintptr_t base = 0, next = 0;
     std::map<uintptr_t, Allocation> allocations;              // the freed ones too
     std::map<uintptr_t, size_t> live;                         // and without them: start, bytes
+    std::map<uintptr_t, size_t> page_locked;                  // of the host's, by cudaMallocHost: start, bytes
     size_t used = 0, page = size_t(sysconf(_SC_PAGESIZE));
     int open = 0;
     std::recursive_mutex mutex;
@@ -930,6 +946,7 @@ template <class... P> struct Launcher {
         };
         // Watched blocks run on one OS thread: what is kept of each byte then needs no locks, and a fault is found where it was last time.
         int workers = watched ? 1 : int(std::min<uint64_t>(blocks, options.threads));
+        ++launches;
         Open open;
         std::atomic<uint64_t> read = 0, written = 0;
         if (workers == 1) run_blocks(launch, next, read, written);
@@ -965,23 +982,56 @@ template <class T> SIMT_UNWATCHED T atomicAdd(T* p, std::type_identity_t<T> valu
 // ---------------------------------------------------------------------------------------------------------------------------------
 // The runtime: everything happens at once and in order
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorMemoryAllocation = 2 };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
+struct cudaDeviceProp { char name[256]; };
+struct cudaFuncAttributes { int maxThreadsPerBlock; };
+struct simt_stream {};
 
 inline const char* cudaGetErrorName(cudaError_t e) {
-    return e == cudaSuccess ? "cudaSuccess" : e == cudaErrorMemoryAllocation ? "cudaErrorMemoryAllocation" : "cudaErrorInvalidValue";
+    switch (e) {
+        case cudaSuccess: return "cudaSuccess";
+        case cudaErrorMemoryAllocation: return "cudaErrorMemoryAllocation";
+        case cudaErrorInsufficientDriver: return "cudaErrorInsufficientDriver";
+        case cudaErrorNoDevice: return "cudaErrorNoDevice";
+        case cudaErrorNoKernelImageForDevice: return "cudaErrorNoKernelImageForDevice";
+        default: return "cudaErrorInvalidValue";
+    }
 }
 inline const char* cudaGetErrorString(cudaError_t e) { return cudaGetErrorName(e); }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline cudaError_t cudaGetDeviceCount(int* count) {
+    *count = simt::options.device_status == cudaSuccess ? simt::options.device_count : 0;
+    return simt::options.device_status;
+}
 inline cudaError_t cudaGetDevice(int* id) { *id = 0; return cudaSuccess; }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { *value = 4; return cudaSuccess; }
+inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int) { strcpy(p->name, "simt"); return cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+    *value = attribute == cudaDevAttrMultiProcessorCount ? simt::options.multiprocessors : int(simt::options.shared_optin);
+    return cudaSuccess;
+}
+inline cudaError_t cudaDriverGetVersion(int* version) { *version = simt::options.driver_version; return cudaSuccess; }
+inline cudaError_t cudaRuntimeGetVersion(int* version) { *version = simt::options.runtime_version; return cudaSuccess; }
+template <class... P> cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, void (*)(P...)) {
+    *attributes = {1024};
+    return simt::options.code_status;
+}
 template <class... P> cudaError_t cudaFuncSetAttribute(void (*kernel)(P...), cudaFuncAttribute, int value) {
-    if (value < 0 || size_t(value) > simt::max_shared) return cudaErrorInvalidValue;
+    if (value < 0 || size_t(value) > std::min(simt::options.shared_optin, simt::max_shared)) return cudaErrorInvalidValue;
     simt::device().max_dynamic[reinterpret_cast<void*>(kernel)] = size_t(value);
     return cudaSuccess;
 }
+template <class... P> cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void (*)(P...), int, size_t) {
+    *blocks = simt::options.blocks_per_multiprocessor;
+    return cudaSuccess;
+}
+
+inline constexpr unsigned cudaStreamNonBlocking = 1;
+inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) { *stream = new simt_stream; return cudaSuccess; }
+inline cudaError_t cudaStreamDestroy(cudaStream_t stream) { delete stream; return cudaSuccess; }
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) { ++simt::waits; return cudaSuccess; }
+inline cudaError_t cudaDeviceSynchronize() { ++simt::waits; return cudaSuccess; }
 
 template <class T> cudaError_t cudaMalloc(T** p, size_t bytes) {
     *p = bytes ? static_cast<T*>(simt::allocate(bytes, nullptr)) : nullptr;
@@ -1007,21 +1057,31 @@ inline cudaError_t cudaFree(void* p) {
     return cudaSuccess;
 }
 template <class T> cudaError_t cudaMallocHost(T** p, size_t bytes) {
-    return (*p = static_cast<T*>(malloc(bytes))) ? cudaSuccess : cudaErrorMemoryAllocation;
+    if (!(*p = static_cast<T*>(malloc(bytes)))) return cudaErrorMemoryAllocation;
+    std::lock_guard lock(simt::device().mutex);
+    simt::device().page_locked[uintptr_t(*p)] = bytes;
+    return cudaSuccess;
 }
-inline cudaError_t cudaFreeHost(void* p) { free(p); return cudaSuccess; }
+inline cudaError_t cudaFreeHost(void* p) {
+    std::lock_guard lock(simt::device().mutex);
+    if (p && !simt::device().page_locked.erase(uintptr_t(p)))
+        simt::stop("cudaFreeHost of %p, which cudaMallocHost never returned.\n  Free the pointer that it did, once.", p);
+    free(p);
+    return cudaSuccess;
+}
 inline cudaError_t cudaMemGetInfo(size_t* unused, size_t* total) {
     *total = simt::range_bytes, *unused = simt::range_bytes - simt::device().used;
     return cudaSuccess;
 }
 inline cudaError_t cudaMemset(void* to, int value, size_t bytes) {
+    ++simt::launches;
     simt::check_range("cudaMemset", to, bytes);
     simt::Open open;
     memset(to, value, bytes);
     simt::set_initialised(uintptr_t(to), bytes);
     return cudaSuccess;
 }
-inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
+inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t = nullptr) {
     bool to_device = kind != cudaMemcpyDeviceToHost, from_device = kind != cudaMemcpyHostToDevice;
     for (auto [p, expected] : {std::pair<const void*, bool>(to, to_device), {from, from_device}}) {
         if (expected) simt::check_range("cudaMemcpy", p, bytes);
@@ -1029,6 +1089,12 @@ inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemc
             simt::stop("cudaMemcpy takes for the host's: %s.\n  Check its direction.", simt::describe(uintptr_t(p)).c_str());
     }
     simt::Open open;
+    if (!from_device) {                                       // such a copy is through with pageable memory when it returns
+        std::lock_guard lock(simt::device().mutex);
+        auto& blocks = simt::device().page_locked;
+        auto it = blocks.upper_bound(uintptr_t(from));
+        simt::waits += it == blocks.begin() || (--it, uintptr_t(from) + bytes > it->first + it->second);
+    }
     memcpy(to, from, bytes);
     if (!from_device) simt::set_initialised(uintptr_t(to), bytes);
     for (size_t i = 0; simt::watched && from_device && i < bytes; ++i) {       // a copy is as unwritten as its source: NaN, for the host
@@ -1039,11 +1105,10 @@ inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemc
     return cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t = nullptr) { return cudaMemset(to, value, bytes); }
-inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t = nullptr) {
-    return cudaMemcpy(to, from, bytes, kind);
+inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
+    cudaMemcpyAsync(to, from, bytes, kind);
+    return cudaStreamSynchronize(nullptr);
 }
-
-inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 
 // ---------------------------------------------------------------------------------------------------------------------------------
 // cuBLAS: column-major, as in Fortran
@@ -1060,7 +1125,10 @@ namespace simt { inline size_t bytes_of(cudaDataType_t type) { return type == CU
 inline const char* cublasGetStatusString(cublasStatus_t s) {
     return s == CUBLAS_STATUS_SUCCESS ? "success" : s == CUBLAS_STATUS_INVALID_VALUE ? "invalid value" : "not supported";
 }
-inline cublasStatus_t cublasCreate(cublasHandle_t* handle) { *handle = nullptr; return CUBLAS_STATUS_SUCCESS; }
+struct simt_cublas {};
+inline cublasStatus_t cublasCreate(cublasHandle_t* handle) { *handle = new simt_cublas; return CUBLAS_STATUS_SUCCESS; }
+inline cublasStatus_t cublasDestroy(cublasHandle_t handle) { delete handle; return CUBLAS_STATUS_SUCCESS; }
+inline cublasStatus_t cublasGetVersion(cublasHandle_t, int* version) { *version = 130000; return CUBLAS_STATUS_SUCCESS; }
 inline cublasStatus_t cublasSetStream(cublasHandle_t, cudaStream_t) { return CUBLAS_STATUS_SUCCESS; }
 inline cublasStatus_t cublasSetMathMode(cublasHandle_t, cublasMath_t) { return CUBLAS_STATUS_SUCCESS; }
 inline cublasStatus_t cublasSetWorkspace(cublasHandle_t, void*, size_t) { return CUBLAS_STATUS_SUCCESS; }
@@ -1069,6 +1137,7 @@ inline cublasStatus_t cublasGemmEx(cublasHandle_t, cublasOperation_t opA, cublas
                                    const void* A, cudaDataType_t typeA, int lda, const void* B, cudaDataType_t typeB, int ldb,
                                    const void* beta, void* C, cudaDataType_t typeC, int ldc, cublasComputeType_t compute,
                                    cublasGemmAlgo_t) {
+    ++simt::launches;
     bool wide = compute == CUBLAS_COMPUTE_64F;
     int rowsA = opA == CUBLAS_OP_N ? m : k, columnsA = opA == CUBLAS_OP_N ? k : m;
     int rowsB = opB == CUBLAS_OP_N ? k : n, columnsB = opB == CUBLAS_OP_N ? n : k;
@@ -1118,10 +1187,12 @@ inline cublasStatus_t cublasGemmStridedBatchedEx(cublasHandle_t handle, cublasOp
         return reinterpret_cast<decltype(matrix)>(uintptr_t(matrix) + element * simt::bytes_of(type));
     };
     cublasStatus_t status = CUBLAS_STATUS_SUCCESS;
+    const uint64_t launches = simt::launches + 1;             // one, whatever the number of batches
     simt::Open open;
     for (int i = 0; i < batches && status == CUBLAS_STATUS_SUCCESS; ++i)
         status = cublasGemmEx(handle, opA, opB, m, n, k, alpha, at(A, i * strideA, typeA), typeA, lda, at(B, i * strideB, typeB), typeB,
                               ldb, beta, at(C, i * strideC, typeC), typeC, ldc, compute, algorithm);
+    simt::launches = launches;
     return status;
 }
 

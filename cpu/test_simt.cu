@@ -352,6 +352,73 @@ TEST_CASE("the runtime's calls", "[simt]") {
     }
 }
 
+TEST_CASE("what the runtime says of the device is the options'", "[simt]") {
+    simt::Options before = simt::options;
+    simt::options.multiprocessors = 132, simt::options.blocks_per_multiprocessor = 7, simt::options.shared_optin = 64 << 10;
+    simt::options.device_count = 3, simt::options.driver_version = 12040, simt::options.runtime_version = 12080;
+    int n = 0;
+    CHECK((cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, 0) == cudaSuccess && n == 132));
+    CHECK((cudaDeviceGetAttribute(&n, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0) == cudaSuccess && n == 65536));
+    CHECK((cudaOccupancyMaxActiveBlocksPerMultiprocessor(&n, reverse_kernel, 64, 0) == cudaSuccess && n == 7));
+    CHECK((cudaGetDeviceCount(&n) == cudaSuccess && n == 3));
+    CHECK((cudaDriverGetVersion(&n) == cudaSuccess && n == 12040));
+    CHECK((cudaRuntimeGetVersion(&n) == cudaSuccess && n == 12080));
+    CHECK(cudaFuncSetAttribute(reverse_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, 65536) == cudaSuccess);
+    CHECK(cudaFuncSetAttribute(reverse_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, 65537) == cudaErrorInvalidValue);
+    cudaFuncAttributes attributes;
+    CHECK(cudaFuncGetAttributes(&attributes, reverse_kernel) == cudaSuccess);
+    simt::options.device_status = cudaErrorInsufficientDriver, simt::options.code_status = cudaErrorNoKernelImageForDevice;
+    CHECK((cudaGetDeviceCount(&n) == cudaErrorInsufficientDriver && n == 0));
+    CHECK(cudaFuncGetAttributes(&attributes, reverse_kernel) == cudaErrorNoKernelImageForDevice);
+    CHECK(std::string(cudaGetErrorName(cudaErrorInsufficientDriver)) == "cudaErrorInsufficientDriver");
+    simt::options = before;
+    cudaDeviceProp properties;
+    CHECK((cudaGetDeviceProperties(&properties, 0) == cudaSuccess && std::string(properties.name) == "simt"));
+    CHECK((cublasGetVersion(nullptr, &n) == CUBLAS_STATUS_SUCCESS && n > 0));
+}
+
+TEST_CASE("launches and waits are counted", "[simt]") {
+    cudaStream_t stream, other;
+    REQUIRE(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking) == cudaSuccess);
+    REQUIRE(cudaStreamCreateWithFlags(&other, cudaStreamNonBlocking) == cudaSuccess);
+    CHECK((stream && other && stream != other));
+    cublasHandle_t handle;
+    REQUIRE(cublasCreate(&handle) == CUBLAS_STATUS_SUCCESS);
+    Buffer<float> buffer(64);
+    float pageable[64] = {}, one = 1, *locked;
+    REQUIRE(cudaMallocHost(&locked, 64 * sizeof(float)) == cudaSuccess);
+    std::fill_n(locked, 64, 1.0f);
+    auto counts = [&](uint64_t launches, uint64_t waits, auto work) {
+        const uint64_t launched = simt::launches, waited = simt::waits;
+        work();
+        CHECK(simt::launches - launched == launches);
+        CHECK(simt::waits - waited == waits);
+    };
+    counts(1, 0, [&] { LAUNCH(scale_kernel, 2, 32, 0, stream)(buffer.data, 2, 0); });
+    counts(2, 0, [&] { cudaMemsetAsync(buffer.data, 0, 256, stream), cudaMemset(buffer.data, 0, 256); });
+    counts(2, 0, [&] {
+        for (int batches : {1, 3})
+            cublasGemmStridedBatchedEx(handle, CUBLAS_OP_N, CUBLAS_OP_N, 2, 2, 2, &one, buffer.data, CUDA_R_32F, 2, 4, buffer.data,
+                                       CUDA_R_32F, 2, 4, &one, buffer.data + 16, CUDA_R_32F, 2, 4, batches, CUBLAS_COMPUTE_32F,
+                                       CUBLAS_GEMM_DEFAULT);
+    });
+    counts(1, 0, [&] {
+        cublasGemmEx(handle, CUBLAS_OP_N, CUBLAS_OP_N, 2, 2, 2, &one, buffer.data, CUDA_R_32F, 2, buffer.data, CUDA_R_32F, 2, &one,
+                     buffer.data + 16, CUDA_R_32F, 2, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT);
+    });
+    counts(0, 0, [&] { cudaMemcpyAsync(buffer.data, locked + 32, 128, cudaMemcpyHostToDevice, stream); });
+    counts(0, 1, [&] { cudaMemcpyAsync(buffer.data, pageable, 256, cudaMemcpyHostToDevice, stream); });
+    counts(0, 1, [&] {
+        cudaMemcpyAsync(pageable, buffer.data, 256, cudaMemcpyDeviceToHost, stream);
+        cudaStreamSynchronize(stream);
+    });
+    counts(0, 1, [] { cudaDeviceSynchronize(); });
+    cudaFreeHost(locked);
+    CHECK((cublasDestroy(handle) == CUBLAS_STATUS_SUCCESS && cudaStreamDestroy(stream) == cudaSuccess));
+    cudaStreamDestroy(other);
+    reports([&] { cudaFreeHost(pageable); }, {"cudaFreeHost", "never returned"});
+}
+
 TEMPLATE_TEST_CASE("matrix products against plain loops", "[simt]", float, double, __nv_bfloat16) {
     using Sum = std::conditional_t<std::is_same_v<TestType, double>, double, float>;
     constexpr bool half = std::is_same_v<TestType, __nv_bfloat16>;
