@@ -1,5 +1,5 @@
-// The layers on a CPU: the functions of `struct Layers`, in its order, as plain loops. They are the reference that the kernels in
-// moemamba.cu are verified against, and what trains and samples where there is no GPU.
+// The layers on a CPU, fast: the functions of `struct Layers` with OpenMP, SIMD and a BLAS. They train and sample where there is no GPU,
+// and are held against cpu/plain.cpp, which says what they compute.
 //
 // Matrix products go to a CBLAS, except for a handful of rows (decoding): those only stream the weights through once, which a BLAS
 // does slowly. All else is cut into parts that depend on sizes and on omp_get_max_threads() alone, and partial sums are added
@@ -237,93 +237,10 @@ void zero(void* memory, size_t bytes, cudaStream_t) {
         std::memset(static_cast<char*>(memory) + range.begin, 0, range.end - range.begin);
     }
 }
-void upload(void* to_device, const void* from_host, size_t bytes, cudaStream_t) { std::memcpy(to_device, from_host, bytes); }
-void download(void* to_host, const void* from_device, size_t bytes, cudaStream_t) { std::memcpy(to_host, from_device, bytes); }
+void copy(void* to, const void* from, size_t bytes, cudaStream_t) { std::memcpy(to, from, bytes); }
 void synchronize(cudaStream_t) {}
-
-// ------------------------------------------------------------------------------------------------------------------
-// Embedding
-void embedding_forward(real* out, const int* tokens, const floatX* table, int rows, int C, cudaStream_t) {
-#pragma omp parallel for if (worth_threads(int64_t(rows) * C))
-    for (int r = 0; r < rows; r++) {
-        const int64_t from = int64_t(tokens[r]) * C, to = int64_t(r) * C;
-        for (int c = 0; c < C; c++) out[to + c] = load(table[from + c]);
-    }
-}
-// Each thread has some of the channels, of all rows: rows of one token are added in order, whatever the number of threads.
-void embedding_backward(real* d_table, const real* d_out, const int* tokens, void*, int rows, int, int C, cudaStream_t) {
-    const int parts = omp_get_max_threads();
-#pragma omp parallel for if (worth_threads(int64_t(rows) * C))
-    for (int part = 0; part < parts; part++) {
-        const Range channels(C, part, parts, kLine / sizeof(real));
-        for (int r = 0; r < rows; r++) {
-            const int64_t from = int64_t(r) * C, to = int64_t(tokens[r]) * C;
-#pragma omp simd
-            for (int64_t c = channels.begin; c < channels.end; c++) d_table[to + c] += d_out[from + c];
-        }
-    }
-}
-
-// ------------------------------------------------------------------------------------------------------------------
-// RMSNorm fused with the residual add
-void rmsnorm_forward(floatX* out, real* sum, real* rstd, const real* residual, const floatX* branch, const real* weight, int rows, int C,
-                     real eps, cudaStream_t) {
-#pragma omp parallel for if (worth_threads(int64_t(rows) * C))
-    for (int r = 0; r < rows; r++) {
-        const int64_t row = int64_t(r) * C;
-        real squares = 0;
-#pragma omp simd reduction(+ : squares)
-        for (int c = 0; c < C; c++) {
-            const real x = branch ? residual[row + c] + load(branch[row + c]) : residual[row + c];
-            sum[row + c] = x;
-            squares += x * x;
-        }
-        const real scale = 1 / std::sqrt(squares / C + eps);
-        rstd[r] = scale;
-#pragma omp simd
-        for (int c = 0; c < C; c++) store(out[row + c], sum[row + c] * scale * weight[c]);
-    }
-}
-
-struct RmsnormScratch {
-    int parts = omp_get_max_threads();
-    int64_t stride;
-    real* d_weight;  // (parts, stride): each part's sum over its rows
-    size_t bytes;
-    RmsnormScratch(void* scratch, int C) : stride(round_up(C, kLine / sizeof(real))) {
-        Cutter cutter(scratch);
-        d_weight = cutter.cut<real>(parts * stride);
-        bytes = cutter.bytes();
-    }
-};
-void rmsnorm_backward(real* d_sum, floatX* d_branch, real* d_weight, const floatX* d_out, const real* sum, const real* rstd,
-                      const real* weight, void* scratch, int rows, int C, cudaStream_t) {
-    const RmsnormScratch s(scratch, C);
-#pragma omp parallel for if (worth_threads(int64_t(rows) * C))
-    for (int part = 0; part < s.parts; part++) {
-        real* d_weight_part = s.d_weight + part * s.stride;
-        std::fill_n(d_weight_part, C, real(0));
-        const Range range(rows, part, s.parts);
-        for (int64_t r = range.begin; r < range.end; r++) {
-            const int64_t row = r * C;
-            real dot = 0;  // of the gradient of x * rstd with x
-#pragma omp simd reduction(+ : dot)
-            for (int c = 0; c < C; c++) dot += load(d_out[row + c]) * weight[c] * sum[row + c];
-            const real mean = dot * rstd[r] * rstd[r] / C;
-#pragma omp simd
-            for (int c = 0; c < C; c++) {
-                const real x = sum[row + c], d = load(d_out[row + c]);
-                d_weight_part[c] += d * x * rstd[r];
-                const real d_x = d_sum[row + c] + rstd[r] * (d * weight[c] - x * mean);
-                d_sum[row + c] = d_x;
-                if (d_branch) store(d_branch[row + c], d_x);
-            }
-        }
-    }
-    for (int part = 0; part < s.parts; part++)
-#pragma omp simd
-        for (int c = 0; c < C; c++) d_weight[c] += s.d_weight[part * s.stride + c];
-}
+std::string machine() { return std::string("cpu in ") + kPrecision + ", threads: " + std::to_string(omp_get_max_threads()); }
+cudaStream_t open() { return nullptr; }
 
 // ------------------------------------------------------------------------------------------------------------------
 // Linear: matrix products of row-major matrices.  op(a) (m, k), op(b) (k, n), c (m, n) = op(a) op(b) + beta c
@@ -452,10 +369,10 @@ void multiply(Out* out, int ld_out, const floatX* in, int ld_in, const Weight* w
         }
     }
 }
-// d_in = d_out W (+ d_in), d_weight += d_out^T in; either may be null.
+// d_in = d_out W (+ d_in), d_weight = d_out^T in (+ d_weight); either may be null.
 template <class DOut, class Weight>
 void multiply_backward(floatX* d_in, int ld_d_in, real* d_weight, const DOut* d_out, int ld_d_out, const floatX* in, int ld_in,
-                       const Weight* weight, int rows, int I, int O, bool accumulate) {
+                       const Weight* weight, int rows, int I, int O, bool accumulate, bool add_weight) {
     const int row_step = block_rows<floatX>(rows), out_step = block_rows<Weight>(O);
     for (int r = 0; r < rows; r += row_step) {
         const int block = std::min(row_step, rows - r);
@@ -471,24 +388,150 @@ void multiply_backward(floatX* d_in, int ld_d_in, real* d_weight, const DOut* d_
                 gemm(CblasNoTrans, CblasNoTrans, block, I, outs, d.data, d.ld, w.data, w.ld, accumulate || o > 0, d_x.data, d_x.ld);
             }
             if (d_weight)
-                gemm(CblasTrans, CblasNoTrans, outs, I, block, d.data, d.ld, x.data, x.ld, 1, d_weight + int64_t(o) * I, I);
+                gemm(CblasTrans, CblasNoTrans, outs, I, block, d.data, d.ld, x.data, x.ld, add_weight || r > 0, d_weight + int64_t(o) * I, I);
         }
         if (d_in) write_back(d_in + int64_t(r) * ld_d_in, ld_d_in, d_x, block, I);
     }
 }
-void linear_forward(floatX* out, int ld_out, const floatX* in, int ld_in, const floatX* weight, int rows, int I, int O, bool accumulate,
-                    cudaStream_t) {
-    multiply(out, ld_out, in, ld_in, weight, rows, I, O, accumulate);
+void linear_forward(floatX* out, int ld_out, const Linear& l, bool accumulate, cudaStream_t) {
+    multiply(out, ld_out, l.in, l.ld_in, l.weight, l.rows, l.I, l.O, accumulate);
 }
-void linear_backward(floatX* d_in, int ld_d_in, real* d_weight, const floatX* d_out, int ld_d_out, const floatX* in, int ld_in,
-                     const floatX* weight, int rows, int I, int O, bool accumulate, cudaStream_t) {
-    multiply_backward(d_in, ld_d_in, d_weight, d_out, ld_d_out, in, ld_in, weight, rows, I, O, accumulate);
+void linear_backward(floatX* d_in, int ld_d_in, real* d_weight, const floatX* d_out, int ld_d_out, const Linear& l, bool accumulate,
+                     bool add_weight, cudaStream_t) {
+    multiply_backward(d_in, ld_d_in, d_weight, d_out, ld_d_out, l.in, l.ld_in, l.weight, l.rows, l.I, l.O, accumulate, add_weight);
+}
+
+// ------------------------------------------------------------------------------------------------------------------
+// Activations
+void swiglu_forward(floatX* out, const floatX* gate_up, int rows, int F, cudaStream_t) {
+#pragma omp parallel for if (worth_threads(int64_t(rows) * F))
+    for (int r = 0; r < rows; r++) {
+        const floatX *gate = gate_up + int64_t(r) * 2 * F, *up = gate + F;
+        floatX* to = out + int64_t(r) * F;
+#pragma omp simd
+        for (int f = 0; f < F; f++) {
+            const real g = load(gate[f]);
+            store(to[f], g * sigmoid(g) * load(up[f]));
+        }
+    }
+}
+void swiglu_backward(floatX* d_gate_up, const floatX* d_out, const floatX* gate_up, int rows, int F, cudaStream_t) {
+#pragma omp parallel for if (worth_threads(int64_t(rows) * F))
+    for (int r = 0; r < rows; r++) {
+        const floatX *gate = gate_up + int64_t(r) * 2 * F, *up = gate + F, *d = d_out + int64_t(r) * F;
+        floatX *d_gate = d_gate_up + int64_t(r) * 2 * F, *d_up = d_gate + F;
+#pragma omp simd
+        for (int f = 0; f < F; f++) {
+            const real g = load(gate[f]), s = sigmoid(g), d_f = load(d[f]);
+            store(d_gate[f], d_f * load(up[f]) * s * (1 + g * (1 - s)));
+            store(d_up[f], d_f * g * s);
+        }
+    }
+}
+// Written so that a NaN stays one.
+void relu_forward(floatX* out, const floatX* in, int64_t count, cudaStream_t) {
+#pragma omp parallel for simd if (parallel : worth_threads(count))
+    for (int64_t i = 0; i < count; i++) {
+        const real x = load(in[i]);
+        store(out[i], x < 0 ? 0 : x);
+    }
+}
+void relu_backward(floatX* d_in, const floatX* d_out, const floatX* in, int64_t count, cudaStream_t) {
+#pragma omp parallel for simd if (parallel : worth_threads(count))
+    for (int64_t i = 0; i < count; i++) store(d_in[i], load(in[i]) <= 0 ? 0 : load(d_out[i]));
+}
+
+// ------------------------------------------------------------------------------------------------------------------
+// RMSNorm fused with the residual add
+void rmsnorm_forward(floatX* out, real* sum, real* rstd, const real* residual, const floatX* branch, const real* weight, int rows, int C,
+                     real eps, cudaStream_t) {
+#pragma omp parallel for if (worth_threads(int64_t(rows) * C))
+    for (int r = 0; r < rows; r++) {
+        const int64_t row = int64_t(r) * C;
+        real squares = 0;
+#pragma omp simd reduction(+ : squares)
+        for (int c = 0; c < C; c++) {
+            const real x = branch ? residual[row + c] + load(branch[row + c]) : residual[row + c];
+            sum[row + c] = x;
+            squares += x * x;
+        }
+        const real scale = 1 / std::sqrt(squares / C + eps);
+        rstd[r] = scale;
+#pragma omp simd
+        for (int c = 0; c < C; c++) store(out[row + c], sum[row + c] * scale * weight[c]);
+    }
+}
+
+struct RmsnormScratch {
+    int parts = omp_get_max_threads();
+    int64_t stride;
+    real* d_weight;  // (parts, stride): each part's sum over its rows
+    size_t bytes;
+    RmsnormScratch(void* scratch, int C) : stride(round_up(C, kLine / sizeof(real))) {
+        Cutter cutter(scratch);
+        d_weight = cutter.cut<real>(parts * stride);
+        bytes = cutter.bytes();
+    }
+};
+size_t rmsnorm_scratch(int, int C) { return RmsnormScratch(nullptr, C).bytes; }
+void rmsnorm_backward(real* d_sum, floatX* d_branch, real* d_weight, const floatX* d_out, const real* sum, const real* rstd,
+                      const real* weight, void* scratch, int rows, int C, cudaStream_t) {
+    if (rows == 0) return;
+    const RmsnormScratch s(scratch, C);
+#pragma omp parallel for if (worth_threads(int64_t(rows) * C))
+    for (int part = 0; part < s.parts; part++) {
+        real* d_weight_part = s.d_weight + part * s.stride;
+        std::fill_n(d_weight_part, C, real(0));
+        const Range range(rows, part, s.parts);
+        for (int64_t r = range.begin; r < range.end; r++) {
+            const int64_t row = r * C;
+            real dot = 0;  // of the gradient of x * rstd with x
+#pragma omp simd reduction(+ : dot)
+            for (int c = 0; c < C; c++) dot += load(d_out[row + c]) * weight[c] * sum[row + c];
+            const real mean = dot * rstd[r] * rstd[r] / C;
+#pragma omp simd
+            for (int c = 0; c < C; c++) {
+                const real x = sum[row + c], d = load(d_out[row + c]);
+                d_weight_part[c] += d * x * rstd[r];
+                const real d_x = d_sum[row + c] + rstd[r] * (d * weight[c] - x * mean);
+                d_sum[row + c] = d_x;
+                if (d_branch) store(d_branch[row + c], d_x);
+            }
+        }
+    }
+    for (int part = 0; part < s.parts; part++)
+#pragma omp simd
+        for (int c = 0; c < C; c++) d_weight[c] += s.d_weight[part * s.stride + c];
+}
+
+// ------------------------------------------------------------------------------------------------------------------
+// Embedding
+void embedding_forward(real* out, const int* tokens, const floatX* table, int rows, int C, cudaStream_t) {
+#pragma omp parallel for if (worth_threads(int64_t(rows) * C))
+    for (int r = 0; r < rows; r++) {
+        const int64_t from = int64_t(tokens[r]) * C, to = int64_t(r) * C;
+        for (int c = 0; c < C; c++) out[to + c] = load(table[from + c]);
+    }
+}
+size_t no_scratch(int) { return 0; }
+// Each thread has some of the channels, of all rows: rows of one token are added in order, whatever the number of threads.
+void embedding_backward(real* d_table, const real* d_out, const int* tokens, void*, int rows, int, int C, cudaStream_t) {
+    const int parts = omp_get_max_threads();
+#pragma omp parallel for if (worth_threads(int64_t(rows) * C))
+    for (int part = 0; part < parts; part++) {
+        const Range channels(C, part, parts, kLine / sizeof(real));
+        for (int r = 0; r < rows; r++) {
+            const int64_t from = int64_t(r) * C, to = int64_t(tokens[r]) * C;
+#pragma omp simd
+            for (int64_t c = channels.begin; c < channels.end; c++) d_table[to + c] += d_out[from + c];
+        }
+    }
 }
 
 // ------------------------------------------------------------------------------------------------------------------
 // Causal depthwise convolution and SiLU. The work is cut into (sequence, tile of channels); a tile walks through time with the
 // inputs of the last steps in a ring.
-constexpr int kMaxConv = 8, kConvTile = 128;
+constexpr int kConvTile = 128;
 struct ConvTile {
     int D, W, d, count;  // channels d .. d + count - 1
     real weight[kMaxConv][kConvTile], bias[kConvTile], x[kMaxConv][kConvTile], a[kConvTile];
@@ -497,14 +540,13 @@ struct ConvTile {
     static int width(int B, int D) {
         return std::clamp<int>(round_up(ceil_div(int64_t(B) * D, omp_get_max_threads()), kLanes), kLanes, kConvTile);
     }
-    ConvTile(const real* all_weights, const real* all_biases, const real* initial_state, int b, int D, int W, int d, int width)
-        : D(D), W(W), d(d), count(std::min(width, D - d)) {
+    ConvTile(const Conv& all, int b, int d, int width) : D(all.D), W(all.W), d(d), count(std::min(width, D - d)) {
         for (int c = 0; c < count; c++) {
-            bias[c] = all_biases[d + c];
-            for (int w = 0; w < W; w++) weight[w][c] = all_weights[int64_t(d + c) * W + w];
+            bias[c] = all.bias[d + c];
+            for (int w = 0; w < W; w++) weight[w][c] = all.weight[int64_t(d + c) * W + w];
         }
         for (int j = 0; j < W - 1; j++)
-            for (int c = 0; c < count; c++) x[slot(j - (W - 1))][c] = initial_state ? initial_state[state(b, j) + c] : 0;
+            for (int c = 0; c < count; c++) x[slot(j - (W - 1))][c] = all.initial_state ? all.initial_state[state(b, j) + c] : 0;
     }
     static int slot(int t) { return (t + kMaxConv) % kMaxConv; }                  // of step t >= -kMaxConv in the ring
     int64_t state(int b, int j) const { return (int64_t(b) * (W - 1) + j) * D + d; }  // where step j of the states begins
@@ -522,16 +564,17 @@ struct ConvTile {
         }
     }
 };
-void conv_forward(floatX* out, real* final_state, const floatX* in, int ld_in, const real* weight, const real* bias,
-                  const real* initial_state, int B, int T, int D, int W, cudaStream_t) {
+void conv_forward(floatX* out, real* final_state, const Conv& conv, cudaStream_t) {
+    const int B = conv.B, T = conv.T, D = conv.D, W = conv.W;
+    if (B == 0 || T == 0) return;
     const int width = ConvTile::width(B, D);
 #pragma omp parallel for collapse(2) if (worth_threads(int64_t(B) * T * D))
     for (int b = 0; b < B; b++)
         for (int d = 0; d < D; d += width) {
-            ConvTile tile(weight, bias, initial_state, b, D, W, d, width);
+            ConvTile tile(conv, b, d, width);
             for (int t = 0; t < T; t++) {
                 const int64_t row = int64_t(b) * T + t;
-                tile.step(t, in + row * ld_in + d);
+                tile.step(t, conv.in + row * conv.ld_in + d);
 #pragma omp simd
                 for (int c = 0; c < tile.count; c++) store(out[row * D + d + c], tile.a[c] * sigmoid(tile.a[c]));
             }
@@ -549,15 +592,17 @@ struct ConvScratch {
         bytes = cutter.bytes();
     }
 };
-void conv_backward(floatX* d_in, int ld_d_in, real* d_weight, real* d_bias, real* d_initial_state, const floatX* d_out,
-                   const real* d_final_state, const floatX* in, int ld_in, const real* weight, const real* bias,
-                   const real* initial_state, void* scratch, int B, int T, int D, int W, cudaStream_t) {
+size_t conv_scratch(int B, int, int D, int W) { return ConvScratch(nullptr, B, D, W).bytes; }
+void conv_backward(const ConvGradients& grad, const floatX* d_out, const real* d_final_state, const Conv& conv, void* scratch,
+                   cudaStream_t) {
+    const int B = conv.B, T = conv.T, D = conv.D, W = conv.W;
+    if (B == 0 || T == 0) return;
     const ConvScratch s(scratch, B, D, W);
     const int width = ConvTile::width(B, D);
 #pragma omp parallel for collapse(2) if (worth_threads(int64_t(B) * T * D))
     for (int b = 0; b < B; b++)
         for (int d = 0; d < D; d += width) {
-            ConvTile tile(weight, bias, initial_state, b, D, W, d, width);
+            ConvTile tile(conv, b, d, width);
             const int count = tile.count;
             real d_x[kMaxConv][kConvTile] = {}, d_w[kMaxConv + 1][kConvTile] = {}, d_a[kConvTile];
             // Step t (negative: of the initial state) has all its gradients once step t + W - 1 is done; its place is then free.
@@ -566,14 +611,14 @@ void conv_backward(floatX* d_in, int ld_d_in, real* d_weight, real* d_bias, real
                 if (const int j = t - (T - (W - 1)); j >= 0 && d_final_state)
                     for (int c = 0; c < count; c++) d[c] += d_final_state[tile.state(b, j) + c];
                 if (t >= 0)
-                    for (int c = 0; c < count; c++) store(d_in[(int64_t(b) * T + t) * ld_d_in + tile.d + c], d[c]);
-                else if (d_initial_state)
-                    std::copy_n(d, count, d_initial_state + tile.state(b, t + W - 1));
+                    for (int c = 0; c < count; c++) store(grad.d_in[(int64_t(b) * T + t) * conv.ld_in + tile.d + c], d[c]);
+                else if (grad.d_initial_state)
+                    std::copy_n(d, count, grad.d_initial_state + tile.state(b, t + W - 1));
                 std::fill_n(d, count, real(0));
             };
             for (int t = 0; t < T; t++) {
                 const int64_t row = int64_t(b) * T + t;
-                tile.step(t, in + row * ld_in + d);
+                tile.step(t, conv.in + row * conv.ld_in + d);
 #pragma omp simd
                 for (int c = 0; c < count; c++) {
                     const real gate = sigmoid(tile.a[c]);
@@ -598,7 +643,7 @@ void conv_backward(floatX* d_in, int ld_d_in, real* d_weight, real* d_bias, real
         for (int b = 0; b < B; b++)
             for (int w = 0; w <= W; w++)
                 for (int d = first; d < std::min(D, first + kConvTile); d++)
-                    (w < W ? d_weight[int64_t(d) * W + w] : d_bias[d]) += s.d_weight[(int64_t(b) * (W + 1) + w) * D + d];
+                    (w < W ? grad.d_weight[int64_t(d) * W + w] : grad.d_bias[d]) += s.d_weight[(int64_t(b) * (W + 1) + w) * D + d];
 }
 
 // ------------------------------------------------------------------------------------------------------------------
@@ -610,8 +655,6 @@ void conv_backward(floatX* d_in, int ld_d_in, real* d_weight, real* d_bias, real
 // segment from a zero state; since the state is linear in where it started, h_end = (product of decays) h_start + that, and the
 // product is 2^(A * sum of delta), the segments' true starts follow one by one; the second pass is the ordinary one.
 // The backward pass does the same to the gradient of the state, from the end of time.
-constexpr int kMaxState = 128;
-
 struct ScanScratch {
     int threads = omp_get_max_threads(), blocks, segments, segment_steps, groups;
     vec* h;           // (B, segments, blocks, N): forward, the state; backward, the gradient of the state from later steps
@@ -652,14 +695,27 @@ struct ScanScratch {
     }
 };
 
+// For shorter sequences or fewer of them time is cut into other segments, and channels into other groups: units, segments of all blocks,
+// are then no more than there are threads or sequences x blocks, and there is a group for each block at most.
+size_t scan_scratch(int B, int T, int D, int N) {
+    const int64_t threads = omp_get_max_threads(), blocks = ceil_div(D, kLanes), units = std::max(threads, B * blocks);
+    Cutter cutter(nullptr);
+    for (int i = 0; i < 2; i++) cutter.cut<vec>(units * N);  // h, local
+    cutter.cut<vec>(units);                                  // delta_sum
+    cutter.cut<vec>(units * (N + 2));                        // d_params
+    cutter.cut<vec>(threads * N * kScanChunk * 2);           // chunk_d_BC
+    cutter.cut<real>(std::min(blocks, threads) * B * T * 2 * N);  // d_BC
+    return cutter.bytes();
+}
+
 // The channels of one block, and what depends on them alone.
 struct ScanBlock {
     int d, count, N;  // channels d .. d + count - 1; lanes past them are zero and stay so
-    vec skip, dt_bias, A[kMaxState];
-    ScanBlock(int block, const real* A_log, const real* all_skip, const real* all_dt_bias, int D, int N)
-        : d(block * kLanes), count(std::min(kLanes, D - d)), N(N), skip(load_vec(all_skip + d, count)),
-          dt_bias(load_vec(all_dt_bias + d, count)) {
-        load_state(A, A_log + int64_t(d) * N);
+    vec skip, dt_bias, A[kMaxStates];
+    ScanBlock(int block, const Scan& all)
+        : d(block * kLanes), count(std::min(kLanes, all.D - d)), N(all.N), skip(load_vec(all.skip + d, count)),
+          dt_bias(load_vec(all.dt_bias + d, count)) {
+        load_state(A, all.A_log + int64_t(d) * N);
         for (int n = 0; n < N; n++) A[n] = exp(A[n]) * -kLog2e;
     }
     // (channels, N) in memory, (N, lanes) here; from null: zeros, to null: nothing
@@ -683,20 +739,19 @@ inline const real* offset_or_null(const real* x, int64_t offset) { return x ? x 
 struct ScanSteps {
     int count;
     vec u[kScanChunk], delta[kScanChunk], delta_u[kScanChunk];
-    ScanSteps(const ScanBlock& block, const floatX* all_u, const floatX* dt, int64_t first_row, int count, int D) : count(count) {
+    ScanSteps(const ScanBlock& block, const Scan& all, int64_t first_row, int count) : count(count) {
         for (int t = 0; t < count; t++) {
-            const int64_t at = (first_row + t) * D + block.d;
-            u[t] = load_ahead(all_u + at, block.count);
-            delta[t] = softplus(load_ahead(dt + at, block.count) + block.dt_bias);
+            const int64_t at = (first_row + t) * all.D + block.d;
+            u[t] = load_ahead(all.u + at, block.count);
+            delta[t] = softplus(load_ahead(all.dt + at, block.count) + block.dt_bias);
             delta_u[t] = delta[t] * u[t];
         }
     }
 };
 
 // One step: there is no time to walk along, so the lanes take the states of a channel, which lie side by side in memory.
-void scan_step(floatX* out, real* final_state, real* chunk_states, const floatX* u, const floatX* dt, const floatX* B_t, const floatX* C_t,
-               int ld_bc, const floatX* z, int ld_z, const real* A_log, const real* skip, const real* dt_bias, const real* initial_state,
-               int B, int D, int N) {
+void scan_step(floatX* out, real* final_state, real* chunk_states, const Scan& scan) {
+    const auto& [u, dt, B_t, C_t, ld_bc, z, ld_z, A_log, skip, dt_bias, initial_state, B, T, D, N] = scan;
 #pragma omp parallel for collapse(2) if (worth_threads(int64_t(B) * D * N))
     for (int b = 0; b < B; b++)
         for (int first = 0; first < D; first += kLanes) {
@@ -723,13 +778,12 @@ void scan_step(floatX* out, real* final_state, real* chunk_states, const floatX*
         }
 }
 
-void scan_forward(floatX* out, real* final_state, real* chunk_states, const floatX* u, const floatX* dt, const floatX* B_t,
-                  const floatX* C_t, int ld_bc, const floatX* z, int ld_z, const real* A_log, const real* skip, const real* dt_bias,
-                  const real* initial_state, void* scratch, int B, int T, int D, int N, cudaStream_t) {
-    if (T == 1) {
-        scan_step(out, final_state, chunk_states, u, dt, B_t, C_t, ld_bc, z, ld_z, A_log, skip, dt_bias, initial_state, B, D, N);
-        return;
-    }
+void scan_forward(floatX* out, real* final_state, real* chunk_states, const Scan& scan, void* scratch, cudaStream_t) {
+    const floatX *B_t = scan.B_t, *C_t = scan.C_t, *z = scan.z;
+    const real* const initial_state = scan.initial_state;
+    const int B = scan.B, T = scan.T, D = scan.D, N = scan.N, ld_bc = scan.ld_bc, ld_z = scan.ld_z;
+    if (B == 0 || T == 0) return;
+    if (T == 1) return scan_step(out, final_state, chunk_states, scan);
     const ScanScratch s(scratch, B, T, D, N, false);
     const bool parallel = worth_threads(int64_t(B) * T * D * N);
 
@@ -738,13 +792,13 @@ void scan_forward(floatX* out, real* final_state, real* chunk_states, const floa
         for (int b = 0; b < B; b++)
             for (int segment = 0; segment < s.segments - 1; segment++)
                 for (int i = 0; i < s.blocks; i++) {
-                    const ScanBlock block(i, A_log, skip, dt_bias, D, N);
+                    const ScanBlock block(i, scan);
                     const int64_t unit = (int64_t(b) * s.segments + segment) * s.blocks + i;
                     vec *h = s.h + unit * N, delta_sum = {};
                     std::fill_n(h, N, vec{});
                     for (int begin = segment * s.segment_steps; begin < (segment + 1) * s.segment_steps; begin += kScanChunk) {
                         const int64_t row = int64_t(b) * T + begin;
-                        const ScanSteps steps(block, u, dt, row, kScanChunk, D);
+                        const ScanSteps steps(block, scan, row, kScanChunk);
                         for (int t = 0; t < steps.count; t++) {
                             const floatX* b_t = B_t + (row + t) * ld_bc;
                             for (int n = 0; n < N; n++)
@@ -757,8 +811,8 @@ void scan_forward(floatX* out, real* final_state, real* chunk_states, const floa
 #pragma omp parallel for collapse(2) if (parallel)
         for (int b = 0; b < B; b++)
             for (int i = 0; i < s.blocks; i++) {
-                const ScanBlock block(i, A_log, skip, dt_bias, D, N);
-                vec start[kMaxState];
+                const ScanBlock block(i, scan);
+                vec start[kMaxStates];
                 block.load_state(start, offset_or_null(initial_state, (int64_t(b) * D + block.d) * N));
                 for (int segment = 0; segment < s.segments; segment++) {  // the place of each local end takes the true start
                     const int64_t unit = (int64_t(b) * s.segments + segment) * s.blocks + i;
@@ -781,8 +835,8 @@ void scan_forward(floatX* out, real* final_state, real* chunk_states, const floa
                     const int64_t row = int64_t(b) * T + chunk * kScanChunk;
                     const int count = std::min<int>(kScanChunk, end - chunk * kScanChunk);
                     for (int64_t i = members.begin; i < members.end; i++) {
-                        const ScanBlock block(i, A_log, skip, dt_bias, D, N);
-                        const ScanSteps steps(block, u, dt, row, count, D);
+                        const ScanBlock block(i, scan);
+                        const ScanSteps steps(block, scan, row, count);
                         const int64_t d = block.d;
                         vec *h = s.h + ((int64_t(b) * s.segments + segment) * s.blocks + i) * N, y[kScanChunk];
                         if (chunk == 0) block.load_state(h, offset_or_null(initial_state, (int64_t(b) * D + d) * N));
@@ -808,10 +862,11 @@ void scan_forward(floatX* out, real* final_state, real* chunk_states, const floa
             }
 }
 
-void scan_backward(floatX* d_u, floatX* d_dt, floatX* d_B_t, floatX* d_C_t, floatX* d_z, real* d_A_log, real* d_skip, real* d_dt_bias,
-                   real* d_initial_state, const floatX* d_out, const real* d_final_state, const floatX* u, const floatX* dt,
-                   const floatX* B_t, const floatX* C_t, int ld_bc, const floatX* z, int ld_z, const real* A_log, const real* skip,
-                   const real* dt_bias, const real* chunk_states, void* scratch, int B, int T, int D, int N, cudaStream_t) {
+void scan_backward(const ScanGradients& grad, const floatX* d_out, const real* d_final_state, const Scan& scan, const real* chunk_states,
+                   void* scratch, cudaStream_t) {
+    const floatX *B_t = scan.B_t, *C_t = scan.C_t, *z = scan.z;
+    const int B = scan.B, T = scan.T, D = scan.D, N = scan.N, ld_bc = scan.ld_bc, ld_z = scan.ld_z;
+    if (B == 0 || T == 0) return;
     const ScanScratch s(scratch, B, T, D, N, true);
     const bool parallel = worth_threads(int64_t(B) * T * D * N);
 
@@ -820,14 +875,14 @@ void scan_backward(floatX* d_u, floatX* d_dt, floatX* d_B_t, floatX* d_C_t, floa
         for (int b = 0; b < B; b++)
             for (int segment = 1; segment < s.segments; segment++)
                 for (int i = 0; i < s.blocks; i++) {
-                    const ScanBlock block(i, A_log, skip, dt_bias, D, N);
+                    const ScanBlock block(i, scan);
                     const int64_t unit = (int64_t(b) * s.segments + segment) * s.blocks + i;
                     const int end = std::min(T, (segment + 1) * s.segment_steps);
                     vec *dh = s.local + unit * N, delta_sum = {};
                     std::fill_n(dh, N, vec{});
                     for (int begin = (end - 1) / kScanChunk * kScanChunk; begin >= segment * s.segment_steps; begin -= kScanChunk) {
                         const int64_t row = int64_t(b) * T + begin;
-                        const ScanSteps steps(block, u, dt, row, std::min(kScanChunk, end - begin), D);
+                        const ScanSteps steps(block, scan, row, std::min(kScanChunk, end - begin));
                         for (int t = steps.count - 1; t >= 0; t--) {
                             const floatX* c_t = C_t + (row + t) * ld_bc;
                             const vec z_t = load_vec(z + (row + t) * ld_z + block.d, block.count);
@@ -843,7 +898,7 @@ void scan_backward(floatX* d_u, floatX* d_dt, floatX* d_B_t, floatX* d_C_t, floa
 #pragma omp parallel for collapse(2) if (parallel)
     for (int b = 0; b < B; b++)
         for (int i = 0; i < s.blocks; i++) {
-            const ScanBlock block(i, A_log, skip, dt_bias, D, N);
+            const ScanBlock block(i, scan);
             const int64_t last = (int64_t(b) * s.segments + s.segments - 1) * s.blocks + i;
             block.load_state(s.h + last * N, offset_or_null(d_final_state, (int64_t(b) * D + block.d) * N));
             for (int segment = s.segments - 1; segment > 0; segment--) {
@@ -868,10 +923,10 @@ void scan_backward(floatX* d_u, floatX* d_dt, floatX* d_B_t, floatX* d_C_t, floa
                     const int count = std::min<int>(kScanChunk, end - chunk * kScanChunk);
                     std::fill_n(d_BC, s.chunk_d_BC_size, vec{});
                     for (int64_t i = members.begin; i < members.end; i++) {
-                        const ScanBlock block(i, A_log, skip, dt_bias, D, N);
-                        const ScanSteps steps(block, u, dt, row, count, D);
+                        const ScanBlock block(i, scan);
+                        const ScanSteps steps(block, scan, row, count);
                         const int d = block.d;
-                        vec start[kMaxState], g[kScanChunk], y[kScanChunk], dh_B[kScanChunk] = {}, dh_A[kScanChunk] = {};
+                        vec start[kMaxStates], g[kScanChunk], y[kScanChunk], dh_B[kScanChunk] = {}, dh_A[kScanChunk] = {};
                         block.load_state(start, chunk_states + ((b * scan_chunks(T) + chunk) * D + d) * N);
                         for (int t = 0; t < count; t++) {
                             const vec z_t = load_ahead(z + (row + t) * ld_z + d, block.count);
@@ -919,19 +974,19 @@ void scan_backward(floatX* d_u, floatX* d_dt, floatX* d_B_t, floatX* d_C_t, floa
                         for (; n + 4 <= N; n += 4) states.template operator()<4>(n);
                         for (; n < N; n++) states.template operator()<1>(n);
                         if (chunk == 0)
-                            block.store_state(offset_or_null(d_initial_state, (int64_t(b) * D + d) * N), s.h + (first_unit + i) * N);
+                            block.store_state(offset_or_null(grad.d_initial_state, (int64_t(b) * D + d) * N), s.h + (first_unit + i) * N);
 
                         for (int t = 0; t < count; t++) {
                             const int64_t at = (row + t) * D + d, at_z = (row + t) * ld_z + d;
-                            const vec raw = load_vec(dt + at, block.count) + block.dt_bias;
+                            const vec raw = load_vec(scan.dt + at, block.count) + block.dt_bias;
                             const vec d_raw = (steps.u[t] * dh_B[t] + kLn2 * dh_A[t]) * (raw > 20 ? 1 : sigmoid(raw));
                             const vec z_t = load_vec(z + at_z, block.count), gate = sigmoid(z_t);
                             d_params[N] += g[t] * steps.u[t];
                             d_params[N + 1] += d_raw;
-                            store_ahead(d_dt + at, d_raw, block.count);
-                            store_ahead(d_u + at, block.skip * g[t] + steps.delta[t] * dh_B[t], block.count);
+                            store_ahead(grad.d_dt + at, d_raw, block.count);
+                            store_ahead(grad.d_u + at, block.skip * g[t] + steps.delta[t] * dh_B[t], block.count);
                             const vec d_silu = gate * (1 + z_t * (1 - gate));
-                            store_ahead(d_z + at_z, load_vec(d_out + at, block.count) * y[t] * d_silu, block.count);
+                            store_ahead(grad.d_z + at_z, load_vec(d_out + at, block.count) * y[t] * d_silu, block.count);
                         }
                     }
                     real* to = s.d_BC + (int64_t(group) * B * T + row) * 2 * N;
@@ -951,8 +1006,8 @@ void scan_backward(floatX* d_u, floatX* d_dt, floatX* d_B_t, floatX* d_C_t, floa
                 d_b += from[n];
                 d_c += from[N + n];
             }
-            store(d_B_t[row * ld_bc + n], d_b);
-            store(d_C_t[row * ld_bc + n], d_c);
+            store(grad.d_B_t[row * ld_bc + n], d_b);
+            store(grad.d_C_t[row * ld_bc + n], d_c);
         }
 #pragma omp parallel for if (parallel)
     for (int i = 0; i < s.blocks; i++)
@@ -962,8 +1017,8 @@ void scan_backward(floatX* d_u, floatX* d_dt, floatX* d_B_t, floatX* d_C_t, floa
                 sum += s.d_params[(segment * s.blocks + i) * (N + 2) + n];
             for (int lane = 0; lane < std::min(kLanes, D - i * kLanes); lane++) {
                 const int64_t d = i * kLanes + lane;
-                if (n < N) d_A_log[d * N + n] -= sum[lane] * std::exp(A_log[d * N + n]);  // dA/dA_log = A
-                else (n == N ? d_skip : d_dt_bias)[d] += sum[lane];
+                if (n < N) grad.d_A_log[d * N + n] -= sum[lane] * std::exp(scan.A_log[d * N + n]);  // dA/dA_log = A
+                else (n == N ? grad.d_skip : grad.d_dt_bias)[d] += sum[lane];
             }
         }
 }
@@ -988,9 +1043,10 @@ real softmax_row(real* out, const In* in, int count, real scale = 1) {
 
 // ------------------------------------------------------------------------------------------------------------------
 // Router
-void router_forward(real* probs, real* lse, int* experts, real* gates, const floatX* x, const real* weight, void*, int rows, int C, int E,
-                    int K, bool renormalize, cudaStream_t) {
-    multiply(probs, E, x, C, weight, rows, C, E, false);
+void router_forward(const Routing& out, const Router& router, void*, cudaStream_t) {
+    const auto& [probs, lse, experts, gates] = out;
+    const int rows = router.rows, E = router.E, K = router.K;
+    multiply(probs, E, router.x, router.C, router.weight, rows, router.C, E, false);
 #pragma omp parallel for if (worth_threads(int64_t(rows) * E))
     for (int r = 0; r < rows; r++) {
         real* p = probs + int64_t(r) * E;
@@ -1006,10 +1062,11 @@ void router_forward(real* probs, real* lse, int* experts, real* gates, const flo
             gate[k] = p[best];
             total += p[best];
         }
-        for (int k = 0; k < K && renormalize; k++) gate[k] /= total;
+        for (int k = 0; k < K && router.renormalize; k++) gate[k] /= total;
     }
 }
 void router_losses(real* losses, const real* probs, const real* lse, const int* load, void*, int rows, int E, cudaStream_t) {
+    if (rows == 0) return;
     double balance = 0, z = 0;
     for (int64_t r = 0; r < rows; r++) {
         for (int e = 0; e < E; e++) balance += double(load[e]) * probs[r * E + e];
@@ -1028,9 +1085,11 @@ struct RouterScratch {
         bytes = cutter.bytes();
     }
 };
-void router_backward(floatX* d_x, real* d_weight, const real* d_gates, const real* probs, const real* lse, const int* experts,
-                     const real* gates, const int* load, const floatX* x, const real* weight, void* scratch, int rows, int C, int E,
-                     int K, bool renormalize, real balance_weight, real z_weight, cudaStream_t) {
+size_t router_scratch(int rows, int, int E) { return RouterScratch(nullptr, rows, E).bytes; }
+void router_backward(floatX* d_x, real* d_weight, const real* d_gates, const Routing& out, const int* load, const Router& router,
+                     real balance_weight, real z_weight, void* scratch, cudaStream_t) {
+    const auto& [probs, lse, experts, gates] = out;
+    const int rows = router.rows, C = router.C, E = router.E, K = router.K;
     const RouterScratch s(scratch, rows, E);
 #pragma omp parallel for if (worth_threads(int64_t(rows) * E))
     for (int r = 0; r < rows; r++) {
@@ -1044,24 +1103,25 @@ void router_backward(floatX* d_x, real* d_weight, const real* d_gates, const rea
             mean += d_gates[choices + k] * gates[choices + k];
         }
         for (int k = 0; k < K; k++)
-            d[experts[choices + k]] += renormalize ? (d_gates[choices + k] - mean) / total : d_gates[choices + k];
+            d[experts[choices + k]] += router.renormalize ? (d_gates[choices + k] - mean) / total : d_gates[choices + k];
         real dot = 0;
         for (int e = 0; e < E; e++) dot += p[e] * d[e];
         for (int e = 0; e < E; e++) d[e] = p[e] * (d[e] - dot + z_weight * 2 * lse[r] / rows);
     }
-    multiply_backward(d_x, C, d_weight, s.d_logits, E, x, C, weight, rows, C, E, true);
+    multiply_backward(d_x, C, d_weight, s.d_logits, E, router.x, C, router.weight, rows, C, E, true, true);
 }
 
 // ------------------------------------------------------------------------------------------------------------------
 // Dispatch and combine
-void dispatch_plan(int* slot, int* choice, int* load, int* offset, const int* experts, void*, int rows, int E, int K, int capacity,
-                   cudaStream_t) {
+size_t dispatch_scratch(int64_t) { return 0; }
+void dispatch_plan(const Dispatch& to, const int* experts, void*, cudaStream_t) {
+    const auto& [slot, choice, load, offset, rows, E, K, capacity] = to;
     const int choices = rows * K;
     std::fill_n(load, E, 0);
     for (int i = 0; i < choices; i++) load[experts[i]]++;
     offset[0] = 0;
     for (int e = 0; e < E; e++) offset[e + 1] = offset[e] + (capacity > 0 ? capacity : load[e]);
-    std::fill_n(choice, expert_slots(rows, E, K, capacity), -1);
+    std::fill_n(choice, to.slots(), -1);
     std::fill_n(load, E, 0);
     for (int i = 0; i < choices; i++) {
         const int e = experts[i], place = offset[e] + load[e]++;
@@ -1069,18 +1129,21 @@ void dispatch_plan(int* slot, int* choice, int* load, int* offset, const int* ex
         if (slot[i] >= 0) choice[place] = i;
     }
 }
-void dispatch_forward(floatX* out, const floatX* x, const int* choice, int slots, int C, int K, cudaStream_t) {
+void dispatch_forward(floatX* out, const floatX* x, const Dispatch& to, int C, cudaStream_t) {
+    if (to.rows == 0) return;
+    const int slots = to.slots();
 #pragma omp parallel for if (worth_threads(int64_t(slots) * C))
     for (int s = 0; s < slots; s++) {
-        floatX* to = out + int64_t(s) * C;
-        if (choice[s] < 0) std::fill_n(to, C, floatX(0));
-        else std::copy_n(x + int64_t(choice[s] / K) * C, C, to);
+        const int choice = to.choice[s];
+        if (choice < 0) std::fill_n(out + int64_t(s) * C, C, floatX(0));
+        else std::copy_n(x + int64_t(choice / to.K) * C, C, out + int64_t(s) * C);
     }
 }
 
 // out[r] = sum over k of weight(r, k) * in[slot[r, k]] (+ out)
 template <class F>
-void gather(floatX* out, const floatX* in, const int* slot, int rows, int C, int K, bool accumulate, F weight) {
+void gather(floatX* out, const floatX* in, const Dispatch& dispatch, int C, bool accumulate, F weight) {
+    const int *slot = dispatch.slot, rows = dispatch.rows, K = dispatch.K;
 #pragma omp parallel for if (worth_threads(int64_t(rows) * C * K))
     for (int r = 0; r < rows; r++) {
         constexpr int kTile = 256;  // the sum of a tile is kept in real over all k, and rounded once
@@ -1103,15 +1166,17 @@ void gather(floatX* out, const floatX* in, const int* slot, int rows, int C, int
         }
     }
 }
-void dispatch_backward(floatX* d_x, const floatX* d_out, const int* slot, int rows, int C, int K, bool accumulate, cudaStream_t) {
-    gather(d_x, d_out, slot, rows, C, K, accumulate, [](int64_t) { return real(1); });
+void dispatch_backward(floatX* d_x, const floatX* d_out, const Dispatch& to, int C, bool accumulate, cudaStream_t) {
+    gather(d_x, d_out, to, C, accumulate, [](int64_t) { return real(1); });
 }
-void combine_forward(floatX* out, const floatX* y, const real* gates, const int* slot, int rows, int C, int K, bool accumulate,
-                     cudaStream_t) {
-    gather(out, y, slot, rows, C, K, accumulate, [=](int64_t i) { return gates[i]; });
+void combine_forward(floatX* out, const floatX* y, const real* gates, const Dispatch& to, int C, bool accumulate, cudaStream_t) {
+    gather(out, y, to, C, accumulate, [=](int64_t i) { return gates[i]; });
 }
-void combine_backward(floatX* d_y, real* d_gates, const floatX* d_out, const floatX* y, const real* gates, const int* slot,
-                      const int* choice, int rows, int slots, int C, int K, cudaStream_t) {
+void combine_backward(floatX* d_y, real* d_gates, const floatX* d_out, const floatX* y, const real* gates, const Dispatch& dispatch, int C,
+                      cudaStream_t) {
+    const int *slot = dispatch.slot, *choice = dispatch.choice, rows = dispatch.rows, K = dispatch.K;
+    if (rows == 0) return;
+    const int slots = dispatch.slots();
     const int choices = rows * K;
 #pragma omp parallel for if (worth_threads(int64_t(choices) * C))
     for (int i = 0; i < choices; i++)
@@ -1143,8 +1208,9 @@ struct ExpertPiece {
     int expert, row, rows, out, outs;
 };
 // Cuts every expert's product into ranges of its rows, or into ranges of its outputs: in all, a few pieces for each thread.
-void add_pieces(std::vector<ExpertPiece>& pieces, const int* host_offset, int capacity, int E, int O, bool by_rows) {
-    auto first = [&](int e) { return capacity > 0 ? e * capacity : host_offset[e]; };
+void add_pieces(std::vector<ExpertPiece>& pieces, const Dispatch& to, int O, bool by_rows) {
+    const int E = to.E;
+    auto first = [&](int e) { return to.offset[e]; };
     int64_t total = 0;
     for (int e = 0; e < E; e++) total += by_rows ? first(e + 1) - first(e) : first(e + 1) > first(e) ? O : 0;
     const int64_t size = std::max<int64_t>(ceil_div(total, 4 * omp_get_max_threads()), 64);
@@ -1157,69 +1223,32 @@ void add_pieces(std::vector<ExpertPiece>& pieces, const int* host_offset, int ca
         }
     }
 }
-void experts_forward(floatX* out, const floatX* in, const floatX* weight, const int* host_offset, int slots, int I, int O, int E,
-                     int capacity, cudaStream_t) {
+void experts_forward(floatX* out, const Experts& e, cudaStream_t) {
+    if (e.to.rows == 0) return;
+    const int64_t I = e.I, O = e.O, slots = e.to.slots();
     std::vector<ExpertPiece> pieces;
-    add_pieces(pieces, host_offset, capacity, E, O, slots > E * kFewRows);
-#pragma omp parallel for schedule(dynamic) if (worth_threads(int64_t(slots) * I * O))
+    add_pieces(pieces, e.to, e.O, slots > e.to.E * kFewRows);
+#pragma omp parallel for schedule(dynamic) if (worth_threads(slots * I * O))
     for (const ExpertPiece& p : pieces)
-        multiply(out + int64_t(p.row) * O + p.out, O, in + int64_t(p.row) * I, I, weight + (int64_t(p.expert) * O + p.out) * I, p.rows,
-                 I, p.outs, false);
+        multiply(out + p.row * O + p.out, e.O, e.in + p.row * I, e.I, e.weight + (p.expert * O + p.out) * I, p.rows, e.I, p.outs, false);
 }
-void experts_backward(floatX* d_in, real* d_weight, const floatX* d_out, const floatX* in, const floatX* weight, const int* host_offset,
-                      int slots, int I, int O, int E, int capacity, cudaStream_t) {
+void experts_backward(floatX* d_in, real* d_weight, const floatX* d_out, const Experts& e, bool add_weight, cudaStream_t) {
+    if (e.to.rows == 0) return;
+    const int64_t I = e.I, O = e.O, slots = e.to.slots();
     std::vector<ExpertPiece> pieces;
-    add_pieces(pieces, host_offset, capacity, E, O, true);
+    add_pieces(pieces, e.to, e.O, true);
     const size_t d_in_pieces = pieces.size();
-    add_pieces(pieces, host_offset, capacity, E, O, false);
-#pragma omp parallel for schedule(dynamic) if (worth_threads(int64_t(slots) * I * O))
+    add_pieces(pieces, e.to, e.O, false);
+    for (int i = 0; i < e.to.E && !add_weight; i++)
+        if (e.to.offset[i + 1] == e.to.offset[i]) std::fill_n(d_weight + i * O * I, O * I, real(0));
+#pragma omp parallel for schedule(dynamic) if (worth_threads(slots * I * O))
     for (size_t i = 0; i < pieces.size(); i++) {
         const ExpertPiece& p = pieces[i];
         const bool for_d_in = i < d_in_pieces;
-        const int64_t w = (int64_t(p.expert) * O + p.out) * I;
-        multiply_backward(for_d_in ? d_in + int64_t(p.row) * I : nullptr, I, for_d_in ? nullptr : d_weight + w,
-                          d_out + int64_t(p.row) * O + p.out, O, in + int64_t(p.row) * I, I, weight + w, p.rows, I, p.outs, false);
+        const int64_t w = (p.expert * O + p.out) * I;
+        multiply_backward(for_d_in ? d_in + p.row * I : nullptr, e.I, for_d_in ? nullptr : d_weight + w, d_out + p.row * O + p.out, e.O,
+                          e.in + p.row * I, e.I, e.weight + w, p.rows, e.I, p.outs, false, add_weight);
     }
-}
-
-// ------------------------------------------------------------------------------------------------------------------
-// Activations
-void swiglu_forward(floatX* out, const floatX* gate_up, int rows, int F, cudaStream_t) {
-#pragma omp parallel for if (worth_threads(int64_t(rows) * F))
-    for (int r = 0; r < rows; r++) {
-        const floatX *gate = gate_up + int64_t(r) * 2 * F, *up = gate + F;
-        floatX* to = out + int64_t(r) * F;
-#pragma omp simd
-        for (int f = 0; f < F; f++) {
-            const real g = load(gate[f]);
-            store(to[f], g * sigmoid(g) * load(up[f]));
-        }
-    }
-}
-void swiglu_backward(floatX* d_gate_up, const floatX* d_out, const floatX* gate_up, int rows, int F, cudaStream_t) {
-#pragma omp parallel for if (worth_threads(int64_t(rows) * F))
-    for (int r = 0; r < rows; r++) {
-        const floatX *gate = gate_up + int64_t(r) * 2 * F, *up = gate + F, *d = d_out + int64_t(r) * F;
-        floatX *d_gate = d_gate_up + int64_t(r) * 2 * F, *d_up = d_gate + F;
-#pragma omp simd
-        for (int f = 0; f < F; f++) {
-            const real g = load(gate[f]), s = sigmoid(g), d_f = load(d[f]);
-            store(d_gate[f], d_f * load(up[f]) * s * (1 + g * (1 - s)));
-            store(d_up[f], d_f * g * s);
-        }
-    }
-}
-// Written so that a NaN stays one.
-void relu_forward(floatX* out, const floatX* in, int64_t count, cudaStream_t) {
-#pragma omp parallel for simd if (parallel : worth_threads(count))
-    for (int64_t i = 0; i < count; i++) {
-        const real x = load(in[i]);
-        store(out[i], x < 0 ? 0 : x);
-    }
-}
-void relu_backward(floatX* d_in, const floatX* d_out, const floatX* in, int64_t count, cudaStream_t) {
-#pragma omp parallel for simd if (parallel : worth_threads(count))
-    for (int64_t i = 0; i < count; i++) store(d_in[i], load(in[i]) <= 0 ? 0 : load(d_out[i]));
 }
 
 // ------------------------------------------------------------------------------------------------------------------
@@ -1293,9 +1322,10 @@ void sum_of_squares(real* out, const real* in, void* scratch, int64_t count, cud
 }
 
 // AdamW
-void adamw(real* master, floatX* weight, real* m, real* v, const real* grad, int64_t count, real lr, real beta1, real beta2, real eps,
-           real weight_decay, real grad_scale, int step, cudaStream_t) {
-    const real m_scale = real(1 / (1 - std::pow(double(beta1), step))), v_scale = real(1 / (1 - std::pow(double(beta2), step)));
+void adamw(real* master, floatX* weight, real* m, real* v, const real* grad, int64_t count, const AdamW& o, real grad_scale, int step,
+           cudaStream_t) {
+    const real lr = real(o.lr), beta1 = real(o.beta1), beta2 = real(o.beta2), eps = real(o.eps), weight_decay = real(o.weight_decay);
+    const real m_scale = real(1 / (1 - std::pow(o.beta1, step))), v_scale = real(1 / (1 - std::pow(o.beta2, step)));
 #pragma omp parallel for simd if (parallel : worth_threads(count))
     for (int64_t i = 0; i < count; i++) {
         const real g = grad_scale * grad[i];
@@ -1306,50 +1336,51 @@ void adamw(real* master, floatX* weight, real* m, real* v, const real* grad, int
     }
 }
 
-size_t scratch_bytes(const Config& c, int B, int T) {
-    return std::max({RmsnormScratch(nullptr, c.d_model).bytes, ConvScratch(nullptr, B, c.d_inner, c.d_conv).bytes,
-                     ScanScratch(nullptr, B, T, c.d_inner, c.d_state, false).bytes,
-                     ScanScratch(nullptr, B, T, c.d_inner, c.d_state, true).bytes, RouterScratch(nullptr, B * T, c.experts).bytes,
-                     SumScratch(nullptr).bytes});
-}
-
 }  // namespace
 
 const Layers layers = {
     .device = "cpu",
+    .machine = machine,
+    .open = open,
     .allocate = allocate,
     .release = release,
     .allocate_host = allocate,
     .release_host = release,
     .zero = zero,
-    .upload = upload,
-    .download = download,
+    .upload = copy,
+    .upload_later = copy,
+    .download = copy,
     .synchronize = synchronize,
-    .scratch_bytes = scratch_bytes,
-    .embedding_forward = embedding_forward,
-    .embedding_backward = embedding_backward,
-    .rmsnorm_forward = rmsnorm_forward,
-    .rmsnorm_backward = rmsnorm_backward,
     .linear_forward = linear_forward,
     .linear_backward = linear_backward,
+    .swiglu_forward = swiglu_forward,
+    .swiglu_backward = swiglu_backward,
+    .relu_forward = relu_forward,
+    .relu_backward = relu_backward,
+    .rmsnorm_forward = rmsnorm_forward,
+    .rmsnorm_backward = rmsnorm_backward,
+    .rmsnorm_scratch = rmsnorm_scratch,
+    .embedding_forward = embedding_forward,
+    .embedding_backward = embedding_backward,
+    .embedding_scratch = no_scratch,
     .conv_forward = conv_forward,
     .conv_backward = conv_backward,
+    .conv_scratch = conv_scratch,
     .scan_forward = scan_forward,
     .scan_backward = scan_backward,
+    .scan_scratch = scan_scratch,
     .router_forward = router_forward,
     .router_losses = router_losses,
     .router_backward = router_backward,
+    .router_scratch = router_scratch,
     .dispatch_plan = dispatch_plan,
+    .dispatch_scratch = dispatch_scratch,
     .dispatch_forward = dispatch_forward,
     .dispatch_backward = dispatch_backward,
     .combine_forward = combine_forward,
     .combine_backward = combine_backward,
     .experts_forward = experts_forward,
     .experts_backward = experts_backward,
-    .swiglu_forward = swiglu_forward,
-    .swiglu_backward = swiglu_backward,
-    .relu_forward = relu_forward,
-    .relu_backward = relu_backward,
     .classifier = classifier,
     .softmax_forward = softmax_forward,
     .sum = sum,
