@@ -686,19 +686,20 @@ void embedding_backward(real* d_table, const real* d_out, const int* tokens, voi
 // Two instances: taps = 4 with vectors, which is every published model, and one that takes whatever comes.
 // Weights lie by lag: w[k] multiplies the input of k steps ago; window[i] is the input of taps - 1 - i steps ago.
 constexpr int kConvWidth = kWidth < 4 ? kWidth : 4;  // channels per thread: with more, the backward pass has no registers for them
-constexpr int kConvTaps = 4, kMaxConvTaps = 8;
+constexpr int kConvTaps = 4;
 constexpr int kConvSegments = 8;  // threads of a block along time; kWarp along channels
 constexpr int kConvBatch = 4;     // steps whose loads are under way together
 
 struct ConvShape {
     int T, D, W, ld_in, segment_steps, segment_blocks, channel_blocks;
 };
+constexpr int kLeastConvSteps = 16, kMostConvSteps = 128;
 template <int width>
-ConvShape conv_shape(int B, int T, int D, int W, int ld_in) {
+ConvShape conv_shape(const Conv& c) {
     // Segments as long as can be while there are a thousand threads for each multiprocessor: short ones read more of their past.
-    const int64_t columns = B * ceil_div(D, width), wanted = std::max<int64_t>(1, int64_t(multiprocessors()) * 1024 / columns);
-    const int steps = int(std::clamp<int64_t>(ceil_div(ceil_div(T, wanted), kConvBatch) * kConvBatch, 16, 128));
-    return {T, D, W, ld_in, steps, int(ceil_div(T, int64_t(steps) * kConvSegments)), int(ceil_div(D, kWarp * width))};
+    const int64_t columns = c.B * ceil_div(c.D, width), wanted = std::max<int64_t>(1, int64_t(multiprocessors()) * 1024 / columns);
+    const int steps = int(std::clamp<int64_t>(ceil_div(ceil_div(c.T, wanted), kConvBatch) * kConvBatch, kLeastConvSteps, kMostConvSteps));
+    return {c.T, c.D, c.W, c.ld_in, steps, int(ceil_div(c.T, int64_t(steps) * kConvSegments)), int(ceil_div(c.D, kWarp * width))};
 }
 struct ConvThread {
     int64_t b;
@@ -778,20 +779,19 @@ __global__ void conv_forward_kernel(floatX* out, real* final_state, const floatX
 }
 template <class F>
 void with_conv_width(int W, std::initializer_list<int64_t> sizes, std::initializer_list<const void*> addresses, F&& f) {
-    if (W < 1 || W > kMaxConvTaps) fail("the convolution's width is %d: 1 to %d are supported", W, kMaxConvTaps);
+    if (W < 1 || W > kMaxConv) fail("the convolution's width is %d: 1 to %d are supported", W, kMaxConv);
     with_width<kConvWidth>(sizes, addresses, [&](auto width) {
         if constexpr (width > 1)
             if (W <= kConvTaps) return f(width, std::integral_constant<int, kConvTaps>());
-        f(std::integral_constant<int, 1>(), std::integral_constant<int, kMaxConvTaps>());
+        f(std::integral_constant<int, 1>(), std::integral_constant<int, kMaxConv>());
     });
 }
-void conv_forward(floatX* out, real* final_state, const floatX* in, int ld_in, const real* weight, const real* bias,
-                  const real* initial_state, int B, int T, int D, int W, cudaStream_t stream) {
-    if (B == 0 || T == 0) return;
-    with_conv_width(W, {D, ld_in}, {out, final_state, in, bias, initial_state}, [&](auto width, auto taps) {
-        const ConvShape shape = conv_shape<width>(B, T, D, W, ld_in);
-        LAUNCH((conv_forward_kernel<width, taps>), blocks_for(int64_t(B) * shape.segment_blocks * shape.channel_blocks, 1),
-               dim3(kWarp, kConvSegments), 0, stream)(out, final_state, in, weight, bias, initial_state, shape);
+void conv_forward(floatX* out, real* final_state, const Conv& c, cudaStream_t stream) {
+    if (c.B == 0 || c.T == 0) return;
+    with_conv_width(c.W, {c.D, c.ld_in}, {out, final_state, c.in, c.bias, c.initial_state}, [&](auto width, auto taps) {
+        const ConvShape shape = conv_shape<width>(c);
+        LAUNCH((conv_forward_kernel<width, taps>), blocks_for(int64_t(c.B) * shape.segment_blocks * shape.channel_blocks, 1),
+               dim3(kWarp, kConvSegments), 0, stream)(out, final_state, c.in, c.weight, c.bias, c.initial_state, shape);
     });
     CHECK_LAUNCH();
 }
@@ -801,7 +801,7 @@ void conv_forward(floatX* out, real* final_state, const floatX* in, int ld_in, c
 // adding to the weights there. Before the first input lies the initial state, behind the last the final state's gradient.
 // weight_parts (B segment_blocks, D, W), bias_parts (B segment_blocks, D)
 template <int width, int taps>
-__global__ void conv_backward_kernel(floatX* d_in, int ld_d_in, real* weight_parts, real* bias_parts, real* d_initial_state,
+__global__ void conv_backward_kernel(floatX* d_in, real* weight_parts, real* bias_parts, real* d_initial_state,
                                      const floatX* d_out, const real* d_final_state, const floatX* in, const real* weight, const real* bias,
                                      const real* initial_state, ConvShape shape) {
     SHARED(real[kConvSegments][kWarp * width], sums);
@@ -841,7 +841,7 @@ __global__ void conv_backward_kernel(floatX* d_in, int ld_d_in, real* weight_par
                 UNROLL for (int k = 0; k < taps; k++)
                     if (k < W)
                         UNROLL for (int j = 0; j < width; j++) g.v[j] += window.w[k].v[j] * d_a[k].v[j];
-                if (s >= 0) store(d_in + (thread.b * T + s) * ld_d_in + thread.d, g);
+                if (s >= 0) store(d_in + (thread.b * T + s) * shape.ld_in + thread.d, g);
                 else store(d_initial_state + (thread.b * (W - 1) + s + W - 1) * D + thread.d, g);
             }
         }
@@ -864,25 +864,26 @@ __global__ void conv_backward_kernel(floatX* d_in, int ld_d_in, real* weight_par
 }
 struct ConvScratch : Scratch {
     real *weight_parts, *bias_parts;
-    ConvScratch(void* memory, const ConvShape& shape, int B) : Scratch(memory) {
-        weight_parts = take<real>(int64_t(B) * shape.segment_blocks * shape.D * shape.W);
-        bias_parts = take<real>(int64_t(B) * shape.segment_blocks * shape.D);
+    ConvScratch(void* memory, int64_t parts, int D, int W) : Scratch(memory) {
+        weight_parts = take<real>(parts * D * W);
+        bias_parts = take<real>(parts * D);
     }
 };
-void conv_backward(floatX* d_in, int ld_d_in, real* d_weight, real* d_bias, real* d_initial_state, const floatX* d_out,
-                   const real* d_final_state, const floatX* in, int ld_in, const real* weight, const real* bias, const real* initial_state,
-                   void* scratch, int B, int T, int D, int W, cudaStream_t stream) {
-    if (B == 0 || T == 0) return;
-    const std::initializer_list<const void*> addresses = {d_in, d_initial_state, d_out, d_final_state, in, bias, initial_state};
-    with_conv_width(W, {D, ld_in, ld_d_in}, addresses, [&](auto width, auto taps) {
-        const ConvShape shape = conv_shape<width>(B, T, D, W, ld_in);
-        const ConvScratch s(scratch, shape, B);
-        const int parts = B * shape.segment_blocks;
+size_t conv_scratch(int B, int T, int D, int W) {  // for the shortest segments that there are
+    return ConvScratch(nullptr, B * ceil_div(T, kLeastConvSteps * kConvSegments), D, W).used;
+}
+void conv_backward(const ConvGradients& d, const floatX* d_out, const real* d_final_state, const Conv& c, void* scratch,
+                   cudaStream_t stream) {
+    if (c.B == 0 || c.T == 0) return;
+    const std::initializer_list<const void*> addresses = {d.d_in, d.d_initial_state, d_out, d_final_state, c.in, c.bias, c.initial_state};
+    with_conv_width(c.W, {c.D, c.ld_in}, addresses, [&](auto width, auto taps) {
+        const ConvShape shape = conv_shape<width>(c);
+        const int parts = c.B * shape.segment_blocks;
+        const ConvScratch s(scratch, parts, c.D, c.W);
         LAUNCH((conv_backward_kernel<width, taps>), blocks_for(int64_t(parts) * shape.channel_blocks, 1), dim3(kWarp, kConvSegments), 0,
                stream)
-        (d_in, ld_d_in, s.weight_parts, s.bias_parts, d_initial_state, d_out, d_final_state, in, weight, bias, initial_state, shape);
-        reduce_partials(d_weight, s.weight_parts, parts, int64_t(D) * W, stream);
-        reduce_partials(d_bias, s.bias_parts, parts, D, stream);
+        (d.d_in, s.weight_parts, s.bias_parts, d.d_initial_state, d_out, d_final_state, c.in, c.weight, c.bias, c.initial_state, shape);
+        reduce_partials(parts, {{d.d_weight, s.weight_parts, int64_t(c.D) * c.W}, {d.d_bias, s.bias_parts, c.D}}, stream);
     });
 }
 
@@ -923,17 +924,12 @@ void conv_backward(floatX* d_in, int ld_d_in, real* d_weight, real* d_bias, real
 //             in all / least             17.5 / 14 = 1.25                  35 / 28 = 1.25
 // Sums over time (dA, d_skip, d_dt_bias) are parts per sequence and segment, (N + 2) 8 / T bytes. With segments, the first pass adds
 // u and dt (forward: 4 or 8 bytes) or dt, z and d_out (backward: 6 or 12) of all segments but one.
-struct ScanInput {
-    const floatX *u, *dt, *B_t, *C_t, *z;
-    int ld_bc, ld_z;
-    const real *A_log, *skip, *dt_bias;
-    int T, D, N;
+struct ScanInput : Scan {
     int chunks, channel_blocks, segments, segment_steps;
     bool vectors, state_vectors;  // whether rows of activations, and of states, may be accessed 16 bytes at a time
 };
 constexpr int kStates = 4;     // per thread
 constexpr int kScanSteps = 4;  // that sum_lanes sums together
-constexpr int kMaxStates = 128;
 constexpr real kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
 template <int lanes>
@@ -948,10 +944,8 @@ struct ScanBlock {
     static constexpr size_t forward_bytes =
         tile * channels * (sizeof(real) + 2 * sizeof(floatX)) + (tile * columns + 2 * channels) * sizeof(real);
     // Blocks that share a multiprocessor's registers: as many as leave no thread with too few.
-    static constexpr int forward_blocks = lanes == 32 || sizeof(real) == 8 ? 1 : sizeof(floatX) == 4 ? 3 : 2;
-    // Backward: the whole chunk for N <= 32. For more states, B_t and C_t leave no room for that: then what lies before a tile in its
-    // chunk is read once more for each tile.
-    static constexpr int chunk_tile = std::min(kScanChunk, 512 / lanes);
+    static constexpr int forward_blocks = sizeof(real) == 8 ? 1 : sizeof(floatX) == 4 ? 3 : 2;
+    static constexpr int chunk_tile = kScanChunk;  // backward
     static constexpr int sums = kScanSteps * columns;  // of d_B_t and d_C_t, by each warp
     static constexpr size_t backward_bytes =
         chunk_tile * channels * (sizeof(real) + 3 * sizeof(floatX)) + (chunk_tile * columns + 2 * channels + warps * sums) * sizeof(real);
@@ -1078,8 +1072,7 @@ __device__ __forceinline__ real sum_lanes(const real (&x)[kScanSteps]) {
 // there are segments, else from initial_state.
 template <int lanes, bool local>
 __global__ void __launch_bounds__(ScanBlock<lanes>::threads, local ? 1 : ScanBlock<lanes>::forward_blocks)
-scan_forward_kernel(floatX* out, real* final_state, real* chunk_states, real* segment_states, real* delta_sums, ScanInput in,
-                    const real* initial_state) {
+scan_forward_kernel(floatX* out, real* final_state, real* chunk_states, real* segment_states, real* delta_sums, ScanInput in) {
     using Block = ScanBlock<lanes>;
     DYNAMIC_SHARED(real, delta);                                    // (tile, channels)
     real* const bc = delta + Block::tile * Block::channels;         // (tile, 2, states)
@@ -1139,7 +1132,7 @@ scan_forward_kernel(floatX* out, real* final_state, real* chunk_states, real* se
     Reals<kStates> h = {};
     if (!local && valid_channel) {
         const real* enters = in.segments > 1 ? segment_states + thread.segment_row(in) * in.N
-                           : initial_state   ? initial_state + thread.state_row(in) * in.N : nullptr;
+                           : in.initial_state ? in.initial_state + thread.state_row(in) * in.N : nullptr;
         h = load_states(enters, thread.n, in.N, in.state_vectors);
     }
     real delta_sum = 0;
@@ -1256,15 +1249,14 @@ __global__ void scan_carry_kernel(real* states, const real* delta_sums, const re
 
 // One step, as in decoding: the states are read and written once, and nothing else counts. `lanes` neighbours share a channel.
 constexpr int kStepThreads = 128;
-__global__ void scan_step_kernel(floatX* out, real* final_state, real* chunk_states, ScanInput in, const real* initial_state,
-                                 int64_t channels, int lanes) {
+__global__ void scan_step_kernel(floatX* out, real* final_state, real* chunk_states, ScanInput in, int64_t channels, int lanes) {
     const int64_t group = (int64_t(blockIdx.x) * kStepThreads + threadIdx.x) / lanes;
     const bool valid = group < channels;
     const int64_t i = valid ? group : 0, b = i / in.D, d = i % in.D;
     const int lane = threadIdx.x % lanes, n = lane * kStates;
     const real dt = softplus(real(in.dt[i]) + in.dt_bias[d]), du = dt * real(in.u[i]);
     const Reals<kStates> decay = load_decay(in.A_log, d, n, in.N, true);
-    Reals<kStates> h = load_states(initial_state ? initial_state + i * in.N : nullptr, n, in.N, in.state_vectors);
+    Reals<kStates> h = load_states(in.initial_state ? in.initial_state + i * in.N : nullptr, n, in.N, in.state_vectors);
     if (chunk_states && valid) store_states(chunk_states + i * in.N, h, n, in.N, in.state_vectors);
     real y = 0;
     UNROLL for (int j = 0; j < kStates; j++)
@@ -1287,76 +1279,81 @@ void with_lanes(int N, F&& f) {
     if (N < 1 || N > kMaxStates) fail("the scan has %d states per channel: 1 to %d are supported", N, kMaxStates);
     if (N <= 16) f(std::integral_constant<int, 4>());
     else if (N <= 32) f(std::integral_constant<int, 8>());
-    else if (N <= 64) f(std::integral_constant<int, 16>());
-    else f(std::integral_constant<int, 32>());
-}
-// Sets chunks, channel_blocks, segments and segment_steps. Segments cost a first pass, so there are at least two or none.
-void scan_split(ScanInput& in, int B) {
-    with_lanes(in.N, [&](auto lanes) { in.channel_blocks = int(ceil_div(in.D, ScanBlock<lanes>::channels)); });
-    in.chunks = int(scan_chunks(in.T));
-    const int wanted = int(std::clamp<int64_t>(2 * multiprocessors() / (int64_t(B) * in.channel_blocks), 1, in.chunks));
-    const int segment_chunks = int(ceil_div(in.chunks, wanted));
-    in.segments = int(ceil_div(in.chunks, segment_chunks));
-    in.segment_steps = segment_chunks * kScanChunk;
-}
-ScanInput scan_input(const floatX* u, const floatX* dt, const floatX* B_t, const floatX* C_t, int ld_bc, const floatX* z, int ld_z,
-                     const real* A_log, const real* skip, const real* dt_bias, int B, int T, int D, int N,
-                     std::initializer_list<const void*> activations, std::initializer_list<const void*> states) {
-    ScanInput in = {u, dt, B_t, C_t, z, ld_bc, ld_z, A_log, skip, dt_bias, T, D, N, 0, 0, 0, 0, false, false};
-    in.vectors = D % kWidth == 0 && ld_z % kWidth == 0 && aligned(u) && aligned(dt) && aligned(z) &&
-                 std::all_of(activations.begin(), activations.end(), aligned);
-    in.state_vectors = N % kStates == 0 && std::all_of(states.begin(), states.end(), aligned);
-    scan_split(in, B);
-    return in;
+    else f(std::integral_constant<int, 16>());
 }
 template <class Kernel>
 void allow_shared(Kernel* kernel, size_t bytes) {
     if (bytes > (48 << 10)) CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
 }
-void scan_carry(real* states, const real* delta_sums, const real* entry, const ScanInput& in, int B, bool reverse, cudaStream_t stream) {
-    const int64_t DN = int64_t(in.D) * in.N, count = B * DN;
+// Blocks of a kernel that run at once.
+template <class Kernel>
+int wave(Kernel* kernel, int threads, size_t shared_bytes) {
+    int blocks = 0;
+    CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes));
+    return std::max(1, blocks) * multiprocessors();
+}
+template <int lanes>
+int forward_wave() {
+    using Block = ScanBlock<lanes>;
+    allow_shared(scan_forward_kernel<lanes, false>, Block::forward_bytes);
+    return wave(scan_forward_kernel<lanes, false>, Block::threads, Block::forward_bytes);
+}
+// The scan of s with `blocks` at once: as many segments as one wave holds, or one if that is less than two, since segments cost a first
+// pass. activations, states: addresses of what else is read and written.
+ScanInput scan_input(const Scan& s, int channels, int blocks, std::initializer_list<const void*> activations,
+                     std::initializer_list<const void*> states) {
+    ScanInput in = {};
+    static_cast<Scan&>(in) = s;
+    in.vectors = s.D % kWidth == 0 && s.ld_z % kWidth == 0 && aligned(s.u) && aligned(s.dt) && aligned(s.z) &&
+                 std::all_of(activations.begin(), activations.end(), aligned);
+    in.state_vectors = s.N % kStates == 0 && aligned(s.initial_state) && std::all_of(states.begin(), states.end(), aligned);
+    in.channel_blocks = int(ceil_div(s.D, channels));
+    in.chunks = int(scan_chunks(s.T));
+    const int wanted = int(std::clamp<int64_t>(blocks / (int64_t(s.B) * in.channel_blocks), 1, in.chunks));
+    const int segment_chunks = int(ceil_div(in.chunks, wanted));
+    in.segments = int(ceil_div(in.chunks, segment_chunks));
+    in.segment_steps = segment_chunks * kScanChunk;
+    return in;
+}
+void scan_carry(real* states, const real* delta_sums, const real* entry, const ScanInput& in, bool reverse, cudaStream_t stream) {
+    const int64_t DN = int64_t(in.D) * in.N, count = in.B * DN;
     LAUNCH(scan_carry_kernel, blocks_for(count, kThreads), kThreads, 0, stream)
     (states, delta_sums, in.A_log, entry, count, DN, in.N, in.segments, reverse);
     CHECK_LAUNCH();
 }
 
+// `units`: sequences x segments
 struct ScanScratch : Scratch {
-    real *segment_states = nullptr, *delta_sums = nullptr;
-    ScanScratch(void* memory, const ScanInput& in, int B) : Scratch(memory) {
-        if (in.segments == 1) return;
-        segment_states = take<real>(int64_t(B) * in.segments * in.D * in.N);
-        delta_sums = take<real>(int64_t(B) * in.segments * in.D);
+    real *segment_states, *delta_sums;
+    ScanScratch(void* memory, int64_t units, int D, int N) : Scratch(memory) {
+        segment_states = take<real>(units * D * N);
+        delta_sums = take<real>(units * D);
     }
 };
-void scan_forward(floatX* out, real* final_state, real* chunk_states, const floatX* u, const floatX* dt, const floatX* B_t,
-                  const floatX* C_t, int ld_bc, const floatX* z, int ld_z, const real* A_log, const real* skip, const real* dt_bias,
-                  const real* initial_state, void* scratch, int B, int T, int D, int N, cudaStream_t stream) {
-    if (B == 0 || T == 0) return;
-    const ScanInput in = scan_input(u, dt, B_t, C_t, ld_bc, z, ld_z, A_log, skip, dt_bias, B, T, D, N, {out},
-                                    {final_state, chunk_states, initial_state});
-    if (T == 1) {
-        int lanes = 1;
-        while (lanes * kStates < N) lanes *= 2;
-        const int64_t channels = int64_t(B) * D;
-        LAUNCH(scan_step_kernel, blocks_for(channels * lanes, kStepThreads), kStepThreads, 0, stream)
-        (out, final_state, chunk_states, in, initial_state, channels, lanes);
-        CHECK_LAUNCH();
-        return;
-    }
-    const ScanScratch s(scratch, in, B);
-    with_lanes(N, [&](auto lanes) {
+void scan_forward(floatX* out, real* final_state, real* chunk_states, const Scan& scan, void* scratch, cudaStream_t stream) {
+    if (scan.B == 0 || scan.T == 0) return;
+    with_lanes(scan.N, [&](auto lanes) {
         using Block = ScanBlock<lanes>;
-        const dim3 blocks(B, in.channel_blocks, in.segments);
+        const ScanInput in = scan_input(scan, Block::channels, forward_wave<lanes>(), {out}, {final_state, chunk_states});
+        if (in.T == 1) {
+            int step_lanes = 1;
+            while (step_lanes * kStates < in.N) step_lanes *= 2;
+            const int64_t channels = int64_t(in.B) * in.D;
+            LAUNCH(scan_step_kernel, blocks_for(channels * step_lanes, kStepThreads), kStepThreads, 0, stream)
+            (out, final_state, chunk_states, in, channels, step_lanes);
+            return;
+        }
+        const ScanScratch s(scratch, int64_t(in.B) * in.segments, in.D, in.N);
+        const dim3 blocks(in.B, in.channel_blocks, in.segments);
         if (in.segments > 1) {
-            const dim3 others(B, in.channel_blocks, in.segments - 1);
+            const dim3 others(in.B, in.channel_blocks, in.segments - 1);
             allow_shared(scan_forward_kernel<lanes, true>, Block::forward_bytes);
             LAUNCH((scan_forward_kernel<lanes, true>), others, Block::threads, Block::forward_bytes, stream)
-            (nullptr, nullptr, nullptr, s.segment_states, s.delta_sums, in, nullptr);
-            scan_carry(s.segment_states, s.delta_sums, initial_state, in, B, false, stream);
+            (nullptr, nullptr, nullptr, s.segment_states, s.delta_sums, in);
+            scan_carry(s.segment_states, s.delta_sums, in.initial_state, in, false, stream);
         }
-        allow_shared(scan_forward_kernel<lanes, false>, Block::forward_bytes);
         LAUNCH((scan_forward_kernel<lanes, false>), blocks, Block::threads, Block::forward_bytes, stream)
-        (out, final_state, chunk_states, s.segment_states, nullptr, in, initial_state);
+        (out, final_state, chunk_states, s.segment_states, nullptr, in);
     });
     CHECK_LAUNCH();
 }
@@ -1382,7 +1379,7 @@ template <int lanes>
 __global__ void __launch_bounds__(ScanBlock<lanes>::threads, 1)
 scan_backward_kernel(floatX* d_u, floatX* d_dt, floatX* d_z, real* bc_parts, real* A_parts, real* skip_parts, real* bias_parts,
                      real* d_initial_state, const floatX* d_out, const real* d_final_state, const real* segment_grads, ScanInput in,
-                     const real* chunk_states, int B) {
+                     const real* chunk_states) {
     using Block = ScanBlock<lanes>;
     constexpr int kGroup = kScanSteps * kScanSteps;
     DYNAMIC_SHARED(real, delta);                                         // (tile, channels); then d_dt
@@ -1398,15 +1395,13 @@ scan_backward_kernel(floatX* d_u, floatX* d_dt, floatX* d_z, real* bc_parts, rea
     const int own = thread.lane % kScanSteps;            // the step whose sums this lane gets
     const bool owner = thread.lane < kScanSteps;
 
-    const auto load_tile = [&](int first, bool all) {
+    const auto load_tile = [&](int first) {
         NO_UNROLL for (unsigned i = opaque(threadIdx.x); i < Block::chunk_tile * Block::row_vectors; i += Block::threads) {
             const ScanPlace<lanes> p(in, i, first, thread.end);
             const Vector dt = load_part(in.dt + p.row * in.D + p.d, p.channels, in.vectors).vector();
             *reinterpret_cast<Vector*>(u + p.at) = load_part(in.u + p.row * in.D + p.d, p.channels, in.vectors).vector();
-            if (all) {
-                *reinterpret_cast<Vector*>(z + p.at) = load_part(in.z + p.row * in.ld_z + p.d, p.channels, in.vectors).vector();
-                *reinterpret_cast<Vector*>(dy + p.at) = load_part(d_out + p.row * in.D + p.d, p.channels, in.vectors).vector();
-            }
+            *reinterpret_cast<Vector*>(z + p.at) = load_part(in.z + p.row * in.ld_z + p.d, p.channels, in.vectors).vector();
+            *reinterpret_cast<Vector*>(dy + p.at) = load_part(d_out + p.row * in.D + p.d, p.channels, in.vectors).vector();
             Reals<kWidth> x;
             UNROLL for (int j = 0; j < kWidth; j++) x.v[j] = j < p.channels ? softplus(real(dt.v[j]) + bias[p.column + j]) : 0;
             store(delta + p.at, x);
@@ -1457,14 +1452,7 @@ scan_backward_kernel(floatX* d_u, floatX* d_dt, floatX* d_z, real* bc_parts, rea
         const int chunk = tile / kScanChunk;
         Reals<kStates> h = load_states(valid_channel ? chunk_states + thread.chunk_row(in, chunk) * in.N : nullptr, thread.n, in.N,
                                        in.state_vectors);
-        if constexpr (Block::chunk_tile < kScanChunk)
-            for (int earlier = chunk * kScanChunk; earlier < tile; earlier += Block::chunk_tile) {
-                load_tile(earlier, false);
-                __syncthreads();
-                NO_UNROLL for (int s = 0; s < Block::chunk_tile; s += kScanSteps) advance(h, s);
-                __syncthreads();
-            }
-        load_tile(tile, true);
+        load_tile(tile);
         __syncthreads();
         StateStack<kScanSteps - 1> group_starts;
         NO_UNROLL for (int group = 0; group < Block::chunk_tile - kGroup; group += kGroup) {
@@ -1514,7 +1502,7 @@ scan_backward_kernel(floatX* d_u, floatX* d_dt, floatX* d_z, real* bc_parts, rea
                     const auto b = load<kStates>(bc + (first + s) * Block::columns + thread.n);
                     const auto c = load<kStates>(bc + (first + s) * Block::columns + Block::columns / 2 + thread.n);
                     // d_B_t and d_C_t of 4 states, summed over the warp's channels: a channel's lane ends up with lanes / 4 of the 8.
-                    real d_bc[2 * kStates];
+                    real d_bc[kStates];
                     dh_b[s] = dh_ah[s] = 0;
                     UNROLL for (int j = 0; j < kStates; j++) {
                         dh.v[j] += g * c.v[j];
@@ -1523,8 +1511,7 @@ scan_backward_kernel(floatX* d_u, floatX* d_dt, floatX* d_z, real* bc_parts, rea
                         dh_ah[s] += decayed * decay.v[j];
                         dA.v[j] += decayed * dt;
                         const real d_b = dh.v[j] * du, d_c = g * before[s + 1].v[j];
-                        if constexpr (Block::warp_channels > 1) d_bc[j] = exchange(d_b, d_c, Block::warp_channels / 2);
-                        else d_bc[j] = d_b, d_bc[kStates + j] = d_c;
+                        d_bc[j] = exchange(d_b, d_c, Block::warp_channels / 2);
                         dh.v[j] = dh_a;
                     }
                     UNROLL for (int bit = Block::warp_channels / 4, half = kStates / 2; bit > 0; bit /= 2, half /= 2)
@@ -1551,7 +1538,7 @@ scan_backward_kernel(floatX* d_u, floatX* d_dt, floatX* d_z, real* bc_parts, rea
                     UNROLL for (int w = 0; w < Block::warps; w++) sum += bc_sums[w * Block::sums + k];
                     const int t = tile + first + int(k / Block::columns), half = k / (Block::columns / 2) % 2, n = k % (Block::columns / 2);
                     if (t < thread.end && n < in.N)
-                        bc_parts[((int64_t(opaque(blockIdx.y)) * B + thread.b()) * in.T + t) * 2 * in.N + half * in.N + n] = sum;
+                        bc_parts[((int64_t(opaque(blockIdx.y)) * in.B + thread.b()) * in.T + t) * 2 * in.N + half * in.N + n] = sum;
                 }
                 h = starts.pop();
             }
@@ -1587,40 +1574,53 @@ __global__ void scan_backward_bc_kernel(floatX* d_B_t, floatX* d_C_t, int ld_bc,
 }
 struct ScanBackwardScratch : ScanScratch {
     real *bc_parts, *A_parts, *skip_parts, *bias_parts;
-    ScanBackwardScratch(void* memory, const ScanInput& in, int B) : ScanScratch(memory, in, B) {
-        bc_parts = take<real>(int64_t(in.channel_blocks) * B * in.T * 2 * in.N);
-        A_parts = take<real>(int64_t(B) * in.segments * in.D * in.N);
-        skip_parts = take<real>(int64_t(B) * in.segments * in.D);
-        bias_parts = take<real>(int64_t(B) * in.segments * in.D);
+    ScanBackwardScratch(void* memory, int64_t units, int channel_blocks, int64_t rows, int D, int N) : ScanScratch(memory, units, D, N) {
+        bc_parts = take<real>(channel_blocks * rows * 2 * N);
+        A_parts = take<real>(units * D * N);
+        skip_parts = take<real>(units * D);
+        bias_parts = take<real>(units * D);
     }
 };
-void scan_backward(floatX* d_u, floatX* d_dt, floatX* d_B_t, floatX* d_C_t, floatX* d_z, real* d_A_log, real* d_skip, real* d_dt_bias,
-                   real* d_initial_state, const floatX* d_out, const real* d_final_state, const floatX* u, const floatX* dt,
-                   const floatX* B_t, const floatX* C_t, int ld_bc, const floatX* z, int ld_z, const real* A_log, const real* skip,
-                   const real* dt_bias, const real* chunk_states, void* scratch, int B, int T, int D, int N, cudaStream_t stream) {
-    if (B == 0 || T == 0) return;
-    const ScanInput in = scan_input(u, dt, B_t, C_t, ld_bc, z, ld_z, A_log, skip, dt_bias, B, T, D, N, {d_u, d_dt, d_z, d_out},
-                                    {d_initial_state, d_final_state, chunk_states});
-    const ScanBackwardScratch s(scratch, in, B);
+template <int lanes>
+int backward_wave() {
+    using Block = ScanBlock<lanes>;
+    allow_shared(scan_backward_kernel<lanes>, Block::backward_bytes);
+    return wave(scan_backward_kernel<lanes>, Block::threads, Block::backward_bytes);
+}
+// However B and T are cut: units are no more than a wave of blocks, or one for each sequence.
+size_t scan_scratch(int B, int T, int D, int N) {
+    size_t bytes = 0;
     with_lanes(N, [&](auto lanes) {
-        using Block = ScanBlock<lanes>;
-        const dim3 blocks(B, in.channel_blocks, in.segments);
-        if (in.segments > 1) {
-            const dim3 others(B, in.channel_blocks, in.segments - 1);
-            LAUNCH(scan_backward_local_kernel<lanes>, others, Block::threads, 0, stream)(s.segment_states, s.delta_sums, d_out, in);
-            scan_carry(s.segment_states, s.delta_sums, d_final_state, in, B, true, stream);
-        }
-        allow_shared(scan_backward_kernel<lanes>, Block::backward_bytes);
-        LAUNCH(scan_backward_kernel<lanes>, blocks, Block::threads, Block::backward_bytes, stream)
-        (d_u, d_dt, d_z, s.bc_parts, s.A_parts, s.skip_parts, s.bias_parts, d_initial_state, d_out, d_final_state, s.segment_states, in,
-         chunk_states, B);
+        const int64_t channel_blocks = ceil_div(D, ScanBlock<lanes>::channels);
+        const int64_t most = std::max(forward_wave<lanes>(), backward_wave<lanes>()) / channel_blocks;
+        const int64_t units = std::max<int64_t>(B, std::min(most, B * scan_chunks(T)));
+        bytes = ScanBackwardScratch(nullptr, units, int(channel_blocks), int64_t(B) * T, D, N).used;
     });
-    const int64_t rows = int64_t(B) * T;
-    LAUNCH(scan_backward_bc_kernel, blocks_for(rows * 2 * N, kThreads), kThreads, 0, stream)
-    (d_B_t, d_C_t, ld_bc, s.bc_parts, in.channel_blocks, rows, N);
-    reduce_partials(d_A_log, s.A_parts, B * in.segments, int64_t(D) * N, stream);
-    reduce_partials(d_skip, s.skip_parts, B * in.segments, D, stream);
-    reduce_partials(d_dt_bias, s.bias_parts, B * in.segments, D, stream);
+    return bytes;
+}
+void scan_backward(const ScanGradients& d, const floatX* d_out, const real* d_final_state, const Scan& scan, const real* chunk_states,
+                   void* scratch, cudaStream_t stream) {
+    if (scan.B == 0 || scan.T == 0) return;
+    const int64_t rows = int64_t(scan.B) * scan.T, D = scan.D, N = scan.N;
+    with_lanes(scan.N, [&](auto lanes) {
+        using Block = ScanBlock<lanes>;
+        const ScanInput in = scan_input(scan, Block::channels, backward_wave<lanes>(), {d.d_u, d.d_dt, d.d_z, d_out},
+                                        {d.d_initial_state, d_final_state, chunk_states});
+        const int units = in.B * in.segments;
+        const ScanBackwardScratch s(scratch, units, in.channel_blocks, rows, in.D, in.N);
+        const dim3 blocks(in.B, in.channel_blocks, in.segments);
+        if (in.segments > 1) {
+            const dim3 others(in.B, in.channel_blocks, in.segments - 1);
+            LAUNCH(scan_backward_local_kernel<lanes>, others, Block::threads, 0, stream)(s.segment_states, s.delta_sums, d_out, in);
+            scan_carry(s.segment_states, s.delta_sums, d_final_state, in, true, stream);
+        }
+        LAUNCH(scan_backward_kernel<lanes>, blocks, Block::threads, Block::backward_bytes, stream)
+        (d.d_u, d.d_dt, d.d_z, s.bc_parts, s.A_parts, s.skip_parts, s.bias_parts, d.d_initial_state, d_out, d_final_state,
+         s.segment_states, in, chunk_states);
+        LAUNCH(scan_backward_bc_kernel, blocks_for(rows * 2 * N, kThreads), kThreads, 0, stream)
+        (d.d_B_t, d.d_C_t, in.ld_bc, s.bc_parts, in.channel_blocks, rows, in.N);
+        reduce_partials(units, {{d.d_A_log, s.A_parts, D * N}, {d.d_skip, s.skip_parts, D}, {d.d_dt_bias, s.bias_parts, D}}, stream);
+    });
 }
 
 // ------------------------------------------------------------------------------------------------------------------
