@@ -30,7 +30,6 @@ real d_silu(real x) { return sigmoid(x) * (1 + x * (1 - sigmoid(x))); }
 std::string machine() { return std::string("plain in ") + kPrecision; }
 
 cudaStream_t open() { return nullptr; }
-void close(cudaStream_t) {}
 void* allocate(size_t bytes, const char* name) {
     void* memory = std::malloc(bytes > 0 ? bytes : 1);
     if (!memory) fail("cannot allocate %zu bytes for %s: out of memory", bytes, name);
@@ -537,7 +536,6 @@ const Layers layers = {
     .device = "plain",
     .machine = machine,
     .open = open,
-    .close = close,
     .allocate = allocate,
     .release = release,
     .allocate_host = allocate,
