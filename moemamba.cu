@@ -3000,6 +3000,7 @@ void Model::allocate_training(int B, int T, int accumulation) {
     for (real* moment : {buffers.m, buffers.v}) layers.zero(moment, ends[Tensor::plain] * sizeof(real), stream);
     reserve_staging(int64_t(2) * accumulation * B * T);
     begin_inference(B, T);
+    activations.bind();
     zero_gradients();
 }
 
