@@ -1,5 +1,5 @@
-// The layers on a CPU, fast: the functions of `struct Layers` with OpenMP, SIMD and a BLAS. They train and sample where there is no GPU,
-// and are held against cpu/plain.cpp, which says what they compute.
+// The layers on a CPU, the fast version: the functions of `struct Layers`, in its order, with threads (OpenMP), vector registers (SIMD) and
+// a BLAS. It trains and samples where there is no GPU. cpu/plain.cpp is the specification that it is held against.
 //
 // Matrix products go to a CBLAS, except for a handful of rows (decoding): those only stream the weights through once, which a BLAS
 // does slowly. All else is cut into parts that depend on sizes and on omp_get_max_threads() alone, and partial sums are added
@@ -22,6 +22,8 @@
 
 namespace cpu {
 namespace {
+
+std::string machine() { return std::string("cpu in ") + kPrecision + ", threads: " + std::to_string(omp_get_max_threads()); }
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -54,6 +56,9 @@ struct Cutter {
     }
     size_t bytes() const { return used + (base ? 0 : kLine); }
 };
+// What one array needs.
+template <class T>
+constexpr size_t cut_bytes(int64_t count) { return round_up(count * sizeof(T), kLine) + kLine; }
 
 // ------------------------------------------------------------------------------------------------------------------
 // Numbers. Conversions of bfloat16 are written out, on bits, because the compiler vectorises that.
@@ -220,7 +225,7 @@ inline V softplus(V x) {
 void* allocate(size_t bytes, const char* name) {
     constexpr size_t kHugePage = 2 << 20;
     const size_t alignment = bytes >= kHugePage ? kHugePage : kLine;
-    const size_t size = round_up(std::max<size_t>(bytes, 1), alignment);
+    const size_t size = (std::max<size_t>(bytes, 1) + alignment - 1) / alignment * alignment;  // 0 if there is no such number
     void* memory = size >= bytes ? std::aligned_alloc(alignment, size) : nullptr;
     if (!memory) fail("cannot allocate %zu bytes for %s: out of memory", bytes, name);
 #ifdef MADV_HUGEPAGE
@@ -234,13 +239,12 @@ void zero(void* memory, size_t bytes, cudaStream_t) {
 #pragma omp parallel for if (worth_threads(bytes / 8))
     for (int part = 0; part < parts; part++) {
         const Range range(bytes, part, parts, 4096);
-        std::memset(static_cast<char*>(memory) + range.begin, 0, range.end - range.begin);
+        std::fill_n(static_cast<char*>(memory) + range.begin, range.end - range.begin, char(0));
     }
 }
-void copy(void* to, const void* from, size_t bytes, cudaStream_t) { std::memcpy(to, from, bytes); }
-void synchronize(cudaStream_t) {}
-std::string machine() { return std::string("cpu in ") + kPrecision + ", threads: " + std::to_string(omp_get_max_threads()); }
-cudaStream_t open() { return nullptr; }
+void copy(void* to, const void* from, size_t bytes, cudaStream_t) {
+    std::copy_n(static_cast<const char*>(from), bytes, static_cast<char*>(to));
+}
 
 // ------------------------------------------------------------------------------------------------------------------
 // Linear: matrix products of row-major matrices.  op(a) (m, k), op(b) (k, n), c (m, n) = op(a) op(b) + beta c
@@ -388,7 +392,8 @@ void multiply_backward(floatX* d_in, int ld_d_in, real* d_weight, const DOut* d_
                 gemm(CblasNoTrans, CblasNoTrans, block, I, outs, d.data, d.ld, w.data, w.ld, accumulate || o > 0, d_x.data, d_x.ld);
             }
             if (d_weight)
-                gemm(CblasTrans, CblasNoTrans, outs, I, block, d.data, d.ld, x.data, x.ld, add_weight || r > 0, d_weight + int64_t(o) * I, I);
+                gemm(CblasTrans, CblasNoTrans, outs, I, block, d.data, d.ld, x.data, x.ld, add_weight || r > 0,
+                     d_weight + int64_t(o) * I, I);
         }
         if (d_in) write_back(d_in + int64_t(r) * ld_d_in, ld_d_in, d_x, block, I);
     }
@@ -462,27 +467,20 @@ void rmsnorm_forward(floatX* out, real* sum, real* rstd, const real* residual, c
     }
 }
 
-struct RmsnormScratch {
-    int parts = omp_get_max_threads();
-    int64_t stride;
-    real* d_weight;  // (parts, stride): each part's sum over its rows
-    size_t bytes;
-    RmsnormScratch(void* scratch, int C) : stride(round_up(C, kLine / sizeof(real))) {
-        Cutter cutter(scratch);
-        d_weight = cutter.cut<real>(parts * stride);
-        bytes = cutter.bytes();
-    }
-};
-size_t rmsnorm_scratch(int, int C) { return RmsnormScratch(nullptr, C).bytes; }
+// In scratch: (threads, stride), each part's sum over its rows.
+int64_t rmsnorm_stride(int C) { return round_up(C, kLine / sizeof(real)); }
+size_t rmsnorm_scratch(int, int C) { return cut_bytes<real>(omp_get_max_threads() * rmsnorm_stride(C)); }
 void rmsnorm_backward(real* d_sum, floatX* d_branch, real* d_weight, const floatX* d_out, const real* sum, const real* rstd,
                       const real* weight, void* scratch, int rows, int C, cudaStream_t) {
     if (rows == 0) return;
-    const RmsnormScratch s(scratch, C);
+    const int parts = omp_get_max_threads();
+    const int64_t stride = rmsnorm_stride(C);
+    real* const d_weight_parts = Cutter(scratch).cut<real>(parts * stride);
 #pragma omp parallel for if (worth_threads(int64_t(rows) * C))
-    for (int part = 0; part < s.parts; part++) {
-        real* d_weight_part = s.d_weight + part * s.stride;
+    for (int part = 0; part < parts; part++) {
+        real* d_weight_part = d_weight_parts + part * stride;
         std::fill_n(d_weight_part, C, real(0));
-        const Range range(rows, part, s.parts);
+        const Range range(rows, part, parts);
         for (int64_t r = range.begin; r < range.end; r++) {
             const int64_t row = r * C;
             real dot = 0;  // of the gradient of x * rstd with x
@@ -499,9 +497,9 @@ void rmsnorm_backward(real* d_sum, floatX* d_branch, real* d_weight, const float
             }
         }
     }
-    for (int part = 0; part < s.parts; part++)
+    for (int part = 0; part < parts; part++)
 #pragma omp simd
-        for (int c = 0; c < C; c++) d_weight[c] += s.d_weight[part * s.stride + c];
+        for (int c = 0; c < C; c++) d_weight[c] += d_weight_parts[part * stride + c];
 }
 
 // ------------------------------------------------------------------------------------------------------------------
@@ -513,7 +511,6 @@ void embedding_forward(real* out, const int* tokens, const floatX* table, int ro
         for (int c = 0; c < C; c++) out[to + c] = load(table[from + c]);
     }
 }
-size_t no_scratch(int) { return 0; }
 // Each thread has some of the channels, of all rows: rows of one token are added in order, whatever the number of threads.
 void embedding_backward(real* d_table, const real* d_out, const int* tokens, void*, int rows, int, int C, cudaStream_t) {
     const int parts = omp_get_max_threads();
@@ -540,13 +537,13 @@ struct ConvTile {
     static int width(int B, int D) {
         return std::clamp<int>(round_up(ceil_div(int64_t(B) * D, omp_get_max_threads()), kLanes), kLanes, kConvTile);
     }
-    ConvTile(const Conv& all, int b, int d, int width) : D(all.D), W(all.W), d(d), count(std::min(width, D - d)) {
+    ConvTile(const Conv& conv, int b, int d, int width) : D(conv.D), W(conv.W), d(d), count(std::min(width, D - d)) {
         for (int c = 0; c < count; c++) {
-            bias[c] = all.bias[d + c];
-            for (int w = 0; w < W; w++) weight[w][c] = all.weight[int64_t(d + c) * W + w];
+            bias[c] = conv.bias[d + c];
+            for (int w = 0; w < W; w++) weight[w][c] = conv.weight[int64_t(d + c) * W + w];
         }
         for (int j = 0; j < W - 1; j++)
-            for (int c = 0; c < count; c++) x[slot(j - (W - 1))][c] = all.initial_state ? all.initial_state[state(b, j) + c] : 0;
+            for (int c = 0; c < count; c++) x[slot(j - (W - 1))][c] = conv.initial_state ? conv.initial_state[state(b, j) + c] : 0;
     }
     static int slot(int t) { return (t + kMaxConv) % kMaxConv; }                  // of step t >= -kMaxConv in the ring
     int64_t state(int b, int j) const { return (int64_t(b) * (W - 1) + j) * D + d; }  // where step j of the states begins
@@ -566,7 +563,7 @@ struct ConvTile {
 };
 void conv_forward(floatX* out, real* final_state, const Conv& conv, cudaStream_t) {
     const int B = conv.B, T = conv.T, D = conv.D, W = conv.W;
-    if (B == 0 || T == 0) return;
+    if (T == 0) return;
     const int width = ConvTile::width(B, D);
 #pragma omp parallel for collapse(2) if (worth_threads(int64_t(B) * T * D))
     for (int b = 0; b < B; b++)
@@ -583,21 +580,13 @@ void conv_forward(floatX* out, real* final_state, const Conv& conv, cudaStream_t
         }
 }
 
-struct ConvScratch {
-    real* d_weight;  // (B, W + 1, D): each sequence's gradients of the weights and, last, of the bias
-    size_t bytes;
-    ConvScratch(void* scratch, int B, int D, int W) {
-        Cutter cutter(scratch);
-        d_weight = cutter.cut<real>(int64_t(B) * (W + 1) * D);
-        bytes = cutter.bytes();
-    }
-};
-size_t conv_scratch(int B, int, int D, int W) { return ConvScratch(nullptr, B, D, W).bytes; }
-void conv_backward(const ConvGradients& grad, const floatX* d_out, const real* d_final_state, const Conv& conv, void* scratch,
+// In scratch: (B, W + 1, D), each sequence's gradients of the weights and, last, of the bias.
+size_t conv_scratch(int B, int, int D, int W) { return cut_bytes<real>(int64_t(B) * (W + 1) * D); }
+void conv_backward(const ConvGradients& out, const floatX* d_out, const real* d_final_state, const Conv& conv, void* scratch,
                    cudaStream_t) {
     const int B = conv.B, T = conv.T, D = conv.D, W = conv.W;
-    if (B == 0 || T == 0) return;
-    const ConvScratch s(scratch, B, D, W);
+    if (T == 0) return;
+    real* const sums = Cutter(scratch).cut<real>(int64_t(B) * (W + 1) * D);
     const int width = ConvTile::width(B, D);
 #pragma omp parallel for collapse(2) if (worth_threads(int64_t(B) * T * D))
     for (int b = 0; b < B; b++)
@@ -611,9 +600,9 @@ void conv_backward(const ConvGradients& grad, const floatX* d_out, const real* d
                 if (const int j = t - (T - (W - 1)); j >= 0 && d_final_state)
                     for (int c = 0; c < count; c++) d[c] += d_final_state[tile.state(b, j) + c];
                 if (t >= 0)
-                    for (int c = 0; c < count; c++) store(grad.d_in[(int64_t(b) * T + t) * conv.ld_in + tile.d + c], d[c]);
-                else if (grad.d_initial_state)
-                    std::copy_n(d, count, grad.d_initial_state + tile.state(b, t + W - 1));
+                    for (int c = 0; c < count; c++) store(out.d_in[(int64_t(b) * T + t) * conv.ld_in + tile.d + c], d[c]);
+                else if (out.d_initial_state)
+                    std::copy_n(d, count, out.d_initial_state + tile.state(b, t + W - 1));
                 std::fill_n(d, count, real(0));
             };
             for (int t = 0; t < T; t++) {
@@ -636,14 +625,14 @@ void conv_backward(const ConvGradients& grad, const floatX* d_out, const real* d
                 finish(t - (W - 1));
             }
             for (int t = T - (W - 1); t < T; t++) finish(t);
-            for (int w = 0; w <= W; w++) std::copy_n(d_w[w], count, s.d_weight + (int64_t(b) * (W + 1) + w) * D + d);
+            for (int w = 0; w <= W; w++) std::copy_n(d_w[w], count, sums + (int64_t(b) * (W + 1) + w) * D + d);
         }
 #pragma omp parallel for if (worth_threads(int64_t(B) * W * D))
     for (int first = 0; first < D; first += kConvTile)
         for (int b = 0; b < B; b++)
             for (int w = 0; w <= W; w++)
                 for (int d = first; d < std::min(D, first + kConvTile); d++)
-                    (w < W ? grad.d_weight[int64_t(d) * W + w] : grad.d_bias[d]) += s.d_weight[(int64_t(b) * (W + 1) + w) * D + d];
+                    (w < W ? out.d_weight[int64_t(d) * W + w] : out.d_bias[d]) += sums[(int64_t(b) * (W + 1) + w) * D + d];
 }
 
 // ------------------------------------------------------------------------------------------------------------------
@@ -664,58 +653,53 @@ struct ScanScratch {
     vec* chunk_d_BC;  // (threads, N, kScanChunk, 2): backward, d_B and d_C of one chunk, a group's sum in each lane
     real* d_BC;       // (groups, B, T, 2N): backward, each group's sum over its channels
     int64_t chunk_d_BC_size;
-    size_t bytes;
 
-    ScanScratch(void* scratch, int B, int T, int D, int N, bool backward) {
-        const int chunks = scan_chunks(T);
-        blocks = ceil_div(D, kLanes);
-        segments = std::clamp<int64_t>(threads / (int64_t(B) * blocks), 1, chunks);
-        segment_steps = ceil_div(chunks, segments) * kScanChunk;
+    explicit ScanScratch(int D) : blocks(ceil_div(D, kLanes)) {}
+    ScanScratch(void* scratch, int B, int T, int D, int N) : ScanScratch(D) {
+        segment_steps = ceil_div(scan_chunks(T), most_segments(B, T)) * kScanChunk;
         segments = ceil_div(T, segment_steps);
-        // The blocks of a group take turns chunk by chunk, and share the sums of d_B and d_C: the fewest groups that keep the
-        // threads busy.
-        const auto busy = [&](int64_t groups) {
-            const int64_t units = B * int64_t(segments) * groups;
-            return units >= 0.9 * double(round_up(units, threads));
-        };
-        for (groups = 1; groups < blocks && !busy(groups);) groups++;
-
+        groups = fewest_groups(int64_t(B) * segments);
+        cut(scratch, int64_t(B) * segments * blocks, int64_t(groups) * B * T, N);
+    }
+    int64_t most_segments(int64_t B, int T) const { return std::clamp<int64_t>(threads / (B * blocks), 1, scan_chunks(T)); }
+    // The blocks of a group take turns chunk by chunk, and share the sums of d_B and d_C: the fewest groups that keep the threads busy.
+    int fewest_groups(int64_t segments_of_all) const {
+        const auto busy = [&](int64_t units) { return units >= 0.9 * double(round_up(units, threads)); };
+        int n = 1;
+        while (n < blocks && !busy(segments_of_all * n)) n++;
+        return n;
+    }
+    size_t cut(void* scratch, int64_t units, int64_t group_rows, int N) {
         Cutter cutter(scratch);
-        const int64_t units = int64_t(B) * segments * blocks;
+        chunk_d_BC_size = int64_t(N) * kScanChunk * 2;
         h = cutter.cut<vec>(units * N);
         delta_sum = cutter.cut<vec>(units);
-        if (backward) {
-            chunk_d_BC_size = int64_t(N) * kScanChunk * 2;
-            local = cutter.cut<vec>(units * N);
-            d_params = cutter.cut<vec>(units * (N + 2));
-            chunk_d_BC = cutter.cut<vec>(threads * chunk_d_BC_size);
-            d_BC = cutter.cut<real>(int64_t(groups) * B * T * 2 * N);
-        }
-        bytes = cutter.bytes();
+        local = cutter.cut<vec>(units * N);
+        d_params = cutter.cut<vec>(units * (N + 2));
+        chunk_d_BC = cutter.cut<vec>(threads * chunk_d_BC_size);
+        d_BC = cutter.cut<real>(group_rows * 2 * N);
+        return cutter.bytes();
     }
 };
-
-// For shorter sequences or fewer of them time is cut into other segments, and channels into other groups: units, segments of all blocks,
-// are then no more than there are threads or sequences x blocks, and there is a group for each block at most.
+// Segments and groups can become fewer as B or T grows. The most of any B and T up to these: B * segments * blocks is at most the larger
+// of B * blocks and the number of threads; groups are tried for every number of segments.
 size_t scan_scratch(int B, int T, int D, int N) {
-    const int64_t threads = omp_get_max_threads(), blocks = ceil_div(D, kLanes), units = std::max(threads, B * blocks);
-    Cutter cutter(nullptr);
-    for (int i = 0; i < 2; i++) cutter.cut<vec>(units * N);  // h, local
-    cutter.cut<vec>(units);                                  // delta_sum
-    cutter.cut<vec>(units * (N + 2));                        // d_params
-    cutter.cut<vec>(threads * N * kScanChunk * 2);           // chunk_d_BC
-    cutter.cut<real>(std::min(blocks, threads) * B * T * 2 * N);  // d_BC
-    return cutter.bytes();
+    ScanScratch s(D);
+    int64_t groups = 0;  // of all sequences
+    for (int b = 1; b <= B && T > 0; b++)
+        for (int64_t segments = s.most_segments(b, T); segments > 0; segments--)
+            groups = std::max(groups, b * int64_t(s.fewest_groups(b * segments)));
+    return s.cut(nullptr, std::max<int64_t>(int64_t(B) * s.blocks, s.threads), groups * T, N);
 }
 
 // The channels of one block, and what depends on them alone.
 struct ScanBlock {
     int d, count, N;  // channels d .. d + count - 1; lanes past them are zero and stay so
     vec skip, dt_bias, A[kMaxStates];
-    ScanBlock(int block, const Scan& all)
-        : d(block * kLanes), count(std::min(kLanes, all.D - d)), N(all.N), skip(load_vec(all.skip + d, count)),
-          dt_bias(load_vec(all.dt_bias + d, count)) {
-        load_state(A, all.A_log + int64_t(d) * N);
+    ScanBlock(int block, const Scan& s)
+        : d(block * kLanes), count(std::min(kLanes, s.D - d)), N(s.N), skip(load_vec(s.skip + d, count)),
+          dt_bias(load_vec(s.dt_bias + d, count)) {
+        load_state(A, s.A_log + int64_t(d) * N);
         for (int n = 0; n < N; n++) A[n] = exp(A[n]) * -kLog2e;
     }
     // (channels, N) in memory, (N, lanes) here; from null: zeros, to null: nothing
@@ -739,38 +723,38 @@ inline const real* offset_or_null(const real* x, int64_t offset) { return x ? x 
 struct ScanSteps {
     int count;
     vec u[kScanChunk], delta[kScanChunk], delta_u[kScanChunk];
-    ScanSteps(const ScanBlock& block, const Scan& all, int64_t first_row, int count) : count(count) {
+    ScanSteps(const ScanBlock& block, const Scan& s, int64_t first_row, int count) : count(count) {
         for (int t = 0; t < count; t++) {
-            const int64_t at = (first_row + t) * all.D + block.d;
-            u[t] = load_ahead(all.u + at, block.count);
-            delta[t] = softplus(load_ahead(all.dt + at, block.count) + block.dt_bias);
+            const int64_t at = (first_row + t) * s.D + block.d;
+            u[t] = load_ahead(s.u + at, block.count);
+            delta[t] = softplus(load_ahead(s.dt + at, block.count) + block.dt_bias);
             delta_u[t] = delta[t] * u[t];
         }
     }
 };
 
 // One step: there is no time to walk along, so the lanes take the states of a channel, which lie side by side in memory.
-void scan_step(floatX* out, real* final_state, real* chunk_states, const Scan& scan) {
-    const auto& [u, dt, B_t, C_t, ld_bc, z, ld_z, A_log, skip, dt_bias, initial_state, B, T, D, N] = scan;
+void scan_step(floatX* out, real* final_state, real* chunk_states, const Scan& s) {
+    const int B = s.B, D = s.D, N = s.N;
 #pragma omp parallel for collapse(2) if (worth_threads(int64_t(B) * D * N))
     for (int b = 0; b < B; b++)
         for (int first = 0; first < D; first += kLanes) {
             const int channels = std::min(kLanes, D - first);
             const int64_t at = int64_t(b) * D + first;
-            const vec u_d = load_vec(u + at, channels), z_d = load_vec(z + int64_t(b) * ld_z + first, channels);
-            const vec delta = softplus(load_vec(dt + at, channels) + load_vec(dt_bias + first, channels)), delta_u = delta * u_d;
-            vec y = load_vec(skip + first, channels) * u_d;
+            const vec u_d = load_vec(s.u + at, channels), z_d = load_vec(s.z + int64_t(b) * s.ld_z + first, channels);
+            const vec delta = softplus(load_vec(s.dt + at, channels) + load_vec(s.dt_bias + first, channels)), delta_u = delta * u_d;
+            vec y = load_vec(s.skip + first, channels) * u_d;
             for (int lane = 0; lane < channels; lane++) {
                 vec sum = {};
                 for (int n = 0; n < N; n += kLanes) {
                     const int states = std::min(kLanes, N - n);
-                    const int64_t state = (at + lane) * N + n, bc = int64_t(b) * ld_bc + n;
-                    const vec A = exp(load_vec(A_log + int64_t(first + lane) * N + n, states)) * -kLog2e;
-                    vec h = initial_state ? load_vec(initial_state + state, states) : vec{};
+                    const int64_t state = (at + lane) * N + n, bc = int64_t(b) * s.ld_bc + n;
+                    const vec A = exp(load_vec(s.A_log + int64_t(first + lane) * N + n, states)) * -kLog2e;
+                    vec h = s.initial_state ? load_vec(s.initial_state + state, states) : vec{};
                     if (chunk_states) store_vec(chunk_states + state, h, states);
-                    h = exp2_negative(delta[lane] * A) * h + delta_u[lane] * load_vec(B_t + bc, states);
+                    h = exp2_negative(delta[lane] * A) * h + delta_u[lane] * load_vec(s.B_t + bc, states);
                     if (final_state) store_vec(final_state + state, h, states);
-                    sum += h * load_vec(C_t + bc, states);
+                    sum += h * load_vec(s.C_t + bc, states);
                 }
                 y[lane] += sum_lanes(sum);
             }
@@ -778,47 +762,45 @@ void scan_step(floatX* out, real* final_state, real* chunk_states, const Scan& s
         }
 }
 
-void scan_forward(floatX* out, real* final_state, real* chunk_states, const Scan& scan, void* scratch, cudaStream_t) {
-    const floatX *B_t = scan.B_t, *C_t = scan.C_t, *z = scan.z;
-    const real* const initial_state = scan.initial_state;
-    const int B = scan.B, T = scan.T, D = scan.D, N = scan.N, ld_bc = scan.ld_bc, ld_z = scan.ld_z;
+void scan_forward(floatX* out, real* final_state, real* chunk_states, const Scan& s, void* scratch, cudaStream_t) {
+    const int B = s.B, T = s.T, D = s.D, N = s.N;
     if (B == 0 || T == 0) return;
-    if (T == 1) return scan_step(out, final_state, chunk_states, scan);
-    const ScanScratch s(scratch, B, T, D, N, false);
+    if (T == 1) return scan_step(out, final_state, chunk_states, s);
+    const ScanScratch w(scratch, B, T, D, N);
     const bool parallel = worth_threads(int64_t(B) * T * D * N);
 
-    if (s.segments > 1) {
+    if (w.segments > 1) {
 #pragma omp parallel for collapse(3) if (parallel)
         for (int b = 0; b < B; b++)
-            for (int segment = 0; segment < s.segments - 1; segment++)
-                for (int i = 0; i < s.blocks; i++) {
-                    const ScanBlock block(i, scan);
-                    const int64_t unit = (int64_t(b) * s.segments + segment) * s.blocks + i;
-                    vec *h = s.h + unit * N, delta_sum = {};
+            for (int segment = 0; segment < w.segments - 1; segment++)
+                for (int i = 0; i < w.blocks; i++) {
+                    const ScanBlock block(i, s);
+                    const int64_t unit = (int64_t(b) * w.segments + segment) * w.blocks + i;
+                    vec *h = w.h + unit * N, delta_sum = {};
                     std::fill_n(h, N, vec{});
-                    for (int begin = segment * s.segment_steps; begin < (segment + 1) * s.segment_steps; begin += kScanChunk) {
+                    for (int begin = segment * w.segment_steps; begin < (segment + 1) * w.segment_steps; begin += kScanChunk) {
                         const int64_t row = int64_t(b) * T + begin;
-                        const ScanSteps steps(block, scan, row, kScanChunk);
+                        const ScanSteps steps(block, s, row, kScanChunk);
                         for (int t = 0; t < steps.count; t++) {
-                            const floatX* b_t = B_t + (row + t) * ld_bc;
+                            const floatX* b_t = s.B_t + (row + t) * s.ld_bc;
                             for (int n = 0; n < N; n++)
                                 h[n] = exp2_negative(steps.delta[t] * block.A[n]) * h[n] + steps.delta_u[t] * load(b_t[n]);
                             delta_sum += steps.delta[t];
                         }
                     }
-                    s.delta_sum[unit] = delta_sum;
+                    w.delta_sum[unit] = delta_sum;
                 }
 #pragma omp parallel for collapse(2) if (parallel)
         for (int b = 0; b < B; b++)
-            for (int i = 0; i < s.blocks; i++) {
-                const ScanBlock block(i, scan);
+            for (int i = 0; i < w.blocks; i++) {
+                const ScanBlock block(i, s);
                 vec start[kMaxStates];
-                block.load_state(start, offset_or_null(initial_state, (int64_t(b) * D + block.d) * N));
-                for (int segment = 0; segment < s.segments; segment++) {  // the place of each local end takes the true start
-                    const int64_t unit = (int64_t(b) * s.segments + segment) * s.blocks + i;
+                block.load_state(start, offset_or_null(s.initial_state, (int64_t(b) * D + block.d) * N));
+                for (int segment = 0; segment < w.segments; segment++) {  // the place of each local end takes the true start
+                    const int64_t unit = (int64_t(b) * w.segments + segment) * w.blocks + i;
                     for (int n = 0; n < N; n++) {
-                        const vec end = exp2_negative(s.delta_sum[unit] * block.A[n]) * start[n] + s.h[unit * N + n];
-                        s.h[unit * N + n] = start[n];
+                        const vec end = exp2_negative(w.delta_sum[unit] * block.A[n]) * start[n] + w.h[unit * N + n];
+                        w.h[unit * N + n] = start[n];
                         start[n] = end;
                     }
                 }
@@ -827,22 +809,22 @@ void scan_forward(floatX* out, real* final_state, real* chunk_states, const Scan
 
 #pragma omp parallel for collapse(3) if (parallel)
     for (int b = 0; b < B; b++)
-        for (int segment = 0; segment < s.segments; segment++)
-            for (int group = 0; group < s.groups; group++) {
-                const Range members(s.blocks, group, s.groups);
-                const int begin = segment * s.segment_steps, end = std::min(T, begin + s.segment_steps);
+        for (int segment = 0; segment < w.segments; segment++)
+            for (int group = 0; group < w.groups; group++) {
+                const Range members(w.blocks, group, w.groups);
+                const int begin = segment * w.segment_steps, end = std::min(T, begin + w.segment_steps);
                 for (int64_t chunk = begin / kScanChunk; chunk * kScanChunk < end; chunk++) {
                     const int64_t row = int64_t(b) * T + chunk * kScanChunk;
                     const int count = std::min<int>(kScanChunk, end - chunk * kScanChunk);
                     for (int64_t i = members.begin; i < members.end; i++) {
-                        const ScanBlock block(i, scan);
-                        const ScanSteps steps(block, scan, row, count);
+                        const ScanBlock block(i, s);
+                        const ScanSteps steps(block, s, row, count);
                         const int64_t d = block.d;
-                        vec *h = s.h + ((int64_t(b) * s.segments + segment) * s.blocks + i) * N, y[kScanChunk];
-                        if (chunk == 0) block.load_state(h, offset_or_null(initial_state, (int64_t(b) * D + d) * N));
+                        vec *h = w.h + ((int64_t(b) * w.segments + segment) * w.blocks + i) * N, y[kScanChunk];
+                        if (chunk == 0) block.load_state(h, offset_or_null(s.initial_state, (int64_t(b) * D + d) * N));
                         block.store_state(offset_or_null(chunk_states, ((b * scan_chunks(T) + chunk) * D + d) * N), h);
                         for (int t = 0; t < count; t++) {
-                            const floatX *b_t = B_t + (row + t) * ld_bc, *c_t = C_t + (row + t) * ld_bc;
+                            const floatX *b_t = s.B_t + (row + t) * s.ld_bc, *c_t = s.C_t + (row + t) * s.ld_bc;
                             const vec delta = steps.delta[t], delta_u = steps.delta_u[t];
                             vec sum = block.skip * steps.u[t];
                             for (int n = 0; n < N; n++) {
@@ -852,7 +834,7 @@ void scan_forward(floatX* out, real* final_state, real* chunk_states, const Scan
                             y[t] = sum;
                         }
                         for (int t = 0; t < count; t++) {
-                            const vec z_t = load_ahead(z + (row + t) * ld_z + d, block.count);
+                            const vec z_t = load_ahead(s.z + (row + t) * s.ld_z + d, block.count);
                             store_ahead(out + (row + t) * D + d, y[t] * z_t * sigmoid(z_t), block.count);
                         }
                         if (chunk == scan_chunks(T) - 1)
@@ -862,88 +844,87 @@ void scan_forward(floatX* out, real* final_state, real* chunk_states, const Scan
             }
 }
 
-void scan_backward(const ScanGradients& grad, const floatX* d_out, const real* d_final_state, const Scan& scan, const real* chunk_states,
+void scan_backward(const ScanGradients& out, const floatX* d_out, const real* d_final_state, const Scan& s, const real* chunk_states,
                    void* scratch, cudaStream_t) {
-    const floatX *B_t = scan.B_t, *C_t = scan.C_t, *z = scan.z;
-    const int B = scan.B, T = scan.T, D = scan.D, N = scan.N, ld_bc = scan.ld_bc, ld_z = scan.ld_z;
+    const int B = s.B, T = s.T, D = s.D, N = s.N;
     if (B == 0 || T == 0) return;
-    const ScanScratch s(scratch, B, T, D, N, true);
+    const ScanScratch w(scratch, B, T, D, N);
     const bool parallel = worth_threads(int64_t(B) * T * D * N);
 
-    if (s.segments > 1) {
+    if (w.segments > 1) {
 #pragma omp parallel for collapse(3) if (parallel)
         for (int b = 0; b < B; b++)
-            for (int segment = 1; segment < s.segments; segment++)
-                for (int i = 0; i < s.blocks; i++) {
-                    const ScanBlock block(i, scan);
-                    const int64_t unit = (int64_t(b) * s.segments + segment) * s.blocks + i;
-                    const int end = std::min(T, (segment + 1) * s.segment_steps);
-                    vec *dh = s.local + unit * N, delta_sum = {};
+            for (int segment = 1; segment < w.segments; segment++)
+                for (int i = 0; i < w.blocks; i++) {
+                    const ScanBlock block(i, s);
+                    const int64_t unit = (int64_t(b) * w.segments + segment) * w.blocks + i;
+                    const int end = std::min(T, (segment + 1) * w.segment_steps);
+                    vec *dh = w.local + unit * N, delta_sum = {};
                     std::fill_n(dh, N, vec{});
-                    for (int begin = (end - 1) / kScanChunk * kScanChunk; begin >= segment * s.segment_steps; begin -= kScanChunk) {
+                    for (int begin = (end - 1) / kScanChunk * kScanChunk; begin >= segment * w.segment_steps; begin -= kScanChunk) {
                         const int64_t row = int64_t(b) * T + begin;
-                        const ScanSteps steps(block, scan, row, std::min(kScanChunk, end - begin));
+                        const ScanSteps steps(block, s, row, std::min(kScanChunk, end - begin));
                         for (int t = steps.count - 1; t >= 0; t--) {
-                            const floatX* c_t = C_t + (row + t) * ld_bc;
-                            const vec z_t = load_vec(z + (row + t) * ld_z + block.d, block.count);
+                            const floatX* c_t = s.C_t + (row + t) * s.ld_bc;
+                            const vec z_t = load_vec(s.z + (row + t) * s.ld_z + block.d, block.count);
                             const vec g = load_vec(d_out + (row + t) * D + block.d, block.count) * z_t * sigmoid(z_t);
                             for (int n = 0; n < N; n++)
                                 dh[n] = exp2_negative(steps.delta[t] * block.A[n]) * (dh[n] + g * load(c_t[n]));
                             delta_sum += steps.delta[t];
                         }
                     }
-                    s.delta_sum[unit] = delta_sum;
+                    w.delta_sum[unit] = delta_sum;
                 }
     }
 #pragma omp parallel for collapse(2) if (parallel)
     for (int b = 0; b < B; b++)
-        for (int i = 0; i < s.blocks; i++) {
-            const ScanBlock block(i, scan);
-            const int64_t last = (int64_t(b) * s.segments + s.segments - 1) * s.blocks + i;
-            block.load_state(s.h + last * N, offset_or_null(d_final_state, (int64_t(b) * D + block.d) * N));
-            for (int segment = s.segments - 1; segment > 0; segment--) {
-                const int64_t unit = (int64_t(b) * s.segments + segment) * s.blocks + i;
+        for (int i = 0; i < w.blocks; i++) {
+            const ScanBlock block(i, s);
+            const int64_t last = (int64_t(b) * w.segments + w.segments - 1) * w.blocks + i;
+            block.load_state(w.h + last * N, offset_or_null(d_final_state, (int64_t(b) * D + block.d) * N));
+            for (int segment = w.segments - 1; segment > 0; segment--) {
+                const int64_t unit = (int64_t(b) * w.segments + segment) * w.blocks + i;
                 for (int n = 0; n < N; n++)
-                    s.h[(unit - s.blocks) * N + n] =
-                        exp2_negative(s.delta_sum[unit] * block.A[n]) * s.h[unit * N + n] + s.local[unit * N + n];
+                    w.h[(unit - w.blocks) * N + n] =
+                        exp2_negative(w.delta_sum[unit] * block.A[n]) * w.h[unit * N + n] + w.local[unit * N + n];
             }
         }
 
 #pragma omp parallel for collapse(3) if (parallel)
     for (int b = 0; b < B; b++)
-        for (int segment = 0; segment < s.segments; segment++)
-            for (int group = 0; group < s.groups; group++) {
-                const Range members(s.blocks, group, s.groups);
-                const int64_t first_unit = (int64_t(b) * s.segments + segment) * s.blocks;
-                std::fill_n(s.d_params + (first_unit + members.begin) * (N + 2), (members.end - members.begin) * (N + 2), vec{});
-                vec* d_BC = s.chunk_d_BC + omp_get_thread_num() * s.chunk_d_BC_size;
-                const int begin = segment * s.segment_steps, end = std::min(T, begin + s.segment_steps);
+        for (int segment = 0; segment < w.segments; segment++)
+            for (int group = 0; group < w.groups; group++) {
+                const Range members(w.blocks, group, w.groups);
+                const int64_t first_unit = (int64_t(b) * w.segments + segment) * w.blocks;
+                std::fill_n(w.d_params + (first_unit + members.begin) * (N + 2), (members.end - members.begin) * (N + 2), vec{});
+                vec* d_BC = w.chunk_d_BC + omp_get_thread_num() * w.chunk_d_BC_size;
+                const int begin = segment * w.segment_steps, end = std::min(T, begin + w.segment_steps);
                 for (int64_t chunk = (end - 1) / kScanChunk; chunk >= begin / kScanChunk; chunk--) {
                     const int64_t row = int64_t(b) * T + chunk * kScanChunk;
                     const int count = std::min<int>(kScanChunk, end - chunk * kScanChunk);
-                    std::fill_n(d_BC, s.chunk_d_BC_size, vec{});
+                    std::fill_n(d_BC, w.chunk_d_BC_size, vec{});
                     for (int64_t i = members.begin; i < members.end; i++) {
-                        const ScanBlock block(i, scan);
-                        const ScanSteps steps(block, scan, row, count);
+                        const ScanBlock block(i, s);
+                        const ScanSteps steps(block, s, row, count);
                         const int d = block.d;
                         vec start[kMaxStates], g[kScanChunk], y[kScanChunk], dh_B[kScanChunk] = {}, dh_A[kScanChunk] = {};
                         block.load_state(start, chunk_states + ((b * scan_chunks(T) + chunk) * D + d) * N);
                         for (int t = 0; t < count; t++) {
-                            const vec z_t = load_ahead(z + (row + t) * ld_z + d, block.count);
+                            const vec z_t = load_ahead(s.z + (row + t) * s.ld_z + d, block.count);
                             g[t] = load_ahead(d_out + (row + t) * D + d, block.count) * z_t * sigmoid(z_t);
                             y[t] = block.skip * steps.u[t];
                         }
 
-                        vec* d_params = s.d_params + (first_unit + i) * (N + 2);
+                        vec* d_params = w.d_params + (first_unit + i) * (N + 2);
                         // kStates states at a time: their part of the chunk stays in L1, their sums in registers.
                         const auto states = [&]<int kStates>(int first) {
                             vec decays[kScanChunk][kStates];   // a_t
                             vec decayed[kScanChunk][kStates];  // a_t h_{t-1} itself: recovered as h_t - delta u B it would cancel
-                            vec h[kStates], dh[kStates], d_A[kStates] = {}, *later = s.h + (first_unit + i) * N + first;
+                            vec h[kStates], dh[kStates], d_A[kStates] = {}, *later = w.h + (first_unit + i) * N + first;
                             std::copy_n(start + first, kStates, h);
                             std::copy_n(later, kStates, dh);
                             for (int t = 0; t < count; t++) {
-                                const floatX* b_t = B_t + (row + t) * ld_bc + first;
+                                const floatX* b_t = s.B_t + (row + t) * s.ld_bc + first;
                                 for (int n = 0; n < kStates; n++) {
                                     decays[t][n] = exp2_negative(steps.delta[t] * block.A[first + n]);
                                     decayed[t][n] = decays[t][n] * h[n];
@@ -951,7 +932,7 @@ void scan_backward(const ScanGradients& grad, const floatX* d_out, const real* d
                                 }
                             }
                             for (int t = count - 1; t >= 0; t--) {
-                                const floatX *b_t = B_t + (row + t) * ld_bc + first, *c_t = C_t + (row + t) * ld_bc + first;
+                                const floatX *b_t = s.B_t + (row + t) * s.ld_bc + first, *c_t = s.C_t + (row + t) * s.ld_bc + first;
                                 for (int n = 0; n < kStates; n++) {
                                     const real b_n = load(b_t[n]), c_n = load(c_t[n]);
                                     const vec h_t = decayed[t][n] + steps.delta_u[t] * b_n;
@@ -974,22 +955,22 @@ void scan_backward(const ScanGradients& grad, const floatX* d_out, const real* d
                         for (; n + 4 <= N; n += 4) states.template operator()<4>(n);
                         for (; n < N; n++) states.template operator()<1>(n);
                         if (chunk == 0)
-                            block.store_state(offset_or_null(grad.d_initial_state, (int64_t(b) * D + d) * N), s.h + (first_unit + i) * N);
+                            block.store_state(offset_or_null(out.d_initial_state, (int64_t(b) * D + d) * N), w.h + (first_unit + i) * N);
 
                         for (int t = 0; t < count; t++) {
-                            const int64_t at = (row + t) * D + d, at_z = (row + t) * ld_z + d;
-                            const vec raw = load_vec(scan.dt + at, block.count) + block.dt_bias;
+                            const int64_t at = (row + t) * D + d, at_z = (row + t) * s.ld_z + d;
+                            const vec raw = load_vec(s.dt + at, block.count) + block.dt_bias;
                             const vec d_raw = (steps.u[t] * dh_B[t] + kLn2 * dh_A[t]) * (raw > 20 ? 1 : sigmoid(raw));
-                            const vec z_t = load_vec(z + at_z, block.count), gate = sigmoid(z_t);
+                            const vec z_t = load_vec(s.z + at_z, block.count), gate = sigmoid(z_t);
                             d_params[N] += g[t] * steps.u[t];
                             d_params[N + 1] += d_raw;
-                            store_ahead(grad.d_dt + at, d_raw, block.count);
-                            store_ahead(grad.d_u + at, block.skip * g[t] + steps.delta[t] * dh_B[t], block.count);
+                            store_ahead(out.d_dt + at, d_raw, block.count);
+                            store_ahead(out.d_u + at, block.skip * g[t] + steps.delta[t] * dh_B[t], block.count);
                             const vec d_silu = gate * (1 + z_t * (1 - gate));
-                            store_ahead(grad.d_z + at_z, load_vec(d_out + at, block.count) * y[t] * d_silu, block.count);
+                            store_ahead(out.d_z + at_z, load_vec(d_out + at, block.count) * y[t] * d_silu, block.count);
                         }
                     }
-                    real* to = s.d_BC + (int64_t(group) * B * T + row) * 2 * N;
+                    real* to = w.d_BC + (int64_t(group) * B * T + row) * 2 * N;
                     for (int t = 0; t < count; t++)
                         for (int n = 0; n < N; n++)
                             for (int of : {0, 1}) to[(2 * t + of) * N + n] = sum_lanes(d_BC[(n * kScanChunk + t) * 2 + of]);
@@ -997,28 +978,28 @@ void scan_backward(const ScanGradients& grad, const floatX* d_out, const real* d
             }
 
     const int64_t rows = int64_t(B) * T;
-#pragma omp parallel for if (worth_threads(rows * 2 * N * s.groups))
+#pragma omp parallel for if (worth_threads(rows * 2 * N * w.groups))
     for (int64_t row = 0; row < rows; row++)
         for (int n = 0; n < N; n++) {
             real d_b = 0, d_c = 0;
-            for (int group = 0; group < s.groups; group++) {
-                const real* from = s.d_BC + (group * rows + row) * 2 * N;
+            for (int group = 0; group < w.groups; group++) {
+                const real* from = w.d_BC + (group * rows + row) * 2 * N;
                 d_b += from[n];
                 d_c += from[N + n];
             }
-            store(grad.d_B_t[row * ld_bc + n], d_b);
-            store(grad.d_C_t[row * ld_bc + n], d_c);
+            store(out.d_B_t[row * s.ld_bc + n], d_b);
+            store(out.d_C_t[row * s.ld_bc + n], d_c);
         }
 #pragma omp parallel for if (parallel)
-    for (int i = 0; i < s.blocks; i++)
+    for (int i = 0; i < w.blocks; i++)
         for (int n = 0; n < N + 2; n++) {
             vec sum = {};
-            for (int64_t segment = 0; segment < int64_t(B) * s.segments; segment++)
-                sum += s.d_params[(segment * s.blocks + i) * (N + 2) + n];
+            for (int64_t segment = 0; segment < int64_t(B) * w.segments; segment++)
+                sum += w.d_params[(segment * w.blocks + i) * (N + 2) + n];
             for (int lane = 0; lane < std::min(kLanes, D - i * kLanes); lane++) {
                 const int64_t d = i * kLanes + lane;
-                if (n < N) grad.d_A_log[d * N + n] -= sum[lane] * std::exp(scan.A_log[d * N + n]);  // dA/dA_log = A
-                else (n == N ? grad.d_skip : grad.d_dt_bias)[d] += sum[lane];
+                if (n < N) out.d_A_log[d * N + n] -= sum[lane] * std::exp(s.A_log[d * N + n]);  // dA/dA_log = A
+                else (n == N ? out.d_skip : out.d_dt_bias)[d] += sum[lane];
             }
         }
 }
@@ -1044,15 +1025,13 @@ real softmax_row(real* out, const In* in, int count, real scale = 1) {
 // ------------------------------------------------------------------------------------------------------------------
 // Router
 void router_forward(const Routing& out, const Router& router, void*, cudaStream_t) {
-    const auto& [probs, lse, experts, gates] = out;
-    const int rows = router.rows, E = router.E, K = router.K;
-    multiply(probs, E, router.x, router.C, router.weight, rows, router.C, E, false);
+    const int rows = router.rows, C = router.C, E = router.E, K = router.K;
+    multiply(out.probs, E, router.x, C, router.weight, rows, C, E, false);
 #pragma omp parallel for if (worth_threads(int64_t(rows) * E))
     for (int r = 0; r < rows; r++) {
-        real* p = probs + int64_t(r) * E;
-        int* chosen = experts + int64_t(r) * K;
-        real* gate = gates + int64_t(r) * K;
-        lse[r] = softmax_row(p, p, E);
+        real *p = out.probs + int64_t(r) * E, *gate = out.gates + int64_t(r) * K;
+        int* chosen = out.experts + int64_t(r) * K;
+        out.lse[r] = softmax_row(p, p, E);
         real total = 0;
         for (int k = 0; k < K; k++) {
             int best = -1;  // always found, even among NaNs
@@ -1076,93 +1055,81 @@ void router_losses(real* losses, const real* probs, const real* lse, const int* 
     losses[1] += real(z / rows);
 }
 
-struct RouterScratch {
-    real* d_logits;  // (rows, E)
-    size_t bytes;
-    RouterScratch(void* scratch, int rows, int E) {
-        Cutter cutter(scratch);
-        d_logits = cutter.cut<real>(int64_t(rows) * E);
-        bytes = cutter.bytes();
-    }
-};
-size_t router_scratch(int rows, int, int E) { return RouterScratch(nullptr, rows, E).bytes; }
+// In scratch: d_logits (rows, E).
+size_t router_scratch(int rows, int, int E) { return cut_bytes<real>(int64_t(rows) * E); }
 void router_backward(floatX* d_x, real* d_weight, const real* d_gates, const Routing& out, const int* load, const Router& router,
                      real balance_weight, real z_weight, void* scratch, cudaStream_t) {
-    const auto& [probs, lse, experts, gates] = out;
     const int rows = router.rows, C = router.C, E = router.E, K = router.K;
-    const RouterScratch s(scratch, rows, E);
+    real* const d_logits = Cutter(scratch).cut<real>(int64_t(rows) * E);
 #pragma omp parallel for if (worth_threads(int64_t(rows) * E))
     for (int r = 0; r < rows; r++) {
         const int64_t row = int64_t(r) * E, choices = int64_t(r) * K;
-        const real* p = probs + row;
-        real* d = s.d_logits + row;  // first d_probs
+        const real *p = out.probs + row, *d_gate = d_gates + choices;
+        const int* chosen = out.experts + choices;
+        real* d = d_logits + row;  // first d_probs
         for (int e = 0; e < E; e++) d[e] = balance_weight * E * load[e] / (real(rows) * rows);
         real total = 0, mean = 0;  // of a renormalised gate: p_k / total
         for (int k = 0; k < K; k++) {
-            total += p[experts[choices + k]];
-            mean += d_gates[choices + k] * gates[choices + k];
+            total += p[chosen[k]];
+            mean += d_gate[k] * out.gates[choices + k];
         }
-        for (int k = 0; k < K; k++)
-            d[experts[choices + k]] += router.renormalize ? (d_gates[choices + k] - mean) / total : d_gates[choices + k];
+        for (int k = 0; k < K; k++) d[chosen[k]] += router.renormalize ? (d_gate[k] - mean) / total : d_gate[k];
         real dot = 0;
         for (int e = 0; e < E; e++) dot += p[e] * d[e];
-        for (int e = 0; e < E; e++) d[e] = p[e] * (d[e] - dot + z_weight * 2 * lse[r] / rows);
+        for (int e = 0; e < E; e++) d[e] = p[e] * (d[e] - dot + z_weight * 2 * out.lse[r] / rows);
     }
-    multiply_backward(d_x, C, d_weight, s.d_logits, E, router.x, C, router.weight, rows, C, E, true, true);
+    multiply_backward(d_x, C, d_weight, d_logits, E, router.x, C, router.weight, rows, C, E, true, true);
 }
 
 // ------------------------------------------------------------------------------------------------------------------
 // Dispatch and combine
-size_t dispatch_scratch(int64_t) { return 0; }
 void dispatch_plan(const Dispatch& to, const int* experts, void*, cudaStream_t) {
-    const auto& [slot, choice, load, offset, rows, E, K, capacity] = to;
-    const int choices = rows * K;
-    std::fill_n(load, E, 0);
-    for (int i = 0; i < choices; i++) load[experts[i]]++;
-    offset[0] = 0;
-    for (int e = 0; e < E; e++) offset[e + 1] = offset[e] + (capacity > 0 ? capacity : load[e]);
-    std::fill_n(choice, to.slots(), -1);
-    std::fill_n(load, E, 0);
+    const int choices = to.rows * to.K;
+    std::fill_n(to.load, to.E, 0);
+    for (int i = 0; i < choices; i++) to.load[experts[i]]++;
+    to.offset[0] = 0;
+    for (int e = 0; e < to.E; e++) to.offset[e + 1] = to.offset[e] + (to.capacity > 0 ? to.capacity : to.load[e]);
+    std::fill_n(to.choice, to.slots(), -1);
+    std::fill_n(to.load, to.E, 0);
     for (int i = 0; i < choices; i++) {
-        const int e = experts[i], place = offset[e] + load[e]++;
-        slot[i] = place < offset[e + 1] ? place : -1;
-        if (slot[i] >= 0) choice[place] = i;
+        const int e = experts[i], place = to.offset[e] + to.load[e]++;
+        to.slot[i] = place < to.offset[e + 1] ? place : -1;
+        if (to.slot[i] >= 0) to.choice[place] = i;
     }
 }
 void dispatch_forward(floatX* out, const floatX* x, const Dispatch& to, int C, cudaStream_t) {
-    if (to.rows == 0) return;
-    const int slots = to.slots();
+    const int slots = to.rows > 0 ? to.slots() : 0;
 #pragma omp parallel for if (worth_threads(int64_t(slots) * C))
     for (int s = 0; s < slots; s++) {
-        const int choice = to.choice[s];
-        if (choice < 0) std::fill_n(out + int64_t(s) * C, C, floatX(0));
-        else std::copy_n(x + int64_t(choice / to.K) * C, C, out + int64_t(s) * C);
+        floatX* row = out + int64_t(s) * C;
+        if (to.choice[s] < 0) std::fill_n(row, C, floatX(0));
+        else std::copy_n(x + int64_t(to.choice[s] / to.K) * C, C, row);
     }
 }
 
 // out[r] = sum over k of weight(r, k) * in[slot[r, k]] (+ out)
 template <class F>
-void gather(floatX* out, const floatX* in, const Dispatch& dispatch, int C, bool accumulate, F weight) {
-    const int *slot = dispatch.slot, rows = dispatch.rows, K = dispatch.K;
-#pragma omp parallel for if (worth_threads(int64_t(rows) * C * K))
-    for (int r = 0; r < rows; r++) {
+void gather(floatX* out, const floatX* in, const Dispatch& to, int C, bool accumulate, F weight) {
+    const int K = to.K;
+#pragma omp parallel for if (worth_threads(int64_t(to.rows) * C * K))
+    for (int r = 0; r < to.rows; r++) {
         constexpr int kTile = 256;  // the sum of a tile is kept in real over all k, and rounded once
         for (int begin = 0; begin < C; begin += kTile) {
             const int count = std::min(kTile, C - begin);
-            floatX* to = out + int64_t(r) * C + begin;
+            floatX* tile = out + int64_t(r) * C + begin;
             real sum[kTile];
 #pragma omp simd
-            for (int c = 0; c < count; c++) sum[c] = accumulate ? load(to[c]) : 0;
+            for (int c = 0; c < count; c++) sum[c] = accumulate ? load(tile[c]) : 0;
             for (int k = 0; k < K; k++) {
                 const int64_t i = int64_t(r) * K + k;
-                if (slot[i] < 0) continue;
-                const floatX* from = in + int64_t(slot[i]) * C + begin;
+                if (to.slot[i] < 0) continue;
+                const floatX* from = in + int64_t(to.slot[i]) * C + begin;
                 const real scale = weight(i);
 #pragma omp simd
                 for (int c = 0; c < count; c++) sum[c] += scale * load(from[c]);
             }
 #pragma omp simd
-            for (int c = 0; c < count; c++) store(to[c], sum[c]);
+            for (int c = 0; c < count; c++) store(tile[c], sum[c]);
         }
     }
 }
@@ -1172,32 +1139,30 @@ void dispatch_backward(floatX* d_x, const floatX* d_out, const Dispatch& to, int
 void combine_forward(floatX* out, const floatX* y, const real* gates, const Dispatch& to, int C, bool accumulate, cudaStream_t) {
     gather(out, y, to, C, accumulate, [=](int64_t i) { return gates[i]; });
 }
-void combine_backward(floatX* d_y, real* d_gates, const floatX* d_out, const floatX* y, const real* gates, const Dispatch& dispatch, int C,
+void combine_backward(floatX* d_y, real* d_gates, const floatX* d_out, const floatX* y, const real* gates, const Dispatch& to, int C,
                       cudaStream_t) {
-    const int *slot = dispatch.slot, *choice = dispatch.choice, rows = dispatch.rows, K = dispatch.K;
-    if (rows == 0) return;
-    const int slots = dispatch.slots();
-    const int choices = rows * K;
+    const int choices = to.rows * to.K, slots = to.rows > 0 ? to.slots() : 0;
 #pragma omp parallel for if (worth_threads(int64_t(choices) * C))
     for (int i = 0; i < choices; i++)
-        if (slot[i] < 0) d_gates[i] = 0;
+        if (to.slot[i] < 0) d_gates[i] = 0;
 #pragma omp parallel for if (worth_threads(int64_t(slots) * C))
     for (int s = 0; s < slots; s++) {
-        floatX* to = d_y + int64_t(s) * C;
-        if (choice[s] < 0) {
-            std::fill_n(to, C, floatX(0));
+        floatX* d_row = d_y + int64_t(s) * C;
+        const int choice = to.choice[s];
+        if (choice < 0) {
+            std::fill_n(d_row, C, floatX(0));
             continue;
         }
-        const floatX *from = d_out + int64_t(choice[s] / K) * C, *output = y + int64_t(s) * C;
-        const real gate = gates[choice[s]];
+        const floatX *from = d_out + int64_t(choice / to.K) * C, *output = y + int64_t(s) * C;
+        const real gate = gates[choice];
         real dot = 0;
 #pragma omp simd reduction(+ : dot)
         for (int c = 0; c < C; c++) {
             const real d = load(from[c]);
             dot += d * load(output[c]);
-            store(to[c], gate * d);
+            store(d_row[c], gate * d);
         }
-        d_gates[choice[s]] = dot;
+        d_gates[choice] = dot;
     }
 }
 
@@ -1209,45 +1174,45 @@ struct ExpertPiece {
 };
 // Cuts every expert's product into ranges of its rows, or into ranges of its outputs: in all, a few pieces for each thread.
 void add_pieces(std::vector<ExpertPiece>& pieces, const Dispatch& to, int O, bool by_rows) {
-    const int E = to.E;
-    auto first = [&](int e) { return to.offset[e]; };
+    const auto rows_of = [&](int e) { return to.offset[e + 1] - to.offset[e]; };
     int64_t total = 0;
-    for (int e = 0; e < E; e++) total += by_rows ? first(e + 1) - first(e) : first(e + 1) > first(e) ? O : 0;
+    for (int e = 0; e < to.E; e++) total += by_rows ? rows_of(e) : rows_of(e) > 0 ? O : 0;
     const int64_t size = std::max<int64_t>(ceil_div(total, 4 * omp_get_max_threads()), 64);
-    for (int e = 0; e < E; e++) {
-        const int rows = first(e + 1) - first(e);
-        const int row_parts = by_rows ? ceil_div(rows, size) : rows > 0, out_parts = by_rows ? 1 : ceil_div(O, size);
+    for (int e = 0; e < to.E; e++) {
+        const int rows = rows_of(e), row_parts = by_rows ? ceil_div(rows, size) : rows > 0, out_parts = by_rows ? 1 : ceil_div(O, size);
         for (int i = 0; i < row_parts * out_parts; i++) {
             const Range r(rows, by_rows ? i : 0, row_parts), o(O, by_rows ? 0 : i, out_parts, 32);
-            pieces.push_back({e, first(e) + int(r.begin), int(r.end - r.begin), int(o.begin), int(o.end - o.begin)});
+            pieces.push_back({e, to.offset[e] + int(r.begin), int(r.end - r.begin), int(o.begin), int(o.end - o.begin)});
         }
     }
 }
-void experts_forward(floatX* out, const Experts& e, cudaStream_t) {
-    if (e.to.rows == 0) return;
-    const int64_t I = e.I, O = e.O, slots = e.to.slots();
+void experts_forward(floatX* out, const Experts& x, cudaStream_t) {
+    if (x.to.rows == 0) return;
+    const int I = x.I, O = x.O, slots = x.to.slots();
     std::vector<ExpertPiece> pieces;
-    add_pieces(pieces, e.to, e.O, slots > e.to.E * kFewRows);
-#pragma omp parallel for schedule(dynamic) if (worth_threads(slots * I * O))
+    add_pieces(pieces, x.to, O, slots > x.to.E * kFewRows);
+#pragma omp parallel for schedule(dynamic) if (worth_threads(int64_t(slots) * I * O))
     for (const ExpertPiece& p : pieces)
-        multiply(out + p.row * O + p.out, e.O, e.in + p.row * I, e.I, e.weight + (p.expert * O + p.out) * I, p.rows, e.I, p.outs, false);
+        multiply(out + int64_t(p.row) * O + p.out, O, x.in + int64_t(p.row) * I, I, x.weight + (int64_t(p.expert) * O + p.out) * I, p.rows,
+                 I, p.outs, false);
 }
-void experts_backward(floatX* d_in, real* d_weight, const floatX* d_out, const Experts& e, bool add_weight, cudaStream_t) {
-    if (e.to.rows == 0) return;
-    const int64_t I = e.I, O = e.O, slots = e.to.slots();
+void experts_backward(floatX* d_in, real* d_weight, const floatX* d_out, const Experts& x, bool add_weight, cudaStream_t stream) {
+    if (x.to.rows == 0) return;
+    const int I = x.I, O = x.O;
+    for (int e = 0; e < x.to.E && !add_weight; e++)  // no piece comes by where there are no rows
+        if (x.to.offset[e] == x.to.offset[e + 1]) zero(d_weight + int64_t(e) * O * I, sizeof(real) * O * I, stream);
     std::vector<ExpertPiece> pieces;
-    add_pieces(pieces, e.to, e.O, true);
+    add_pieces(pieces, x.to, O, true);
     const size_t d_in_pieces = pieces.size();
-    add_pieces(pieces, e.to, e.O, false);
-    for (int i = 0; i < e.to.E && !add_weight; i++)
-        if (e.to.offset[i + 1] == e.to.offset[i]) std::fill_n(d_weight + i * O * I, O * I, real(0));
-#pragma omp parallel for schedule(dynamic) if (worth_threads(slots * I * O))
+    add_pieces(pieces, x.to, O, false);
+#pragma omp parallel for schedule(dynamic) if (worth_threads(int64_t(x.to.slots()) * I * O))
     for (size_t i = 0; i < pieces.size(); i++) {
         const ExpertPiece& p = pieces[i];
         const bool for_d_in = i < d_in_pieces;
-        const int64_t w = (p.expert * O + p.out) * I;
-        multiply_backward(for_d_in ? d_in + p.row * I : nullptr, e.I, for_d_in ? nullptr : d_weight + w, d_out + p.row * O + p.out, e.O,
-                          e.in + p.row * I, e.I, e.weight + w, p.rows, e.I, p.outs, false, add_weight);
+        const int64_t w = (int64_t(p.expert) * O + p.out) * I;
+        multiply_backward(for_d_in ? d_in + int64_t(p.row) * I : nullptr, I, for_d_in ? nullptr : d_weight + w,
+                          d_out + int64_t(p.row) * O + p.out, O, x.in + int64_t(p.row) * I, I, x.weight + w, p.rows, I, p.outs, false,
+                          add_weight);
     }
 }
 
@@ -1285,22 +1250,14 @@ void softmax_forward(real* probs, const floatX* logits, int rows, int V, int ld,
 
 // ------------------------------------------------------------------------------------------------------------------
 // Reductions, in double, over a fixed number of parts: the result does not depend on the number of threads.
-struct SumScratch {
-    static constexpr int kParts = 1024;
-    double* partial;  // (kParts)
-    size_t bytes;
-    explicit SumScratch(void* scratch) {
-        Cutter cutter(scratch);
-        partial = cutter.cut<double>(kParts);
-        bytes = cutter.bytes();
-    }
-};
+constexpr int kSumParts = 1024;
+static_assert(cut_bytes<double>(kSumParts) <= kSumScratch);
 template <class F>
 void add_sum(real* out, const real* in, void* scratch, int64_t count, F term) {
-    const SumScratch s(scratch);
+    double* const partial = Cutter(scratch).cut<double>(kSumParts);
 #pragma omp parallel for if (worth_threads(count))
-    for (int part = 0; part < s.kParts; part++) {
-        const Range range(count, part, s.kParts, kLine / sizeof(real));
+    for (int part = 0; part < kSumParts; part++) {
+        const Range range(count, part, kSumParts, kLine / sizeof(real));
         constexpr int kSums = 32;  // in four vectors: one alone would wait for its additions, not for memory
         double sums[kSums] = {};
         int64_t i = range.begin;
@@ -1308,11 +1265,9 @@ void add_sum(real* out, const real* in, void* scratch, int64_t count, F term) {
 #pragma omp simd
             for (int j = 0; j < kSums; j++) sums[j] += term(double(in[i + j]));
         for (; i < range.end; i++) sums[0] += term(double(in[i]));
-        s.partial[part] = std::accumulate(sums, sums + kSums, 0.0);
+        partial[part] = std::accumulate(sums, sums + kSums, 0.0);
     }
-    double sum = 0;
-    for (int part = 0; part < s.kParts; part++) sum += s.partial[part];
-    out[0] = real(out[0] + sum);
+    out[0] = real(out[0] + std::accumulate(partial, partial + kSumParts, 0.0));
 }
 void sum(real* out, const real* in, void* scratch, int64_t count, cudaStream_t) {
     add_sum(out, in, scratch, count, [](double x) { return x; });
@@ -1324,8 +1279,8 @@ void sum_of_squares(real* out, const real* in, void* scratch, int64_t count, cud
 // AdamW
 void adamw(real* master, floatX* weight, real* m, real* v, const real* grad, int64_t count, const AdamW& o, real grad_scale, int step,
            cudaStream_t) {
-    const real lr = real(o.lr), beta1 = real(o.beta1), beta2 = real(o.beta2), eps = real(o.eps), weight_decay = real(o.weight_decay);
-    const real m_scale = real(1 / (1 - std::pow(o.beta1, step))), v_scale = real(1 / (1 - std::pow(o.beta2, step)));
+    const real lr = o.lr, beta1 = o.beta1, beta2 = o.beta2, eps = o.eps, weight_decay = o.weight_decay;
+    const real m_scale = real(1 / (1 - std::pow(double(beta1), step))), v_scale = real(1 / (1 - std::pow(double(beta2), step)));
 #pragma omp parallel for simd if (parallel : worth_threads(count))
     for (int64_t i = 0; i < count; i++) {
         const real g = grad_scale * grad[i];
@@ -1341,7 +1296,8 @@ void adamw(real* master, floatX* weight, real* m, real* v, const real* grad, int
 const Layers layers = {
     .device = "cpu",
     .machine = machine,
-    .open = open,
+    .open = []() -> cudaStream_t { return nullptr; },
+    .close = [](cudaStream_t) {},
     .allocate = allocate,
     .release = release,
     .allocate_host = allocate,
@@ -1350,7 +1306,7 @@ const Layers layers = {
     .upload = copy,
     .upload_later = copy,
     .download = copy,
-    .synchronize = synchronize,
+    .synchronize = [](cudaStream_t) {},
     .linear_forward = linear_forward,
     .linear_backward = linear_backward,
     .swiglu_forward = swiglu_forward,
@@ -1362,7 +1318,7 @@ const Layers layers = {
     .rmsnorm_scratch = rmsnorm_scratch,
     .embedding_forward = embedding_forward,
     .embedding_backward = embedding_backward,
-    .embedding_scratch = no_scratch,
+    .embedding_scratch = [](int) -> size_t { return 0; },
     .conv_forward = conv_forward,
     .conv_backward = conv_backward,
     .conv_scratch = conv_scratch,
@@ -1374,7 +1330,7 @@ const Layers layers = {
     .router_backward = router_backward,
     .router_scratch = router_scratch,
     .dispatch_plan = dispatch_plan,
-    .dispatch_scratch = dispatch_scratch,
+    .dispatch_scratch = [](int64_t) -> size_t { return 0; },
     .dispatch_forward = dispatch_forward,
     .dispatch_backward = dispatch_backward,
     .combine_forward = combine_forward,
