@@ -1297,7 +1297,6 @@ const Layers layers = {
     .device = "cpu",
     .machine = machine,
     .open = []() -> cudaStream_t { return nullptr; },
-    .close = [](cudaStream_t) {},
     .allocate = allocate,
     .release = release,
     .allocate_host = allocate,
