@@ -3,20 +3,25 @@
 # make test         every test in every precision                            make bench    speed, as ratios
 # make deps         installs the distribution's packages                     make ptxas    registers and spills of every kernel
 # make gpu-check    everything that only a GPU can show                      make mutants  faults planted in kernels, one by one
-# Options: PRECISION=float|bf16|double  CUDA=0|1  SANITIZE=1 (AddressSanitizer, UndefinedBehaviorSanitizer)  ARCHS="80 90 120"
+# Options: PRECISION=float|bf16|double  CUDA=0|1  SANITIZE=1 (AddressSanitizer, UndefinedBehaviorSanitizer)  ARCHS="80 90 100 120"
+#          WERROR=1  DEBUG=-g (for a debugger; -g1 knows lines only, and compiles a quarter faster)
 .DEFAULT_GOAL := all
 SHELL := /bin/bash
 
 # ---- what this machine has
 CXX ?= g++
 NVCC ?= $(firstword $(shell command -v nvcc) $(wildcard /usr/local/cuda/bin/nvcc))
-GPU := $(shell nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1)
+# Lines like "9.0, NVIDIA H100 80GB HBM3". What is wrong with a driver comes on the same stdout.
+SMI := nvidia-smi --query-gpu=compute_cap,name --format=csv,noheader 2>/dev/null | grep -E '^[0-9]+\.[0-9]+, .'
+GPU := $(shell $(SMI) | head -n 1 | cut -d ' ' -f 2-)
 JOBS := $(shell nproc 2>/dev/null || echo 2)
 # Where there is no GPU to run them, programs are built by g++ even if nvcc is there; CUDA=1 builds them with nvcc all the same.
 CUDA ?= $(if $(and $(NVCC),$(GPU)),1,0)
 PRECISION ?= $(if $(filter 1,$(CUDA)),bf16,float)
 SANITIZE ?= 0
 BUILD := build/$(if $(filter 1,$(CUDA)),cuda,cpu)-$(PRECISION)$(if $(filter 1,$(SANITIZE)),-sanitize)
+# Of all builds: what knows no precision and no device.
+SHARED := build/any$(if $(filter 1,$(SANITIZE)),-sanitize)
 
 ifeq ($(filter float bf16 double,$(PRECISION)),)
 $(error PRECISION=$(PRECISION): there are float, bf16 and double)
@@ -27,25 +32,34 @@ DEFINES := -DPRECISION_$(shell echo $(PRECISION) | tr a-z A-Z)
 # -fno-math-errno, -fno-trapping-math: sqrt and comparisons vectorise. Neither changes a result; NaN and infinity keep their meaning.
 RELAXED := -fno-math-errno -fno-trapping-math
 OPTIMIZE ?= $(if $(filter 1,$(SANITIZE)),-O1,-O3) -march=native
-CXXFLAGS = $(OPTIMIZE) -g -std=c++20 -Wall -Wextra -Werror -fopenmp $(RELAXED) -I. -MMD -MP $(DEFINES)
+DEBUG ?= -g1
+CXXFLAGS = $(OPTIMIZE) $(DEBUG) -std=c++20 -Wall -Wextra $(if $(filter 1,$(WERROR)),-Werror) -fopenmp $(RELAXED) -I. -MMD -MP $(DEFINES)
 LDLIBS = -lopenblas -fopenmp -lz
 ifeq ($(CUDA),1)
-# The architecture of the GPU that is there; without one a list. PTX for the newest serves later ones.
-ARCHS ?= $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | tr -d . | sort -u),80 90 120)
-GENCODE = $(foreach a,$(ARCHS),-gencode arch=compute_$(a),code=sm_$(a)) -gencode arch=compute_$(lastword $(ARCHS)),code=compute_$(lastword $(ARCHS))
+ifeq ($(NVCC),)
+$(error CUDA=1: no nvcc in PATH or /usr/local/cuda/bin: install the CUDA toolkit, or say NVCC=path)
+endif
+# For each GPU that is there the newest architecture that it runs and nvcc knows; without one a list, of which 8.0 serves 8.x, 10.0 10.x.
+KNOWN := $(shell $(NVCC) --list-gpu-arch | sed -n 's/^compute_//p' | sort -n)
+HERE := $(shell for gpu in $$($(SMI) | cut -d , -f 1 | tr -d .); do \
+  printf '%s\n' $(KNOWN) | awk -v gpu=$$gpu '$$1 <= gpu {newest = $$1} END {print newest}'; done | sort -nu)
+ARCHS ?= $(or $(HERE),$(filter 80 90 100 120,$(KNOWN)))
+# PTX of each, because it serves later architectures only: that of 12.0 could not run on 10.x.
+GENCODE = $(foreach a,$(ARCHS),-gencode 'arch=compute_$(a),code=[sm_$(a),compute_$(a)]')
 CUDA_HOME := $(patsubst %/bin/nvcc,%,$(realpath $(NVCC)))
 DEFINES += -DUSE_CUDA
 CXXFLAGS += -idirafter $(CUDA_HOME)/include
 # 128: a loop that this precision does not reach.
-NVCCFLAGS = -O3 -std=c++20 -I. -MMD -MP $(DEFINES) -Werror all-warnings -diag-suppress 128 -Xcompiler -Wall,-Wextra,-Werror,-fopenmp,-Wno-unused-parameter
-LDLIBS += -L$(CUDA_HOME)/lib64 -lcublas -lcudart
+NVCCFLAGS = -O3 -std=c++20 -I. -MMD -MP $(DEFINES) -diag-suppress 128 -Xcompiler -Wall,-Wextra,-fopenmp,-Wno-unused-parameter \
+  $(if $(filter 1,$(WERROR)),-Werror all-warnings -Xcompiler -Werror)
+LDLIBS += -L$(CUDA_HOME)/lib64 -Wl,-rpath,$(CUDA_HOME)/lib64 -lcublas -lcudart
 else
 LDLIBS += -lboost_context
 ifeq ($(SANITIZE),1)
 # -Wno-maybe-uninitialized: with sanitizers g++ 12 sees it where it is not, in the standard library.
 CXXFLAGS += -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -Wno-maybe-uninitialized
 LDLIBS += -fsanitize=address,undefined
-$(BUILD)/test_simt.o: CXXFLAGS += -fsanitize-recover=undefined  # its faults are planted: simt.h is to report them
+$(SHARED)/test_simt.o: CXXFLAGS += -fsanitize-recover=undefined  # its faults are planted: simt.h is to report them
 else
 # The compiler reports every memory access of a kernel to simt.h, which supplies the runtime that these options would otherwise link.
 # -U_FORTIFY_SOURCE: some distributions put __memcpy_chk in the place of memcpy, and simt.h would not see it.
@@ -55,7 +69,8 @@ endif
 
 # ---- programs
 PROGRAMS := train infer data_prep
-COMMON := $(BUILD)/moemamba.o $(BUILD)/layers.o
+FORMATS := $(patsubst formats/%.cpp,$(SHARED)/%.o,$(wildcard formats/*.cpp))
+COMMON := $(BUILD)/moemamba.o $(BUILD)/layers.o $(BUILD)/plain.o $(FORMATS)
 
 # What a build needs besides the compiler: name:header of each.
 NEEDS := OpenMP:omp.h BLAS:cblas.h nlohmann-json:nlohmann/json.hpp CLI11:CLI/CLI.hpp zlib:zlib.h \
@@ -75,33 +90,42 @@ else
 endif
 	@echo "built     ./train ./infer ./data_prep ($(PRECISION))"
 
-ifeq ($(CUDA),1)
-$(BUILD)/%.o: %.cu | $(BUILD)
-	$(NVCC) $(NVCCFLAGS) $(GENCODE) -g -c $< -o $@
-# What the assembler says of each kernel on one architecture.
-$(BUILD)/sm_%.ptx: moemamba.cu | $(BUILD)
-	$(NVCC) $(NVCCFLAGS) -arch=compute_$* -ptx $< -o $@
-$(BUILD)/sm_%.txt: $(BUILD)/sm_%.ptx
-	$(NVCC) -arch=sm_$* -cubin -Werror all-warnings -Xptxas -v $< -o $(@:.txt=.cubin) > $@ 2>&1 || { cat $@; rm $@; exit 1; }
-else
-$(BUILD)/moemamba.o $(BUILD)/test_simt.o: CXXFLAGS += $(CHECKED)
 # So that the accesses which simt.h sees and counts are those of the source: at -O3 g++ reads some of them twice.
 $(BUILD)/moemamba.o: OPTIMIZE := -O1
-$(BUILD)/%.o: %.cu | $(BUILD)
-	$(CXX) $(CXXFLAGS) -x c++ -c $< -o $@
-$(BUILD)/%.o: cpu/%.cu | $(BUILD)
-	$(CXX) $(CXXFLAGS) -x c++ -c $< -o $@
+$(BUILD)/train.o $(BUILD)/infer.o $(SHARED)/data_prep.o: OPTIMIZE := -O1  # no loop in them takes time, but compiling them would
+$(BUILD)/moemamba.o $(SHARED)/test_simt.o: CXXFLAGS += $(CHECKED)
+ifeq ($(CUDA),1)
+# The only file with kernels: g++ compiles the others.
+$(BUILD)/moemamba.o: moemamba.cu | $(BUILD)
+	$(NVCC) $(NVCCFLAGS) $(GENCODE) --threads 0 -g -lineinfo -c $< -o $@
+# What the assembler says of each kernel on one architecture. No kernel is written for one, so that one PTX serves all.
+$(BUILD)/compute_80.ptx: moemamba.cu | $(BUILD)
+	$(NVCC) $(NVCCFLAGS) -arch=compute_80 -ptx $< -o $@
+$(BUILD)/sm_%.txt: $(BUILD)/compute_80.ptx
+	$(NVCC) -arch=sm_$* -cubin -Werror all-warnings -Xptxas -v $< -o $(@:.txt=.cubin) > $@ 2>&1 || { cat $@; rm $@; exit 1; }
 endif
+COMPILE = $(CXX) $(CXXFLAGS) -x c++ -c $< -o $@
+$(BUILD)/%.o: %.cu | $(BUILD)
+	$(COMPILE)
 $(BUILD)/%.o: bench/%.cu | $(BUILD)
-	$(CXX) $(CXXFLAGS) -x c++ -c $< -o $@
+	$(COMPILE)
 $(BUILD)/%.o: cpu/%.cpp | $(BUILD)
-	$(CXX) $(CXXFLAGS) -c $< -o $@
+	$(COMPILE)
 $(BUILD)/%.o: tests/%.cpp | $(BUILD)
-	$(CXX) $(CXXFLAGS) -c $< -o $@
-$(BUILD)/%.o: %.cpp | $(BUILD)
-	$(CXX) $(CXXFLAGS) -c $< -o $@
+	$(COMPILE)
+$(SHARED)/%.o: DEFINES :=
+$(SHARED)/%.o: formats/%.cpp | $(SHARED)
+	$(COMPILE)
+$(SHARED)/%.o: cpu/%.cu | $(SHARED)
+	$(COMPILE)
+$(SHARED)/%.o: %.cpp | $(SHARED)
+	$(COMPILE)
+$(BUILD)/data_prep: $(SHARED)/data_prep.o $(FORMATS)
+	$(CXX) $^ $(filter -fsanitize%,$(LDLIBS)) -lz -o $@
 $(BUILD)/%: $(BUILD)/%.o $(COMMON)
 	$(CXX) $^ $(LDLIBS) -o $@
+$(SHARED): | $(BUILD)
+	@mkdir -p $@
 $(BUILD):
 	@command -v $(firstword $(CXX)) > /dev/null || { echo "error: no C++ compiler ($(CXX)): run make deps"; exit 1; }
 	@missing=; for need in $(NEEDS); do \
@@ -110,12 +134,21 @@ $(BUILD):
 	@mkdir -p $@
 
 # ---- tests
-TESTS := test_kernels test_programs $(if $(filter 0,$(CUDA)),test_simt)
-# Catch2 version 3 is a library; version 2 was a header.
-$(TESTS:%=$(BUILD)/%): LDLIBS += $(if $(wildcard /usr/include/catch2/catch_all.hpp),-lCatch2Main -lCatch2)
-$(BUILD)/test_kernels.o $(BUILD)/test_simt.o $(BUILD)/test_programs.o: OPTIMIZE := -O1
+TESTS := $(BUILD)/test_kernels $(BUILD)/test_programs $(if $(filter 0,$(CUDA)),$(SHARED)/test_simt)
+# Catch2 version 3 is a library. Version 2 is a header, which takes longer to compile than the tests do: once, for all of them.
+CATCH := build/any/catch.o
+$(TESTS): LDLIBS += $(if $(wildcard /usr/include/catch2/catch_all.hpp),-lCatch2Main -lCatch2)
+$(BUILD)/test_kernels.o $(SHARED)/test_simt.o $(BUILD)/test_programs.o: OPTIMIZE := -O1
 $(BUILD)/test_programs.o: DEFINES += -DPROGRAMS_DIR='"$(BUILD)"'
-tests: $(TESTS:%=$(BUILD)/%) $(PROGRAMS:%=$(BUILD)/%)
+$(CATCH): tests/catch.cpp | $(BUILD)
+	@mkdir -p $(@D)
+	$(CXX) -std=c++20 -c $< -o $@
+$(BUILD)/test_kernels: $(CATCH)
+$(BUILD)/test_programs: $(BUILD)/test_programs.o $(CATCH)
+	$(CXX) $^ $(LDLIBS) -o $@
+$(SHARED)/test_simt: $(SHARED)/test_simt.o $(CATCH)
+	$(CXX) $^ $(LDLIBS) -o $@
+tests: $(TESTS) $(PROGRAMS:%=$(BUILD)/%)
 
 test:
 	@tests/run.sh
@@ -153,6 +186,6 @@ deps:
 clean:
 	rm -rf build $(PROGRAMS)
 
--include $(wildcard $(BUILD)/*.d)
+-include $(wildcard $(BUILD)/*.d $(SHARED)/*.d)
 .PHONY: all found tests test demo bench ptxas mutants gpu-check deps clean
 .SECONDARY:

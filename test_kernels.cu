@@ -22,8 +22,6 @@
 #include <sstream>
 #include <omp.h>
 #include <unistd.h>
-#define CATCH_CONFIG_MAIN
-#define CATCH_CONFIG_NO_POSIX_SIGNALS  // simt.h explains faults better
 #if __has_include(<catch2/catch_all.hpp>)
 #include <catch2/catch_all.hpp>
 #else

@@ -1,8 +1,6 @@
 // Tests of simt.h: that it computes what CUDA does, and that it catches every fault it claims to. Each planted fault runs in a child
 // process, which must end with exit code 1 and a report that says what is wrong; beside it runs its twin without the fault.
 #include "cpu/simt.h"
-#define CATCH_CONFIG_MAIN
-#define CATCH_CONFIG_NO_POSIX_SIGNALS  // simt.h explains faults better
 #if __has_include(<catch2/catch_all.hpp>)
 #include <catch2/catch_all.hpp>
 #else
