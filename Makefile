@@ -149,6 +149,7 @@ $(BUILD)/test_programs: $(BUILD)/test_programs.o $(CATCH)
 $(SHARED)/test_simt: $(SHARED)/test_simt.o $(CATCH)
 	$(CXX) $^ $(LDLIBS) -o $@
 tests: $(TESTS) $(PROGRAMS:%=$(BUILD)/%)
+shared: $(CATCH) $(FORMATS)
 
 test:
 	@tests/run.sh
@@ -173,7 +174,7 @@ bench:
 
 # ---- the CUDA side, where there is no GPU: what nvcc and ptxas say of every kernel
 ptxas:
-	@tools/ptxas.py "$(NVCC)"
+	+@tools/ptxas.py "$(NVCC)"
 mutants:
 	@tools/mutants.py
 gpu-check:
@@ -187,5 +188,5 @@ clean:
 	rm -rf build $(PROGRAMS)
 
 -include $(wildcard $(BUILD)/*.d $(SHARED)/*.d)
-.PHONY: all found tests test demo bench ptxas mutants gpu-check deps clean
+.PHONY: all found tests shared test demo bench ptxas mutants gpu-check deps clean
 .SECONDARY:

@@ -51,11 +51,11 @@ static void bench_training(std::vector<Row>& rows, const Layers& layers, const c
             model.zero_gradients();
             model.forward_backward(tokens.data(), tokens.data() + 1, 1);
             model.update(AdamW(), model.read_losses(), std::max(1, step + 2));
-            layers.synchronize(nullptr);
+            layers.synchronize(model.stream);
         });
         if (step < 0) continue;
         rates.push_back(tokens_per_step / seconds);
-        shares.push_back(rates.back() * model.config.matmul_flops_per_token(true) / peak);
+        shares.push_back(rates.back() * model.matmul_flops_per_token(true) / peak);
     }
     rows.push_back({std::string("train ") + preset, median(rates), "tokens/s", "matrix products at the 2048^3 rate", median(shares), 0.40});
 }
@@ -66,18 +66,18 @@ static void bench_inference(std::vector<Row>& rows, const Layers& layers) {
     model.initialize(1);
     const double bytes_per_token = double(model.active_parameter_count()) * sizeof(floatX);
     const std::vector<int> prompt = random_tokens(512, model.config.vocab);
+    constexpr int kRuns = 8, kTokens = 32;
     DecodeState state;
-    model.start(state, 1);
+    model.start(state, 1, kRuns * (512 + kTokens));
     std::vector<double> decode, decode_share, prefill, prefill_share;
-    for (int run = -1; run < 7; run++) {
+    for (int run = 0; run < kRuns; run++) {
         const double seconds = seconds_of([&] { model.decode(state, prompt.data(), 512, 1); });
         const double peak = measure_matmul_flops(layers, kPeakSize);
         const double bandwidth = measure_read_bandwidth(layers, size_t(1) << 29);
-        constexpr int kTokens = 32;
         const double decoding = seconds_of([&] {
             for (int i = 0; i < kTokens; i++) model.decode(state, &prompt[i], 1, 1);
         });
-        if (run < 0) continue;
+        if (run == 0) continue;
         prefill.push_back(512 / seconds);
         // llama.cpp: 338 prompt tokens/s where BLAS gave 390 GFLOP/s on two threads
         prefill_share.push_back(prefill.back() / (338 * peak / 390e9));

@@ -8,6 +8,8 @@
 #include <cstring>
 #include <unistd.h>
 
+static cudaStream_t stream;  // of everything here
+
 // ---- the two devices: time, a plain copy, free memory
 #ifdef USE_CUDA
 constexpr const char* kDevice = "cuda";
@@ -28,11 +30,11 @@ class Stopwatch {
     }
     Stopwatch(const Stopwatch&) = delete;
     ~Stopwatch() { cudaEventDestroy(begin), cudaEventDestroy(end); }
-    void start() { check(cudaEventRecord(begin)); }
+    void start() { check(cudaEventRecord(begin, stream)); }
     double milliseconds() {
         float elapsed;
-        check(cudaEventRecord(end));
-        layers.synchronize(nullptr);
+        check(cudaEventRecord(end, stream));
+        layers.synchronize(stream);
         check(cudaEventElapsedTime(&elapsed, begin, end));
         return elapsed;
     }
@@ -41,7 +43,7 @@ class Stopwatch {
     const Layers& layers;
     cudaEvent_t begin, end;
 };
-static void copy(char* to, const char* from, int64_t bytes) { check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice)); }
+static void copy(char* to, const char* from, int64_t bytes) { check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream)); }
 static double free_memory() {
     size_t free, total;
     check(cudaMemGetInfo(&free, &total));
@@ -60,7 +62,7 @@ class Stopwatch {
     explicit Stopwatch(const Layers& layers) : layers(layers) {}
     void start() { begin = std::chrono::steady_clock::now(); }
     double milliseconds() {
-        layers.synchronize(nullptr);
+        layers.synchronize(stream);
         return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - begin).count();
     }
 
@@ -111,8 +113,8 @@ class Memory {
         for (size_t i = 0; i < values.size(); i++) values[i] = value(i);
         T* data = static_cast<T*>(bytes(count * sizeof(T)));
         for (int64_t at = 0; at < count; at += kPeriod)
-            layers.upload(data + at, values.data(), std::min(kPeriod, count - at) * sizeof(T), nullptr);
-        layers.synchronize(nullptr);
+            layers.upload(data + at, values.data(), std::min(kPeriod, count - at) * sizeof(T), stream);
+        layers.synchronize(stream);
         return {data, count};
     }
     const Layers& layers;
@@ -124,8 +126,8 @@ static double median_milliseconds(const Layers& layers, const Array<real>& evict
     Stopwatch watch(layers);
     std::vector<double> all;
     for (int i = -2; i < 10; i++) {
-        layers.zero(evicted, size_t(evicted.bytes()), nullptr);
-        if (!strcmp(kDevice, "cpu")) layers.synchronize(nullptr);
+        layers.zero(evicted, size_t(evicted.bytes()), stream);
+        if (!strcmp(kDevice, "cpu")) layers.synchronize(stream);
         watch.start();
         work();
         const double elapsed = watch.milliseconds();
@@ -158,9 +160,13 @@ static void bench_layers(const Layers& l, const Size& size, double copy_bandwidt
               Vp = c.padded_vocab(), E = c.experts, K = c.top_k, F = c.d_expert, capacity = c.capacity_rows(rows), slots = E * capacity,
               ld_x_dbl = R + 2 * N, head_rows = std::min(rows, 1024);
     Memory memory(l);
-    void* const scratch = memory.bytes(l.scratch_bytes(c, B, T));
+    void* const scratch = memory.bytes(std::max({kSumScratch, l.embedding_scratch(rows), l.rmsnorm_scratch(rows, C),
+                                                 l.conv_scratch(B, T, D, W), l.scan_scratch(B, T, D, N), l.router_scratch(rows, C, E),
+                                                 l.dispatch_scratch(rows * K)}));
     std::vector<Entry> entries;
-    auto memory_bound = [&](const char* name, double bytes, std::function<void()> run) { entries.push_back({name, bytes, 0, std::move(run)}); };
+    auto memory_bound = [&](const char* name, double bytes, std::function<void()> run) {
+        entries.push_back({name, bytes, 0, std::move(run)});
+    };
 
     const auto tokens = memory.integers(rows, V);
     const auto table = memory.normal<floatX>(int64_t(Vp) * C, 0.02);
@@ -168,18 +174,18 @@ static void bench_layers(const Layers& l, const Size& size, double copy_bandwidt
     const auto d_table = memory.normal<real>(int64_t(Vp) * C);
     const int64_t seen = int64_t(std::min(rows, V)) * C;  // of the table
     memory_bound("embedding_forward", once(tokens, table.part(0, seen), residual),
-                 [=] { l.embedding_forward(residual, tokens, table, rows, C, nullptr); });
+                 [=] { l.embedding_forward(residual, tokens, table, rows, C, stream); });
     memory_bound("embedding_backward", once(tokens, d_residual, d_table.part(0, seen), d_table.part(0, seen)),
-                 [=] { l.embedding_backward(d_table, d_residual, tokens, scratch, rows, V, C, nullptr); });
+                 [=] { l.embedding_backward(d_table, d_residual, tokens, scratch, rows, V, C, stream); });
 
     const auto normed = memory.normal<floatX>(int64_t(rows) * C), branch = memory.normal<floatX>(int64_t(rows) * C);
     const auto d_normed = memory.normal<floatX>(int64_t(rows) * C), d_branch = memory.normal<floatX>(int64_t(rows) * C);
     const auto sum = memory.normal<real>(int64_t(rows) * C), rstd = memory.normal<real>(rows), norm = memory.normal<real>(C, 0.1, 1);
     const auto d_norm = memory.normal<real>(C);
     memory_bound("rmsnorm_forward", once(residual, branch, sum, normed, rstd),
-                 [=] { l.rmsnorm_forward(normed, sum, rstd, residual, branch, norm, rows, C, real(1e-5), nullptr); });
+                 [=] { l.rmsnorm_forward(normed, sum, rstd, residual, branch, norm, rows, C, real(1e-5), stream); });
     memory_bound("rmsnorm_backward", once(d_residual, d_residual, d_branch, d_normed, sum, rstd),
-                 [=] { l.rmsnorm_backward(d_residual, d_branch, d_norm, d_normed, sum, rstd, norm, scratch, rows, C, nullptr); });
+                 [=] { l.rmsnorm_backward(d_residual, d_branch, d_norm, d_normed, sum, rstd, norm, scratch, rows, C, stream); });
 
     const auto xz = memory.normal<floatX>(int64_t(rows) * 2 * D), d_xz = memory.normal<floatX>(int64_t(rows) * 2 * D);
     const auto x = xz.part(0, int64_t(rows) * D), d_x = d_xz.part(0, int64_t(rows) * D), z = xz.part(D, int64_t(rows) * D),
@@ -187,12 +193,10 @@ static void bench_layers(const Layers& l, const Size& size, double copy_bandwidt
     const auto u = memory.normal<floatX>(int64_t(rows) * D), d_u = memory.normal<floatX>(int64_t(rows) * D);
     const auto conv_weight = memory.normal<real>(D * W), conv_bias = memory.normal<real>(D);
     const auto d_conv_weight = memory.normal<real>(D * W), d_conv_bias = memory.normal<real>(D);
-    memory_bound("conv_forward", once(x, u),
-                 [=] { l.conv_forward(u, nullptr, x, 2 * D, conv_weight, conv_bias, nullptr, B, T, D, W, nullptr); });
-    memory_bound("conv_backward", once(d_u, x, d_x), [=] {
-        l.conv_backward(d_x, 2 * D, d_conv_weight, d_conv_bias, nullptr, d_u, nullptr, x, 2 * D, conv_weight, conv_bias, nullptr, scratch, B, T,
-                        D, W, nullptr);
-    });
+    const Conv conv{x, 2 * D, conv_weight, conv_bias, nullptr, B, T, D, W};
+    memory_bound("conv_forward", once(x, u), [=] { l.conv_forward(u, nullptr, conv, stream); });
+    memory_bound("conv_backward", once(d_u, x, d_x),
+                 [=] { l.conv_backward({d_x, d_conv_weight, d_conv_bias, nullptr}, d_u, nullptr, conv, scratch, stream); });
 
     const auto dt = memory.normal<floatX>(int64_t(rows) * D, 0.5), d_dt = memory.normal<floatX>(int64_t(rows) * D);
     const auto x_dbl = memory.normal<floatX>(int64_t(rows) * ld_x_dbl), d_x_dbl = memory.normal<floatX>(int64_t(rows) * ld_x_dbl);
@@ -201,62 +205,60 @@ static void bench_layers(const Layers& l, const Size& size, double copy_bandwidt
     const auto A_log = memory.normal<real>(D * N, 0.5, 1), skip = memory.normal<real>(D, 0.1, 1), dt_bias = memory.normal<real>(D, 1, -4);
     const auto d_A_log = memory.normal<real>(D * N), d_skip = memory.normal<real>(D), d_dt_bias = memory.normal<real>(D);
     const auto chunk_states = memory.normal<real>(B * scan_chunks(T) * D * N);
-    memory_bound("scan_forward", once(u, dt, z, B_and_C, y, chunk_states), [=] {
-        l.scan_forward(y, nullptr, chunk_states, u, dt, B_and_C, B_and_C + N, ld_x_dbl, z, 2 * D, A_log, skip, dt_bias, nullptr, scratch, B, T,
-                       D, N, nullptr);
-    });
+    const Scan scan{u, dt, B_and_C, B_and_C + N, ld_x_dbl, z, 2 * D, A_log, skip, dt_bias, nullptr, B, T, D, N};
+    memory_bound("scan_forward", once(u, dt, z, B_and_C, y, chunk_states),
+                 [=] { l.scan_forward(y, nullptr, chunk_states, scan, scratch, stream); });
     memory_bound("scan_backward", once(u, dt, z, d_y, B_and_C, chunk_states, d_u, d_dt, d_z, d_B_and_C), [=] {
-        l.scan_backward(d_u, d_dt, d_B_and_C, d_B_and_C + N, d_z, d_A_log, d_skip, d_dt_bias, nullptr, d_y, nullptr, u, dt, B_and_C,
-                        B_and_C + N, ld_x_dbl, z, 2 * D, A_log, skip, dt_bias, chunk_states, scratch, B, T, D, N, nullptr);
+        l.scan_backward({d_u, d_dt, d_B_and_C, d_B_and_C + N, d_z, d_A_log, d_skip, d_dt_bias, nullptr}, d_y, nullptr, scan, chunk_states,
+                        scratch, stream);
     });
 
-    const auto router = memory.normal<real>(E * C, 0.02), d_router = memory.normal<real>(E * C);
+    const auto router_weight = memory.normal<real>(E * C, 0.02), d_router_weight = memory.normal<real>(E * C);
     const auto probs = memory.normal<real>(int64_t(rows) * E), lse = memory.normal<real>(rows), gates = memory.normal<real>(rows * K),
                d_gates = memory.normal<real>(rows * K), losses = memory.normal<real>(2);
     const auto experts = memory.integers(rows * K, E), slot = memory.integers(rows * K, 1), choice = memory.integers(slots, 1),
                load = memory.integers(E, rows), offset = memory.integers(E + 1, 1);
     const auto d_routed = memory.normal<floatX>(int64_t(rows) * C);
-    memory_bound("router_forward", once(normed, router, probs, lse, experts, gates),
-                 [=] { l.router_forward(probs, lse, experts, gates, normed, router, scratch, rows, C, E, K, false, nullptr); });
-    memory_bound("dispatch_plan", once(experts, slot, choice),
-                 [=] { l.dispatch_plan(slot, choice, load, offset, experts, scratch, rows, E, K, capacity, nullptr); });
-    memory_bound("router_losses", once(probs, lse), [=] { l.router_losses(losses, probs, lse, load, scratch, rows, E, nullptr); });
+    const Router router{normed, router_weight, rows, C, E, K, false};
+    const Routing routing{probs, lse, experts, gates};
+    const Dispatch to{slot, choice, load, offset, rows, E, K, capacity};
+    memory_bound("router_forward", once(normed, router_weight, probs, lse, experts, gates),
+                 [=] { l.router_forward(routing, router, scratch, stream); });
+    memory_bound("dispatch_plan", once(experts, slot, choice), [=] { l.dispatch_plan(to, experts, scratch, stream); });
+    memory_bound("router_losses", once(probs, lse), [=] { l.router_losses(losses, probs, lse, load, scratch, rows, E, stream); });
     memory_bound("router_backward", once(d_routed, d_routed, normed, d_gates, probs, lse, experts, gates), [=] {
-        l.router_backward(d_routed, d_router, d_gates, probs, lse, experts, gates, load, normed, router, scratch, rows, C, E, K, false,
-                          real(0.01), real(0.001), nullptr);
+        l.router_backward(d_routed, d_router_weight, d_gates, routing, load, router, real(0.01), real(0.001), scratch, stream);
     });
 
     const auto dispatched = memory.normal<floatX>(int64_t(slots) * C), returned = memory.normal<floatX>(int64_t(slots) * C);
     const auto hidden = memory.normal<floatX>(int64_t(slots) * F), d_hidden = memory.normal<floatX>(int64_t(slots) * F);
-    memory_bound("dispatch_forward", once(choice, normed, dispatched),
-                 [=] { l.dispatch_forward(dispatched, normed, choice, slots, C, K, nullptr); });
+    memory_bound("dispatch_forward", once(choice, normed, dispatched), [=] { l.dispatch_forward(dispatched, normed, to, C, stream); });
     memory_bound("dispatch_backward", once(slot, dispatched, d_routed),
-                 [=] { l.dispatch_backward(d_routed, dispatched, slot, rows, C, K, false, nullptr); });
+                 [=] { l.dispatch_backward(d_routed, dispatched, to, C, false, stream); });
     memory_bound("combine_forward", once(slot, gates, returned, branch),
-                 [=] { l.combine_forward(branch, returned, gates, slot, rows, C, K, false, nullptr); });
+                 [=] { l.combine_forward(branch, returned, gates, to, C, false, stream); });
     memory_bound("combine_backward", once(d_branch, returned, gates, slot, choice, dispatched, d_gates),
-                 [=] { l.combine_backward(dispatched, d_gates, d_branch, returned, gates, slot, choice, rows, slots, C, K, nullptr); });
-    memory_bound("relu_forward", once(hidden, hidden), [=] { l.relu_forward(hidden, hidden, hidden.count, nullptr); });
+                 [=] { l.combine_backward(dispatched, d_gates, d_branch, returned, gates, to, C, stream); });
+    memory_bound("relu_forward", once(hidden, hidden), [=] { l.relu_forward(hidden, hidden, hidden.count, stream); });
     memory_bound("relu_backward", once(hidden, d_hidden, d_hidden),
-                 [=] { l.relu_backward(d_hidden, d_hidden, hidden, hidden.count, nullptr); });
-    memory_bound("swiglu_forward", once(xz, y), [=] { l.swiglu_forward(y, xz, rows, D, nullptr); });
-    memory_bound("swiglu_backward", once(xz, d_y, d_xz), [=] { l.swiglu_backward(d_xz, d_y, xz, rows, D, nullptr); });
+                 [=] { l.relu_backward(d_hidden, d_hidden, hidden, hidden.count, stream); });
+    memory_bound("swiglu_forward", once(xz, y), [=] { l.swiglu_forward(y, xz, rows, D, stream); });
+    memory_bound("swiglu_backward", once(xz, d_y, d_xz), [=] { l.swiglu_backward(d_xz, d_y, xz, rows, D, stream); });
 
     const auto logits = memory.normal<floatX>(int64_t(head_rows) * Vp);
     const auto next = memory.normal<real>(int64_t(B) * V), row_losses = memory.normal<real>(rows);
     memory_bound("classifier", once(logits, logits),
-                 [=] { l.classifier(row_losses, logits, tokens, head_rows, V, Vp, real(1.0 / rows), nullptr); });
+                 [=] { l.classifier(row_losses, logits, tokens, head_rows, V, Vp, real(1.0 / rows), stream); });
     memory_bound("softmax_forward", once(logits.part(0, int64_t(B) * Vp), next),
-                 [=] { l.softmax_forward(next, logits, B, V, Vp, real(0.7), nullptr); });
+                 [=] { l.softmax_forward(next, logits, B, V, Vp, real(0.7), stream); });
 
     const auto master = memory.normal<real>(size.parameters), grad = memory.normal<real>(size.parameters);
     const auto m = memory.normal<real>(size.parameters, 0.1), v = memory.normal<real>(size.parameters, 0.01, 1);
     const auto weight = memory.normal<floatX>(kMixedPrecision ? size.parameters : 1);
-    memory_bound("sum", once(grad), [=] { l.sum(losses, grad, scratch, grad.count, nullptr); });
-    memory_bound("sum_of_squares", once(grad), [=] { l.sum_of_squares(losses, grad, scratch, grad.count, nullptr); });
+    memory_bound("sum", once(grad), [=] { l.sum(losses, grad, scratch, grad.count, stream); });
+    memory_bound("sum_of_squares", once(grad), [=] { l.sum_of_squares(losses, grad, scratch, grad.count, stream); });
     memory_bound("adamw", once(master, master, m, m, v, v, grad) + (kMixedPrecision ? weight.bytes() : 0), [=] {
-        l.adamw(master, kMixedPrecision ? weight.data : nullptr, m, v, grad, master.count, real(1e-3), real(0.9), real(0.999), real(1e-8),
-                real(0.1), real(1), 10, nullptr);
+        l.adamw(master, kMixedPrecision ? weight.data : nullptr, m, v, grad, master.count, AdamW(), real(1), 10, stream);
     });
 
     // Matrix products; in, out and weight large enough for all of them.
@@ -278,20 +280,18 @@ static void bench_layers(const Layers& l, const Size& size, double copy_bandwidt
     for (const auto& p : products) {
         const double work = 2.0 * p.rows * p.I * p.O;
         const std::string name = std::string(" ") + p.name;
-        entries.push_back({"linear_forward" + name, 0, work,
-                           [=] { l.linear_forward(out, p.O, in, p.I, matrix, p.rows, p.I, p.O, false, nullptr); }});
-        entries.push_back({"linear_backward" + name, 0, 2 * work, [=] {
-                               l.linear_backward(d_in, p.I, d_matrix, out, p.O, in, p.I, matrix, p.rows, p.I, p.O, false, nullptr);
-                           }});
+        const Linear linear{in, p.I, matrix, p.rows, p.I, p.O};
+        entries.push_back({"linear_forward" + name, 0, work, [=] { l.linear_forward(out, p.O, linear, false, stream); }});
+        entries.push_back({"linear_backward" + name, 0, 2 * work,
+                           [=] { l.linear_backward(d_in, p.I, d_matrix, out, p.O, linear, false, true, stream); }});
     }
     for (const auto& p : expert_products) {
         const double work = 2.0 * p.rows * p.I * p.O;
         const std::string name = std::string(" ") + p.name;
-        entries.push_back({"experts_forward" + name, 0, work,
-                           [=] { l.experts_forward(out, in, matrix, nullptr, p.rows, p.I, p.O, E, capacity, nullptr); }});
-        entries.push_back({"experts_backward" + name, 0, 2 * work, [=] {
-                               l.experts_backward(d_in, d_matrix, out, in, matrix, nullptr, p.rows, p.I, p.O, E, capacity, nullptr);
-                           }});
+        const Experts product{in, matrix, to, nullptr, p.I, p.O};
+        entries.push_back({"experts_forward" + name, 0, work, [=] { l.experts_forward(out, product, stream); }});
+        entries.push_back({"experts_backward" + name, 0, 2 * work,
+                           [=] { l.experts_backward(d_in, d_matrix, out, product, true, stream); }});
     }
 
     printf("\nB %d, T %d, C %d, D %d, N %d, R %d, E %d, F %d, V %d in %s; the head has %d rows, swiglu F = D, adamw %lld parameters\n", B, T, C, D,
@@ -339,13 +339,14 @@ static void bench_training(const Layers& layers, const Size& size, double flops)
     std::sort(seconds.begin(), seconds.end());
     const double rate = double(B) * T / seconds[seconds.size() / 2];
     printf("\ntraining %s, B %d, T %d, %s: %.0f tokens/s, %.1f ms a step, MFU %.1f %% of the measured rate\n", size.preset, B, T, kPrecision, rate,
-           seconds[seconds.size() / 2] * 1e3, 100 * rate * model.config.matmul_flops_per_token(true) / flops);
+           seconds[seconds.size() / 2] * 1e3, 100 * rate * model.matmul_flops_per_token(true) / flops);
 }
 
 static int body(int argc, char** argv) {
     if (argc > 2 || (argc == 2 && strcmp(argv[1], kDevice)))
         fail("usage: kernels [%s]; this build measures %s only (simt counts and checks, its times mean nothing)", kDevice, kDevice);
     const Layers& layers = find_device(kDevice);
+    stream = layers.open();
     const Size size;
     const double flops = measure_matmul_flops(layers, size.square);
     double copy_bandwidth;

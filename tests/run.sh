@@ -1,18 +1,10 @@
 #!/bin/bash
-# Builds and runs the tests in every precision, then under sanitizers, and has nvcc compile everything. Tests run beside the builds that
-# follow them. Ends with "N passed, N failed".
+# Builds and runs the tests in every precision, then under sanitizers, and has nvcc compile every kernel. Ends with "N passed, N failed".
 cd "$(dirname "$0")/.." || exit 1
-unset MAKEFLAGS CUDA PRECISION SANITIZE OPTIMIZE  # of "make test OPTION=...": the builds below choose their own
-export OMP_WAIT_POLICY=passive  # a waiting thread that spins would take the core from one that works
-export MOEMAMBA_TEST_SEED=${MOEMAMBA_TEST_SEED:-1}  # another one draws other inputs
-jobs=$(nproc 2>/dev/null || echo 2)
-mkdir -p build/log
 counts=build/log/counts.txt  # a line for each step: test cases passed, failed
-: > $counts
-echo "inputs: MOEMAMBA_TEST_SEED=$MOEMAMBA_TEST_SEED"
 
-# run_step NAME COMMAND...: runs it, shows its last lines if it fails, and counts its test cases (one, if it is no Catch2 program).
-run_step() {
+# run.sh step NAME COMMAND...: runs it, shows its last lines if it fails, and counts its test cases (one, if it is no Catch2 program).
+step() {
     local name=$1 start=$SECONDS log good=0 bad=0
     shift
     log=build/log/$(tr -c 'a-zA-Z0-9\n' '_' <<< "$name").txt
@@ -38,42 +30,69 @@ run_step() {
     )
     echo "$report"  # in one piece: another step may end now
 }
-# step NAME COMMAND...: starts it as soon as fewer than `jobs` others run.
-step() {
-    while (($(jobs -rp | wc -l) >= jobs)); do wait -n; done
-    run_step "$@" &
-}
-# build NAME ARGUMENTS...: a failed build is one failed test.
+# run.sh build NAME COMMAND...: a failed build is one failed test, and fails, so that nothing of it is run.
 build() {
     local name=$1 log=build/log/build_${1//[^a-z0-9]/_}.txt start=$SECONDS
     shift
-    if make -j "$jobs" CUDA=0 "$@" > "$log" 2>&1; then
+    if "$@" > "$log" 2>&1; then
         printf '%-44s %30d s\n' "build $name" $((SECONDS - start))
     else
         echo "0 1" >> $counts
-        echo "build $name FAILED"
-        tail -n 40 "$log"
+        printf 'build %s FAILED\n%s\n' "$name" "$(tail -n 40 "$log")"
         return 1
     fi
 }
-
-for precision in float double bf16; do
-    dir=build/cpu-$precision
-    build "$precision" PRECISION=$precision $([ $precision = float ] && echo tests || echo $dir/test_kernels) || continue
-    step "kernels, layers, model: $precision" $dir/test_kernels
-    [ $precision = float ] || continue
-    step "simt.h" $dir/test_simt
-    step "programs" $dir/test_programs
-done
-dir=build/cpu-float-sanitize
-if build "sanitizers" PRECISION=float SANITIZE=1 tests; then
-    step "kernels, layers, model: sanitizers" $dir/test_kernels
-    step "simt.h: sanitizers" $dir/test_simt
-    step "programs: sanitizers" $dir/test_programs
+if (($#)); then
+    "$@"
+    exit
 fi
-step "nvcc and ptxas" make -s ptxas
-command -v nvidia-smi > /dev/null || step "gpu-check without a GPU" tools/gpu_check.sh
-wait
+
+unset MAKEFLAGS CUDA PRECISION SANITIZE OPTIMIZE DEBUG WERROR  # of "make test OPTION=...": the builds below choose their own
+export OMP_WAIT_POLICY=passive  # a waiting thread that spins would take the core from one that works
+export MOEMAMBA_TEST_SEED=${MOEMAMBA_TEST_SEED:-1}  # another one draws other inputs
+mkdir -p build/log
+: > $counts
+echo "inputs: MOEMAMBA_TEST_SEED=$MOEMAMBA_TEST_SEED"
+
+# One make runs builds and tests side by side, a job for each core; what takes longest comes first.
+command -v nvidia-smi > /dev/null || without=gpu-check
+make -k -j "$(nproc 2>/dev/null || echo 2)" -f /dev/stdin all WITHOUT=$without << 'END'
+build = +@tests/run.sh build "$@" $(MAKE) --no-print-directory -f Makefile CUDA=0 WERROR=1
+step = @tests/run.sh step
+cpu := build/cpu
+
+all: kernels-sanitizers kernels-double nvcc kernels-bf16 kernels-float programs programs-sanitizers simt simt-sanitizers makefile $(WITHOUT)
+
+# What builds share: no two of them may write one file.
+shared:
+	$(build) PRECISION=float shared
+float: shared
+	$(build) PRECISION=float tests
+double bf16: shared
+	$(build) PRECISION=$@ $(cpu)-$@/test_kernels
+sanitizers: shared
+	$(build) PRECISION=float SANITIZE=1 tests
+
+kernels-float kernels-double kernels-bf16: kernels-%: %
+	$(step) "kernels, layers, model: $*" $(cpu)-$*/test_kernels
+kernels-sanitizers: sanitizers
+	$(step) "kernels, layers, model: sanitizers" $(cpu)-float-sanitize/test_kernels
+programs: float
+	$(step) "programs" $(cpu)-float/test_programs
+programs-sanitizers: sanitizers
+	$(step) "programs: sanitizers" $(cpu)-float-sanitize/test_programs
+simt: float
+	$(step) "simt.h" build/any/test_simt
+simt-sanitizers: sanitizers
+	$(step) "simt.h: sanitizers" build/any-sanitize/test_simt
+nvcc:
+	+$(step) "nvcc and ptxas" $(MAKE) -s -f Makefile ptxas
+makefile:
+	$(step) "Makefile" tests/test_makefile.sh
+gpu-check:
+	$(step) "gpu-check without a GPU" tools/gpu_check.sh
+.PHONY: all shared float double bf16 sanitizers nvcc makefile gpu-check
+END
 
 awk -v seconds=$SECONDS '{ passed += $1; failed += $2 }
     END { printf "all in %d s\n%d passed, %d failed\n", seconds, passed, failed; exit failed > 0 }' $counts

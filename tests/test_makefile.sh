@@ -1,6 +1,6 @@
 #!/bin/bash
-# What the Makefile takes from nvidia-smi and nvcc, with impostors of both: a GPU, two kinds of GPU, GPUs that nvcc does not know, and the ways
-# in which a broken driver speaks on stdout.
+# What the Makefile takes from nvidia-smi and nvcc, with impostors of both: a GPU, two kinds of GPU, GPUs that nvcc does not know, and the
+# ways in which a broken driver speaks on stdout.
 cd "$(dirname "$0")/.." || exit 1
 unset MAKEFLAGS CUDA PRECISION SANITIZE ARCHS NVCC
 fake=$(mktemp -d)
