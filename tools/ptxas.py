@@ -24,7 +24,7 @@ def dynamic_shared(kernel, lanes, floatX, real):
         tile = min(32, threads * (16 // floatX) // channels, 128 // lanes)
         return tile * channels * (real + 2 * floatX) + (tile * columns + 2 * channels) * real
     if kernel == "scan_backward_kernel":
-        tile = min(64, 512 // lanes)
+        tile = 64
         return tile * channels * (real + 3 * floatX) + (tile * columns + 2 * channels + warps * 4 * columns) * real
     if kernel == "rmsnorm_backward_kernel":  # at the width of the largest preset
         return min(8, (48 << 10) // (768 * real)) * 768 * real
