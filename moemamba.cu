@@ -1008,11 +1008,11 @@ struct ScanThread {
     // Forward: at most one vector of each array per thread, so that the next tile can wait in registers.
     static constexpr int steps = backward ? kScanChunk : std::min({32, kScanThreads / row_vectors, 128 / split});
     static constexpr int vectors = steps * row_vectors, elements = steps * channels;
-    [[maybe_unused]] static constexpr int own_columns = steps * columns / kScanThreads;  // elements of B_t and C_t per thread
+    static constexpr int own_columns = steps * columns / kScanThreads;  // elements of B_t and C_t per thread
     static constexpr int sums = backward ? kScanSteps * columns : 0;    // of d_B_t and d_C_t, by each warp
     static constexpr size_t bytes = elements * (sizeof(real) + (backward ? 3 : 2) * sizeof(floatX)) +
                                     (steps * columns + 2 * channels + warps * sums) * sizeof(real);
-    static_assert(steps % kScanSteps == 0 && kScanChunk % steps == 0 && steps * columns % kScanThreads == 0 && bytes <= kMaxShared);
+    static_assert(steps % kScanSteps == 0 && kScanChunk % steps == 0 && own_columns * kScanThreads == steps * columns && bytes <= kMaxShared);
 
     const ScanLaunch& in;
     int segment, begin, end;  // of the block, and its steps
