@@ -138,7 +138,8 @@ TESTS := $(BUILD)/test_kernels $(BUILD)/test_programs $(if $(filter 0,$(CUDA)),$
 # Catch2 version 3 is a library. Version 2 is a header, which takes longer to compile than the tests do: once, for all of them.
 CATCH := build/any/catch.o
 $(TESTS): LDLIBS += $(if $(wildcard /usr/include/catch2/catch_all.hpp),-lCatch2Main -lCatch2)
-$(BUILD)/test_kernels.o $(SHARED)/test_simt.o $(BUILD)/test_programs.o: OPTIMIZE := -O1
+$(BUILD)/test_kernels.o $(BUILD)/test_programs.o: OPTIMIZE := -O0
+$(SHARED)/test_simt.o: OPTIMIZE := -O1
 $(BUILD)/test_programs.o: DEFINES += -DPROGRAMS_DIR='"$(BUILD)"'
 $(CATCH): tests/catch.cpp | $(BUILD)
 	@mkdir -p $(@D)
