@@ -3,20 +3,26 @@
 //
 //   DIR/train_000000.bin, DIR/val_000000.bin, ...   256 int32 {20240520, 1, count}, then count tokens, uint16 each
 //   DIR/dataset.json                                 {"tokenizer": {...}, "train_tokens", "val_tokens", "documents", "split"}
-#include "moemamba.h"
-
 #include <CLI/CLI.hpp>
 #include <nlohmann/json.hpp>
-#include <omp.h>
 #include <unistd.h>
 #include <zlib.h>
 
 #include <algorithm>
 #include <cerrno>
+#include <chrono>
 #include <cmath>
 #include <cstring>
 #include <filesystem>
+#include <memory>
+#include <string>
 #include <string_view>
+#include <utility>
+#include <vector>
+
+#include "formats/files.h"
+#include "formats/options.h"
+#include "formats/tokenizer.h"
 
 namespace fs = std::filesystem;
 
@@ -103,6 +109,15 @@ struct ShardWriter {
 };
 
 // ------------------------------------------------------------------------------------------------------------------
+// The k-th of a series of random numbers in [0, 1): splitmix64 (Steele, Lea, Flood 2014). The seed is part of the format: the same text is
+// always split the same way, so that what one model was validated on, no later one is trained on.
+static double random_number(int64_t k) {
+    uint64_t x = 0xb382a305f4414f5eu + uint64_t(k) * 0x9e3779b97f4a7c15u;
+    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
+    x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
+    return double((x ^ (x >> 31)) >> 11) * 0x1p-53;
+}
+
 // Deals text to the two splits in units: documents, but of one that is too long its beginning and then pieces. Too long is what exceeds
 // the share of all text that validation is to get; where there are documents enough for a whole one in validation, four times that.
 // A unit that is cut ends at the first end of a line after its size, half a piece later at the latest. Where a document is cut between
@@ -176,8 +191,8 @@ struct Splitter {
         ++documents;
     }
     void open_unit() {
-        // Stratified: the k-th validation unit lies somewhere in the k-th run of 1 / fraction units. The seed is part of the format.
-        bool validation = fraction > 0 && double(units + 1) > (chosen + random_uniform(0, kShuffleStream, chosen)) / fraction;
+        // Stratified: the k-th validation unit lies somewhere in the k-th run of 1 / fraction units.
+        bool validation = fraction > 0 && double(units + 1) > (chosen + random_number(chosen)) / fraction;
         ShardWriter* next = validation ? &val : &train;
         if (document_open && next != writer) writer->append(&tokenizer.end_of_text, 1);
         writer = next;
@@ -220,16 +235,18 @@ struct Input {
 };
 
 struct Progress {
+    static double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
     int64_t total = 0;  // bytes on disk; 0 = unknown
-    const double start = omp_get_wtime();
+    const double start = now();
     const bool terminal = isatty(STDERR_FILENO);
     double next = start + (terminal ? 0.2 : 10);
 
     void show(int64_t done) {
-        double now = omp_get_wtime();
-        if (now < next) return;
-        next = now + (terminal ? 0.2 : 10);
-        double rate = done / (now - start);
+        const double time = now();
+        if (time < next) return;
+        next = time + (terminal ? 0.2 : 10);
+        double rate = done / (time - start);
         fprintf(stderr, "%s%.1f MB at %.1f MB/s", terminal ? "\r" : "", done / 1e6, rate / 1e6);
         if (total > 0) {
             long left = long((total - done) / std::max(rate, 1.0));

@@ -178,7 +178,7 @@ struct PartialSums {
 constexpr int kReduceRows = 16;
 __global__ void reduce_partials_kernel(PartialSums sums, int parts) {
     SHARED(real[kReduceRows][kWarp], of_row);
-    const PartialSum& s = sums.sum[blockIdx.y];
+    const PartialSum s = blockIdx.y == 0 ? sums.sum[0] : blockIdx.y == 1 ? sums.sum[1] : sums.sum[2];  // no index: that takes a stack
     const int64_t i = int64_t(blockIdx.x) * kWarp + threadIdx.x;
     real sum = 0;
     if (i < s.count)
@@ -684,19 +684,19 @@ void embedding_backward(real* d_table, const real* d_out, const int* tokens, voi
 // Weights lie by lag: w[k] multiplies the input of k steps ago; window[i] is the input of taps - 1 - i steps ago.
 constexpr int kConvWidth = kWidth < 4 ? kWidth : 4;  // channels per thread: with more, the backward pass has no registers for them
 constexpr int kConvTaps = 4;
-constexpr int kConvSegments = 8;  // threads of a block along time; kWarp along channels
-constexpr int kConvBatch = 4;     // steps whose loads are under way together
+constexpr int kConvSegments = 8;       // threads of a block along time; kWarp along channels
+constexpr int kConvLeastSteps = 16, kConvMostSteps = 128;  // of a segment
+constexpr int kConvBatch = 4;          // steps whose loads are under way together
 
-struct ConvShape {
-    int T, D, W, ld_in, segment_steps, segment_blocks, channel_blocks;
+struct ConvLayout {
+    int segment_steps, segment_blocks, channel_blocks;
 };
-constexpr int kLeastConvSteps = 16, kMostConvSteps = 128;
 template <int width>
-ConvShape conv_shape(const Conv& c) {
+ConvLayout conv_layout(const Conv& c) {
     // Segments as long as can be while there are a thousand threads for each multiprocessor: short ones read more of their past.
     const int64_t columns = c.B * ceil_div(c.D, width), wanted = std::max<int64_t>(1, int64_t(multiprocessors()) * 1024 / columns);
-    const int steps = int(std::clamp<int64_t>(ceil_div(ceil_div(c.T, wanted), kConvBatch) * kConvBatch, kLeastConvSteps, kMostConvSteps));
-    return {c.T, c.D, c.W, c.ld_in, steps, int(ceil_div(c.T, int64_t(steps) * kConvSegments)), int(ceil_div(c.D, kWarp * width))};
+    const int steps = int(std::clamp<int64_t>(ceil_div(ceil_div(c.T, wanted), kConvBatch) * kConvBatch, kConvLeastSteps, kConvMostSteps));
+    return {steps, int(ceil_div(c.T, int64_t(steps) * kConvSegments)), int(ceil_div(c.D, kWarp * width))};
 }
 struct ConvThread {
     int64_t b;
@@ -704,34 +704,32 @@ struct ConvThread {
     bool active;
 };
 template <int width>
-__device__ __forceinline__ ConvThread conv_thread(const ConvShape& shape) {
+__device__ __forceinline__ ConvThread conv_thread(const Conv& c, const ConvLayout& layout) {
     ConvThread t;
-    const int channel_block = blockIdx.x % shape.channel_blocks;
-    t.part = blockIdx.x / shape.channel_blocks;  // b * segment_blocks + block of segments
-    t.b = t.part / shape.segment_blocks;
+    const int channel_block = blockIdx.x % layout.channel_blocks;
+    t.part = blockIdx.x / layout.channel_blocks;  // b * segment_blocks + block of segments
+    t.b = t.part / layout.segment_blocks;
     t.d = (channel_block * kWarp + threadIdx.x) * width;
-    const int64_t begin = (int64_t(t.part % shape.segment_blocks) * kConvSegments + threadIdx.y) * shape.segment_steps;
-    t.active = t.d < shape.D && begin < shape.T;
+    const int64_t begin = (int64_t(t.part % layout.segment_blocks) * kConvSegments + threadIdx.y) * layout.segment_steps;
+    t.active = t.d < c.D && begin < c.T;
     t.begin = t.active ? int(begin) : 0;
-    t.end = t.active ? int(min(begin + shape.segment_steps, int64_t(shape.T))) : 0;
+    t.end = t.active ? int(min(begin + layout.segment_steps, int64_t(c.T))) : 0;
     return t;
 }
 // Inputs before the first come from the state, which holds the last W - 1 of them.
 template <int width>
-__device__ __forceinline__ Reals<width> conv_input(const ConvShape& shape, const ConvThread& thread, const floatX* in, const real* state,
-                                                   int t) {
-    if (t >= 0) return load<width>(in + (thread.b * shape.T + t) * shape.ld_in + thread.d);
-    if (state && t >= 1 - shape.W) return load<width>(state + (thread.b * (shape.W - 1) + shape.W - 1 + t) * shape.D + thread.d);
+__device__ __forceinline__ Reals<width> conv_input(const Conv& c, const ConvThread& thread, int t) {
+    if (t >= 0) return load<width>(c.in + (thread.b * c.T + t) * c.ld_in + thread.d);
+    if (c.initial_state && t >= 1 - c.W) return load<width>(c.initial_state + (thread.b * (c.W - 1) + c.W - 1 + t) * c.D + thread.d);
     return {};
 }
 template <int width, int taps>
 struct ConvWindow {
     Reals<width> w[taps], x[taps];
-    __device__ __forceinline__ void start(const ConvShape& shape, const ConvThread& thread, const floatX* in, const real* weight,
-                                          const real* state) {
+    __device__ __forceinline__ ConvWindow(const Conv& c, const ConvThread& thread) {
         UNROLL for (int k = 0; k < taps; k++) {
-            UNROLL for (int j = 0; j < width; j++) w[k].v[j] = k < shape.W ? weight[int64_t(thread.d + j) * shape.W + shape.W - 1 - k] : 0;
-            x[k] = k > 0 && k > taps - shape.W ? conv_input<width>(shape, thread, in, state, thread.begin - taps + k) : Reals<width>{};
+            UNROLL for (int j = 0; j < width; j++) w[k].v[j] = k < c.W ? c.weight[int64_t(thread.d + j) * c.W + c.W - 1 - k] : 0;
+            x[k] = k > 0 && k > taps - c.W ? conv_input<width>(c, thread, thread.begin - taps + k) : Reals<width>{};
         }
     }
     __device__ __forceinline__ void push(const Reals<width>& next) {
@@ -746,49 +744,48 @@ struct ConvWindow {
 };
 
 template <int width, int taps>
-__global__ void conv_forward_kernel(floatX* out, real* final_state, const floatX* in, const real* weight, const real* bias,
-                                    const real* initial_state, ConvShape shape) {
-    const ConvThread thread = conv_thread<width>(shape);
+__global__ void conv_forward_kernel(floatX* out, real* final_state, Conv c, ConvLayout layout) {
+    const ConvThread thread = conv_thread<width>(c, layout);
     if (!thread.active) return;
-    const int D = shape.D, W = shape.W;
-    ConvWindow<width, taps> window;
-    window.start(shape, thread, in, weight, initial_state);
-    const auto b = load<width>(bias + thread.d);
+    const int D = c.D, W = c.W;
+    ConvWindow<width, taps> window(c, thread);
+    const auto bias = load<width>(c.bias + thread.d);
     for (int first = thread.begin; first < thread.end; first += kConvBatch) {
         Reals<width> x[kConvBatch];
         UNROLL for (int i = 0; i < kConvBatch; i++)
-            if (first + i < thread.end) x[i] = conv_input<width>(shape, thread, in, initial_state, first + i);
+            if (first + i < thread.end) x[i] = conv_input<width>(c, thread, first + i);
         UNROLL for (int i = 0; i < kConvBatch; i++) {
             const int t = first + i;
             if (t >= thread.end) break;
             window.push(x[i]);
             Reals<width> y;
             UNROLL for (int j = 0; j < width; j++) {
-                const real a = window.sum(W, j, b.v[j]);
+                const real a = window.sum(W, j, bias.v[j]);
                 y.v[j] = a * sigmoid(a);
             }
-            store(out + (thread.b * shape.T + t) * D + thread.d, y);
+            store(out + (thread.b * c.T + t) * D + thread.d, y);
         }
     }
-    if (final_state && thread.end == shape.T)
+    if (final_state && thread.end == c.T)
         UNROLL for (int i = 0; i < taps; i++)
             if (i > taps - W) store(final_state + (thread.b * (W - 1) + i - (taps - W + 1)) * D + thread.d, window.x[i]);
 }
+// Calls f with the instance's width and taps.
 template <class F>
-void with_conv_width(int W, std::initializer_list<int64_t> sizes, std::initializer_list<const void*> addresses, F&& f) {
-    if (W < 1 || W > kMaxConv) fail("the convolution's width is %d: 1 to %d are supported", W, kMaxConv);
-    with_width<kConvWidth>(sizes, addresses, [&](auto width) {
+void with_conv(const Conv& c, std::initializer_list<const void*> addresses, F&& f) {
+    if (c.W < 1 || c.W > kMaxConv) fail("the convolution's width is %d: 1 to %d are supported", c.W, kMaxConv);
+    with_width<kConvWidth>({c.D, c.ld_in}, addresses, [&](auto width) {
         if constexpr (width > 1)
-            if (W <= kConvTaps) return f(width, std::integral_constant<int, kConvTaps>());
+            if (c.W <= kConvTaps) return f(width, std::integral_constant<int, kConvTaps>());
         f(std::integral_constant<int, 1>(), std::integral_constant<int, kMaxConv>());
     });
 }
 void conv_forward(floatX* out, real* final_state, const Conv& c, cudaStream_t stream) {
     if (c.B == 0 || c.T == 0) return;
-    with_conv_width(c.W, {c.D, c.ld_in}, {out, final_state, c.in, c.bias, c.initial_state}, [&](auto width, auto taps) {
-        const ConvShape shape = conv_shape<width>(c);
-        LAUNCH((conv_forward_kernel<width, taps>), blocks_for(int64_t(c.B) * shape.segment_blocks * shape.channel_blocks, 1),
-               dim3(kWarp, kConvSegments), 0, stream)(out, final_state, c.in, c.weight, c.bias, c.initial_state, shape);
+    with_conv(c, {out, final_state, c.in, c.bias, c.initial_state}, [&](auto width, auto taps) {
+        const ConvLayout layout = conv_layout<width>(c);
+        LAUNCH((conv_forward_kernel<width, taps>), blocks_for(int64_t(c.B) * layout.segment_blocks * layout.channel_blocks, 1),
+               dim3(kWarp, kConvSegments), 0, stream)(out, final_state, c, layout);
     });
     CHECK_LAUNCH();
 }
@@ -798,24 +795,22 @@ void conv_forward(floatX* out, real* final_state, const Conv& c, cudaStream_t st
 // adding to the weights there. Before the first input lies the initial state, behind the last the final state's gradient.
 // weight_parts (B segment_blocks, D, W), bias_parts (B segment_blocks, D)
 template <int width, int taps>
-__global__ void conv_backward_kernel(floatX* d_in, real* weight_parts, real* bias_parts, real* d_initial_state,
-                                     const floatX* d_out, const real* d_final_state, const floatX* in, const real* weight, const real* bias,
-                                     const real* initial_state, ConvShape shape) {
+__global__ void conv_backward_kernel(ConvGradients out, real* weight_parts, real* bias_parts, const floatX* d_out,
+                                     const real* d_final_state, Conv c, ConvLayout layout) {
     SHARED(real[kConvSegments][kWarp * width], sums);
-    const ConvThread thread = conv_thread<width>(shape);
-    const int T = shape.T, D = shape.D, W = shape.W;
+    const ConvThread thread = conv_thread<width>(c, layout);
+    const int T = c.T, D = c.D, W = c.W;
     Reals<width> d_w[taps] = {}, d_b = {};
     if (thread.active) {
-        ConvWindow<width, taps> window;
-        window.start(shape, thread, in, weight, initial_state);
-        const auto b = load<width>(bias + thread.d);
+        ConvWindow<width, taps> window(c, thread);
+        const auto bias = load<width>(c.bias + thread.d);
         Reals<width> d_a[taps] = {};
         const int known = min(thread.end + W - 1, T);  // steps from here on add nothing
         for (int first = thread.begin; first < thread.end + taps - 1; first += kConvBatch) {
             Reals<width> x[kConvBatch] = {}, d[kConvBatch] = {};
             UNROLL for (int i = 0; i < kConvBatch; i++)
                 if (first + i < known) {
-                    x[i] = conv_input<width>(shape, thread, in, initial_state, first + i);
+                    x[i] = conv_input<width>(c, thread, first + i);
                     d[i] = load<width>(d_out + (thread.b * T + first + i) * D + thread.d);
                 }
             UNROLL for (int i = 0; i < kConvBatch; i++) {
@@ -824,7 +819,7 @@ __global__ void conv_backward_kernel(floatX* d_in, real* weight_parts, real* bia
                 window.push(x[i]);
                 UNROLL for (int k = 1; k < taps; k++) d_a[k - 1] = d_a[k];
                 UNROLL for (int j = 0; j < width; j++) {
-                    const real a = window.sum(W, j, b.v[j]), gate = sigmoid(a);
+                    const real a = window.sum(W, j, bias.v[j]), gate = sigmoid(a);
                     d_a[taps - 1].v[j] = t < known ? d[i].v[j] * gate * (1 + a * (1 - gate)) : 0;
                     if (t < thread.end) {
                         d_b.v[j] += d_a[taps - 1].v[j];
@@ -832,14 +827,14 @@ __global__ void conv_backward_kernel(floatX* d_in, real* weight_parts, real* bia
                             if (k < W) d_w[k].v[j] += d_a[taps - 1].v[j] * window.x[taps - 1 - k].v[j];
                     }
                 }
-                if (s < thread.begin && !(thread.begin == 0 && s >= 1 - W && d_initial_state)) continue;
+                if (s < thread.begin && !(thread.begin == 0 && s >= 1 - W && out.d_initial_state)) continue;
                 Reals<width> g = {};
                 if (d_final_state && s > T - W) g = load<width>(d_final_state + (thread.b * (W - 1) + s - (T - W + 1)) * D + thread.d);
                 UNROLL for (int k = 0; k < taps; k++)
                     if (k < W)
                         UNROLL for (int j = 0; j < width; j++) g.v[j] += window.w[k].v[j] * d_a[k].v[j];
-                if (s >= 0) store(d_in + (thread.b * T + s) * shape.ld_in + thread.d, g);
-                else store(d_initial_state + (thread.b * (W - 1) + s + W - 1) * D + thread.d, g);
+                if (s >= 0) store(out.d_in + (thread.b * T + s) * c.ld_in + thread.d, g);
+                else store(out.d_initial_state + (thread.b * (W - 1) + s + W - 1) * D + thread.d, g);
             }
         }
     }
@@ -866,20 +861,19 @@ struct ConvScratch : Scratch {
         bias_parts = take<real>(parts * D);
     }
 };
-size_t conv_scratch(int B, int T, int D, int W) {  // for the shortest segments that there are
-    return ConvScratch(nullptr, B * ceil_div(T, kLeastConvSteps * kConvSegments), D, W).used;
+// As many parts as the shortest segments give, whatever the instance.
+size_t conv_scratch(int B, int T, int D, int W) {
+    return ConvScratch(nullptr, B * ceil_div(T, kConvSegments * kConvLeastSteps), D, W).used;
 }
 void conv_backward(const ConvGradients& d, const floatX* d_out, const real* d_final_state, const Conv& c, void* scratch,
                    cudaStream_t stream) {
     if (c.B == 0 || c.T == 0) return;
-    const std::initializer_list<const void*> addresses = {d.d_in, d.d_initial_state, d_out, d_final_state, c.in, c.bias, c.initial_state};
-    with_conv_width(c.W, {c.D, c.ld_in}, addresses, [&](auto width, auto taps) {
-        const ConvShape shape = conv_shape<width>(c);
-        const int parts = c.B * shape.segment_blocks;
+    with_conv(c, {d.d_in, d.d_initial_state, d_out, d_final_state, c.in, c.bias, c.initial_state}, [&](auto width, auto taps) {
+        const ConvLayout layout = conv_layout<width>(c);
+        const int parts = c.B * layout.segment_blocks;
         const ConvScratch s(scratch, parts, c.D, c.W);
-        LAUNCH((conv_backward_kernel<width, taps>), blocks_for(int64_t(parts) * shape.channel_blocks, 1), dim3(kWarp, kConvSegments), 0,
-               stream)
-        (d.d_in, s.weight_parts, s.bias_parts, d.d_initial_state, d_out, d_final_state, c.in, c.weight, c.bias, c.initial_state, shape);
+        LAUNCH((conv_backward_kernel<width, taps>), blocks_for(int64_t(parts) * layout.channel_blocks, 1), dim3(kWarp, kConvSegments), 0,
+               stream)(d, s.weight_parts, s.bias_parts, d_out, d_final_state, c, layout);
         reduce_partials(parts, {{d.d_weight, s.weight_parts, int64_t(c.D) * c.W}, {d.d_bias, s.bias_parts, c.D}}, stream);
     });
 }
@@ -887,27 +881,34 @@ void conv_backward(const ConvGradients& d, const floatX* d_out, const real* d_fi
 // ------------------------------------------------------------------------------------------------------------------
 // Selective scan
 //
-// Mapping. A thread holds 4 of a channel's states, a group of `lanes` threads a channel (4 lanes for N <= 16; four instances serve any
-// N <= 128, states past N are zero). The group lies in one warp with channels in the low bits of the lane number: the warp's threads
-// then read the same few B_t and C_t, and neighbouring channels of everything else. A block has 1024 / sizeof(floatX) threads: for
-// N <= 16 its rows of channels are 256 bytes long. B_t and C_t are loaded once per block for all its channels.
+// Per channel, with h (N) its state, . a product over its N states:
+//   delta = softplus(dt + dt_bias);   A = -exp(A_log);   a = exp(delta A)
+//   h_t = a h_{t-1} + delta u B_t;    y = C_t . h_t + skip u;   out = y silu(z)
+// Backward, from the last step to the first. dh is the gradient of h_t, to begin with what comes of later steps; g that of y:
+//   g = d_out silu(z);   d_z = d_out y silu'(z);   d_skip += g u
+//   dh += g C_t;         d_C_t = sum over channels of g h_t;   d_B_t = sum over channels of dh delta u
+//   d_delta = u (dh . B_t) + (dh a h_{t-1}) . A;   d_dt = d_delta softplus'(dt + dt_bias);   d_dt_bias += d_dt
+//   dA += dh a h_{t-1} delta;   d_u = delta (dh . B_t) + skip g
+//   dh = a dh            for the step before: the gradient of h_{t-1}
 //
-// Time passes in tiles. Tiles come to shared memory by 16-byte loads, every element once, with the softplus done on the way; the
-// recurrence reads shared memory; what it gives overwrites what it no longer needs, and leaves by 16-byte stores. Time steps past T
-// have delta = 0, and a step with delta = 0 leaves every state as it is.
+// Threads. A thread holds 4 states of a channel, and `split` threads hold a channel: 4 for N <= 16, 8 for N <= 32, 16 for N <= 64;
+// states past N are zero. They lie in one warp, which has the channels in the low bits of the lane: its threads then read the same few
+// B_t and C_t, and neighbouring channels of everything else. With N <= 16 a block's rows of channels are 256 bytes long.
 //
-// The sums over a channel's lanes are done four steps at a time, which leaves each of four lanes with one step's sum (sum_lanes): 3
-// shuffles instead of 8, and the gates of the four steps are then computed by four lanes, not four times.
+// Tiles. Time passes in tiles, which come to shared memory by 16-byte loads, every element once, B_t and C_t for all of the block's
+// channels, dt as delta. What is computed overwrites what is no longer needed, and leaves by 16-byte stores. Steps past the end have
+// delta = 0, which leaves every state as it is.
 //
-// Parallel over time. Where batch and channels do not fill the chip, time is cut into segments of whole chunks. A first pass finds what
-// each segment but the last makes of a zero state, a scan over segments turns that into the state that enters each one, and the final pass
-// does the work. Its own input enters through the state, so that both passes are one kernel. Backward is the same, right to left.
+// Sums over states are made for four steps together. Each of four threads of the channel ends up with one step's sum: that takes
+// 3 shuffles instead of 8, and what follows from the sums is computed for four steps at once.
 //
-// Backward. The forward pass leaves one state per kScanChunk = 64 steps. From it the chunk is run again, down a tree with branches of 4:
-// keeping the states at the start of each 16 steps, then of each 4 steps, then of each step together with its exp(delta A). What is
-// kept is 12 + 12 + 32 numbers, all in registers, and an exponential is computed 48/64 + 12/16 + 1 = 2.5 times. (Two levels, of 8 and 8
-// steps, would do with 1.9, but keep 28 + 64, and 512 threads have 128 registers each. The arithmetic around it, 24 instructions for
-// each state, takes longer than the exponentials either way.) dA and d delta use a_t h_{t-1} itself, never h_t - delta B u.
+// Segments. Where sequences and channels do not fill the chip, time is cut into segments of whole chunks. A first pass finds what each
+// segment but the last makes of a zero state, scan_carry turns that into the state that enters each one, and a second pass does the
+// work. Both passes are one kernel. Backward is the same, right to left.
+//
+// Backward needs every state. The forward pass leaves one per chunk of kScanChunk = 64 steps. From it the chunk is run again, down a
+// tree with branches of 4: keeping the states before each 16 steps, then before each 4, then before each one together with its a. That
+// is 12 + 12 + 32 numbers in registers, and each a is computed 48/64 + 12/16 + 1 = 2.5 times. a h_{t-1} is never h_t - delta u B_t.
 //
 // Bytes from and to device memory, per token and channel, N = 16, one segment, D a multiple of the block's channels:
 //                                        bf16                              float
@@ -921,110 +922,46 @@ void conv_backward(const ConvGradients& d, const floatX* d_out, const real* d_fi
 //             in all / least             17.5 / 14 = 1.25                  35 / 28 = 1.25
 // Sums over time (dA, d_skip, d_dt_bias) are parts per sequence and segment, (N + 2) 8 / T bytes. With segments, the first pass adds
 // u and dt (forward: 4 or 8 bytes) or dt, z and d_out (backward: 6 or 12) of all segments but one.
-struct ScanInput : Scan {
+struct ScanLaunch : Scan {
     int chunks, channel_blocks, segments, segment_steps;
     bool vectors, state_vectors;  // whether rows of activations, and of states, may be accessed 16 bytes at a time
 };
-constexpr int kStates = 4;     // per thread
-constexpr int kScanSteps = 4;  // that sum_lanes sums together
+constexpr int kScanThreads = 1024 / sizeof(floatX);  // of a block
+constexpr int kStates = 4;                           // per thread
+constexpr int kScanSteps = 4;                        // whose sums over states are made together
 constexpr real kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
-template <int lanes>
-struct ScanBlock {
-    static constexpr int threads = 1024 / sizeof(floatX), warps = threads / kWarp;
-    static constexpr int channels = threads / lanes, warp_channels = kWarp / lanes;
-    static constexpr int row_vectors = channels / kWidth;
-    static constexpr int columns = 2 * kStates * lanes;  // of B_t and C_t, padded with zeros
-    // Forward: a tile has at most one vector per thread and array, so that the next one can wait in registers.
-    static constexpr int tile = std::min({32, threads / row_vectors, 128 / lanes});
-    static constexpr int tile_columns = tile * columns / threads;  // elements of B_t and C_t per thread
-    static constexpr size_t forward_bytes =
-        tile * channels * (sizeof(real) + 2 * sizeof(floatX)) + (tile * columns + 2 * channels) * sizeof(real);
-    // Blocks that share a multiprocessor's registers: as many as leave no thread with too few.
-    static constexpr int forward_blocks = sizeof(real) == 8 ? 1 : sizeof(floatX) == 4 ? 3 : 2;
-    static constexpr int chunk_tile = kScanChunk;  // backward
-    static constexpr int sums = kScanSteps * columns;  // of d_B_t and d_C_t, by each warp
-    static constexpr size_t backward_bytes =
-        chunk_tile * channels * (sizeof(real) + 3 * sizeof(floatX)) + (chunk_tile * columns + 2 * channels + warps * sums) * sizeof(real);
-    static_assert(tile % kScanSteps == 0 && kScanChunk % tile == 0 && tile * columns % threads == 0);
-    static_assert(forward_bytes <= kMaxShared && backward_bytes <= kMaxShared);
-};
-
-// Hides where a value comes from: what follows from it is computed again each time, instead of waiting in registers while the
-// recurrence needs them.
+// Untimed tuning: these follow the assembler's report of registers and spills, never a clock.
+//  - Blocks of scan_forward_kernel on a multiprocessor. It leaves a thread 64 registers in bf16, and every one of them is used.
+//  - opaque(x) hides where x comes from: what follows from it is then computed again each time, instead of waiting in registers. Without
+//    it scan_forward_kernel spills a few bytes.
+//  - NO_UNROLL in scan_backward_kernel keeps one copy of its steps in the code.
+constexpr int kForwardBlocks = sizeof(real) == 8 ? 1 : sizeof(floatX) == 4 ? 3 : 2;
 __device__ __forceinline__ unsigned opaque(unsigned x) {
     asm volatile("" : "+r"(x));
     return x;
 }
 
-// Where a thread stands.
-template <int lanes>
-struct ScanThread {
-    int segment, begin, end;  // of the block, and its steps
-    int lane, n, channel;     // lane of the channel's group; its first state; channel in the block
-    __device__ __forceinline__ explicit ScanThread(const ScanInput& in, int first_segment = 0) {
-        using Block = ScanBlock<lanes>;
-        segment = first_segment + blockIdx.z;
-        begin = segment * in.segment_steps;
-        end = min(begin + in.segment_steps, in.T);
-        lane = lane_id() / Block::warp_channels;
-        n = lane * kStates;
-        channel = warp_id() * Block::warp_channels + lane_id() % Block::warp_channels;
-    }
-    __device__ __forceinline__ int64_t b() const { return opaque(blockIdx.x); }
-    __device__ __forceinline__ int d() const { return opaque(blockIdx.y) * ScanBlock<lanes>::channels + channel; }
-    // Rows of (B, D, N), (B, segments, D, N) and (B, chunks, D, N) tensors.
-    __device__ __forceinline__ int64_t state_row(const ScanInput& in) const { return b() * in.D + d(); }
-    __device__ __forceinline__ int64_t segment_row(const ScanInput& in) const { return (b() * in.segments + segment) * in.D + d(); }
-    __device__ __forceinline__ int64_t chunk_row(const ScanInput& in, int chunk) const { return (b() * in.chunks + chunk) * in.D + d(); }
-};
-
-// Where vector i of the tile that starts at `first` lies: the tile has row_vectors of them in a row.
-template <int lanes>
-struct ScanPlace {
-    int at, column;  // in the tile, in its row
-    int d, channels;  // first channel; how many of its channels exist, 0 from `end` on
-    int64_t row;          // of (B, T, ...) tensors
-    __device__ __forceinline__ ScanPlace(const ScanInput& in, unsigned i, int first, int end) {
-        using Block = ScanBlock<lanes>;
-        const int step = i / Block::row_vectors;
-        column = i % Block::row_vectors * kWidth;
-        at = step * Block::channels + column;
-        d = opaque(blockIdx.y) * Block::channels + column;
-        channels = first + step < end ? max(0, min(in.D - d, kWidth)) : 0;
-        row = int64_t(opaque(blockIdx.x)) * in.T + first + step;
+// Arrays for `parts` sequences and segments, and parts of d_B_t and d_C_t (channel_blocks, rows, 2N).
+struct ScanScratch : Scratch {
+    real *segment_states, *delta_sums;  // (parts, D, N), (parts, D): see scan_carry
+    real *A, *skip, *bias, *bc;         // parts of d_A_log, d_skip, d_dt_bias, (parts, D, N), (parts, D), (parts, D); of d_B_t and d_C_t
+    ScanScratch(void* memory, int64_t parts, int64_t rows, int channel_blocks, int D, int N) : Scratch(memory) {
+        segment_states = take<real>(parts * D * N);
+        delta_sums = take<real>(parts * D);
+        A = take<real>(parts * D * N);
+        skip = take<real>(parts * D);
+        bias = take<real>(parts * D);
+        bc = take<real>(channel_blocks * rows * 2 * N);
     }
 };
 
-// Sixteen bytes of a row, of which `valid` elements exist; the others are zero. As words, since two bf16 share a register only then.
-struct alignas(16) Words {
-    unsigned v[4];
-    __device__ __forceinline__ Vector vector() const {
-        Vector x;
-        memcpy(&x, v, sizeof x);
-        return x;
-    }
-};
-__device__ __forceinline__ Words load_part(const floatX* p, int valid, bool vectors) {
-    Vector x;
-    if (vectors && valid == kWidth) x = *reinterpret_cast<const Vector*>(p);
-    else UNROLL for (int i = 0; i < kWidth; i++) x.v[i] = i < valid ? p[i] : floatX(real(0));
-    Words words;
-    memcpy(words.v, &x, sizeof x);
-    return words;
-}
-__device__ __forceinline__ void store_part(floatX* p, const Vector& x, int valid, bool vectors) {
-    if (vectors && valid == kWidth) *reinterpret_cast<Vector*>(p) = x;
-    else UNROLL for (int i = 0; i < kWidth; i++)
-        if (i < valid) p[i] = x.v[i];
-}
-// A thread's states of the row that starts at p, or zeros if p is null.
+// A thread's states of the row that starts at p.
 __device__ __forceinline__ Reals<kStates> load_states(const real* p, int n, int N, bool vectors) {
     Reals<kStates> x = {};
-    if (p && vectors && n < N) x = load<kStates>(p + n);
-    else if (p)
-        UNROLL for (int j = 0; j < kStates; j++)
-            if (n + j < N) x.v[j] = p[n + j];
+    if (vectors && n < N) x = load<kStates>(p + n);
+    else UNROLL for (int j = 0; j < kStates; j++)
+        if (n + j < N) x.v[j] = p[n + j];
     return x;
 }
 __device__ __forceinline__ void store_states(real* p, const Reals<kStates>& x, int n, int N, bool vectors) {
@@ -1032,11 +969,11 @@ __device__ __forceinline__ void store_states(real* p, const Reals<kStates>& x, i
     else UNROLL for (int j = 0; j < kStates; j++)
         if (n + j < N) p[n + j] = x.v[j];
 }
-// log2(e) A, so that exp(delta A) is one power of two.
-__device__ __forceinline__ Reals<kStates> load_decay(const real* A_log, int64_t row, int n, int N, bool valid) {
+// log2(e) A, so that a = exp(delta A) is one power of two.
+__device__ __forceinline__ Reals<kStates> load_decay(const real* A_log, int64_t d, int n, int N) {
     Reals<kStates> x = {};
     UNROLL for (int j = 0; j < kStates; j++)
-        if (valid && n + j < N) x.v[j] = -kLog2e * exp_(A_log[row * N + n + j]);
+        if (n + j < N) x.v[j] = -kLog2e * exp_(A_log[d * N + n + j]);
     return x;
 }
 // 2^x for x <= 0. The instruction's relative error is 2^-22.5; its results below 1e-38 are zero, which is all the same for a decay.
@@ -1055,309 +992,386 @@ __device__ __forceinline__ real exchange(real first, real second, int bit) {
     const bool upper = lane_id() & bit;
     return (upper ? second : first) + __shfl_xor_sync(kAllLanes, upper ? first : second, bit);
 }
-// Sums each of 4 values over a channel's lanes. Lane n gets the sum of value n % 4.
-template <int lanes>
-__device__ __forceinline__ real sum_lanes(const real (&x)[kScanSteps]) {
-    constexpr int stride = ScanBlock<lanes>::warp_channels;  // lanes of a channel lie that far apart
-    real sum = exchange(exchange(x[0], x[1], stride), exchange(x[2], x[3], stride), 2 * stride);
-    UNROLL for (int bit = 4; bit < lanes; bit *= 2) sum += __shfl_xor_sync(kAllLanes, sum, bit * stride);
-    return sum;
-}
+__device__ __forceinline__ Vector& as_vector(floatX* p) { return *reinterpret_cast<Vector*>(p); }
 
-// local: from a zero state, for the state that the segment leaves behind (segment_states) and the sum of its deltas (delta_sums), both
-// (B, segments, ...); not for the last segment, after which nothing comes. Else the final pass: the state enters from segment_states if
-// there are segments, else from initial_state.
-template <int lanes, bool local>
-__global__ void __launch_bounds__(ScanBlock<lanes>::threads, local ? 1 : ScanBlock<lanes>::forward_blocks)
-scan_forward_kernel(floatX* out, real* final_state, real* chunk_states, real* segment_states, real* delta_sums, ScanInput in) {
-    using Block = ScanBlock<lanes>;
-    DYNAMIC_SHARED(real, delta);                                    // (tile, channels)
-    real* const bc = delta + Block::tile * Block::channels;         // (tile, 2, states)
-    real* const bias = bc + Block::tile * Block::columns;           // (channels)
-    real* const skip = bias + Block::channels;                      // (channels)
-    floatX* const u = reinterpret_cast<floatX*>(skip + Block::channels);  // (tile, channels)
-    floatX* const z = u + Block::tile * Block::channels;            // (tile, channels); then out
-    const ScanThread<lanes> thread(in);
-    const bool valid_channel = thread.d() < in.D;
+// What the backward pass carries from step to step.
+struct RunningGradients {
+    Reals<kStates> dh = {}, dA = {};
+    real d_skip = 0, d_bias = 0;
+};
+// A thread of a scan kernel: its place, its block's tile in shared memory, and what it does with them. Backward, a tile is a chunk.
+template <int split, bool backward>
+struct ScanThread {
+    static constexpr int warps = kScanThreads / kWarp, channels = kScanThreads / split, warp_channels = kWarp / split;
+    static constexpr int row_vectors = channels / kWidth;
+    static constexpr int states = kStates * split, columns = 2 * states;  // of B_t and C_t
+    // Forward: at most one vector of each array per thread, so that the next tile can wait in registers.
+    static constexpr int steps = backward ? kScanChunk : std::min({32, kScanThreads / row_vectors, 128 / split});
+    static constexpr int vectors = steps * row_vectors, elements = steps * channels;
+    static constexpr int own_columns = steps * columns / kScanThreads;  // elements of B_t and C_t per thread
+    static constexpr int sums = backward ? kScanSteps * columns : 0;    // of d_B_t and d_C_t, by each warp
+    static constexpr size_t bytes = elements * (sizeof(real) + (backward ? 3 : 2) * sizeof(floatX)) +
+                                    (steps * columns + 2 * channels + warps * sums) * sizeof(real);
+    static_assert(steps % kScanSteps == 0 && kScanChunk % steps == 0 && own_columns * kScanThreads == steps * columns && bytes <= kMaxShared);
 
-    // The part of a tile that this thread brings in: a vector of one row, and some of the row's B_t and C_t.
-    struct {
-        Words u, dt, z;
-        unsigned bc[Block::tile_columns * sizeof(floatX) / sizeof(unsigned)];  // words too
-    } next;
-    const auto brings = [] { return opaque(threadIdx.x) < Block::tile * Block::row_vectors; };
-    const auto fetch = [&](int first) {
-        const ScanPlace<lanes> p(in, opaque(threadIdx.x), first, brings() ? thread.end : 0);
-        next.u = load_part(in.u + p.row * in.D + p.d, p.channels, in.vectors);
-        next.dt = load_part(in.dt + p.row * in.D + p.d, p.channels, in.vectors);
-        if (!local) next.z = load_part(in.z + p.row * in.ld_z + p.d, p.channels, in.vectors);
-        floatX columns[Block::tile_columns];
-        UNROLL for (int i = 0; i < Block::tile_columns; i++) {
-            const unsigned k = opaque(threadIdx.x) + i * Block::threads;
-            const int t = first + int(k / Block::columns), n = k % (Block::columns / 2);
-            const bool is_c = k % Block::columns >= Block::columns / 2, wanted = t < thread.end && n < in.N && !(local && is_c);
-            columns[i] = wanted ? (is_c ? in.C_t : in.B_t)[(thread.b() * in.T + t) * in.ld_bc + n] : floatX(real(0));
+    const ScanLaunch& in;
+    int segment, begin, end;  // of the block, and its steps
+    int part, n, channel;     // which of the channel's `split` threads it is; its first state; its channel in the block
+    real *delta, *bc;         // (steps, channels), becomes d_dt; (steps, 2, states)
+    real *bias, *skip;        // (channels)
+    real* warp_sums;          // (warps, kScanSteps, 2, states)
+    floatX *u, *z, *d_out;    // (steps, channels); z becomes out, or u and z become d_u and d_z
+    Reals<kStates> decay;     // log2(e) A, so that a = exp(delta A) is one power of two
+
+    // Needs a __syncthreads() before bias and skip are used.
+    __device__ __forceinline__ ScanThread(const ScanLaunch& in, real* shared, int first_segment = 0) : in(in) {
+        segment = first_segment + blockIdx.z;
+        begin = segment * in.segment_steps;
+        end = min(begin + in.segment_steps, in.T);
+        part = lane_id() / warp_channels;
+        n = part * kStates;
+        channel = warp_id() * warp_channels + lane_id() % warp_channels;
+        delta = shared, bc = delta + elements, bias = bc + steps * columns, skip = bias + channels, warp_sums = skip + channels;
+        u = reinterpret_cast<floatX*>(warp_sums + warps * sums), z = u + elements, d_out = z + elements;
+        if (threadIdx.x < channels) {
+            const int d = blockIdx.y * channels + threadIdx.x;
+            bias[threadIdx.x] = d < in.D ? in.dt_bias[d] : 0;
+            skip[threadIdx.x] = d < in.D ? in.skip[d] : 0;
         }
-        memcpy(next.bc, columns, sizeof columns);
-    };
-    const auto put = [&](int first) {
-        const ScanPlace<lanes> p(in, opaque(threadIdx.x), first, thread.end);
-        if (brings()) {
-            const Vector dt = next.dt.vector();
-            Reals<kWidth> x;
-            UNROLL for (int i = 0; i < kWidth; i++) x.v[i] = i < p.channels ? softplus(real(dt.v[i]) + bias[p.column + i]) : 0;
-            store(delta + p.at, x);
-            *reinterpret_cast<Vector*>(u + p.at) = next.u.vector();
-            if (!local) *reinterpret_cast<Vector*>(z + p.at) = next.z.vector();
-        }
-        floatX columns[Block::tile_columns];
-        memcpy(columns, next.bc, sizeof columns);
-        UNROLL for (int i = 0; i < Block::tile_columns; i++) bc[threadIdx.x + i * Block::threads] = real(columns[i]);
-    };
-    const auto store_out = [&](int first) {
-        const ScanPlace<lanes> p(in, opaque(threadIdx.x), first, thread.end);
-        if (brings()) store_part(out + p.row * in.D + p.d, *reinterpret_cast<const Vector*>(z + p.at), p.channels, in.vectors);
-    };
-
-    if (threadIdx.x < Block::channels) {
-        const int d = blockIdx.y * Block::channels + threadIdx.x;
-        bias[threadIdx.x] = d < in.D ? in.dt_bias[d] : 0;
-        skip[threadIdx.x] = d < in.D ? in.skip[d] : 0;
+        decay = has_channel() ? load_decay(in.A_log, d(), n, in.N) : Reals<kStates>{};
     }
-    fetch(thread.begin);
-    const Reals<kStates> decay = load_decay(in.A_log, thread.d(), thread.n, in.N, valid_channel);
+    __device__ __forceinline__ int64_t b() const { return opaque(blockIdx.x); }
+    __device__ __forceinline__ int d() const { return opaque(blockIdx.y) * channels + channel; }
+    __device__ __forceinline__ bool has_channel() const { return d() < in.D; }
+    __device__ __forceinline__ bool has_step() const { return part < kScanSteps; }  // of each four
+    __device__ __forceinline__ int at(int step) const { return step * channels + channel; }
+    // Rows of (B, D, N), (B, segments, D, N) and (B, chunks, D, N) tensors.
+    __device__ __forceinline__ int64_t state_row() const { return b() * in.D + d(); }
+    __device__ __forceinline__ int64_t segment_row() const { return (b() * in.segments + segment) * in.D + d(); }
+    __device__ __forceinline__ int64_t chunk_row(int chunk) const { return (b() * in.chunks + chunk) * in.D + d(); }
+    __device__ __forceinline__ Reals<kStates> load_row(const real* tensor, int64_t row) const {  // zeros without a tensor
+        return tensor && has_channel() ? load_states(tensor + row * in.N, n, in.N, in.state_vectors) : Reals<kStates>{};
+    }
+    __device__ __forceinline__ void store_row(real* tensor, int64_t row, const Reals<kStates>& x) const {
+        if (tensor && has_channel()) store_states(tensor + row * in.N, x, n, in.N, in.state_vectors);
+    }
+
+    // -------- between device memory and a tile, whose first step is `first`
+    struct Place {
+        int at, column;   // of a vector in the tile, and in its row there
+        int d, channels;  // its first channel; how many of its channels exist, 0 past the segment's end
+        int64_t row;      // of (B, T, ...) tensors
+    };
+    __device__ __forceinline__ Place place(unsigned vector, int first) const {
+        const int step = vector / row_vectors, column = vector % row_vectors * kWidth, d = opaque(blockIdx.y) * channels + column;
+        const int exist = first + step < end ? max(0, min(in.D - d, kWidth)) : 0;
+        return {step * channels + column, column, d, exist, b() * in.T + first + step};
+    }
+    __device__ __forceinline__ Vector load_vector(const floatX* tensor, int ld, const Place& p) const {  // zeros for what does not exist
+        const floatX* from = tensor + p.row * ld + p.d;
+        Vector x;
+        if (in.vectors && p.channels == kWidth) x = *reinterpret_cast<const Vector*>(from);
+        else UNROLL for (int i = 0; i < kWidth; i++) x.v[i] = i < p.channels ? from[i] : floatX(real(0));
+        return x;
+    }
+    __device__ __forceinline__ void store_vector(floatX* tensor, int ld, const Place& p, const Vector& x) const {
+        floatX* to = tensor + p.row * ld + p.d;
+        if (in.vectors && p.channels == kWidth) *reinterpret_cast<Vector*>(to) = x;
+        else UNROLL for (int i = 0; i < kWidth; i++)
+            if (i < p.channels) to[i] = x.v[i];
+    }
+    __device__ __forceinline__ void store_delta(const Vector& dt, const Place& p) const {
+        Reals<kWidth> x;
+        UNROLL for (int i = 0; i < kWidth; i++) x.v[i] = i < p.channels ? softplus(real(dt.v[i]) + bias[p.column + i]) : 0;
+        store(delta + p.at, x);
+    }
+    // Element k of B_t and C_t (steps, 2, states).
+    __device__ __forceinline__ floatX load_column(unsigned k, int first, bool want_B = true, bool want_C = true) const {
+        const int t = first + int(k / columns), m = k % states;
+        const bool is_C = k % columns >= states, exists = t < end && m < in.N && (is_C ? want_C : want_B);
+        return exists ? (is_C ? in.C_t : in.B_t)[(b() * in.T + t) * in.ld_bc + m] : floatX(real(0));
+    }
+    // A thread's share of a tile, on its way while the block computes the tile before.
+    struct Share {
+        Vector u, dt, z;
+        floatX bc[own_columns];
+    };
+    __device__ __forceinline__ void start_load(Share& s, int first, bool from_zero) const {
+        const Place p = place(opaque(threadIdx.x), opaque(threadIdx.x) < vectors ? first : end);
+        s.u = load_vector(in.u, in.D, p);
+        s.dt = load_vector(in.dt, in.D, p);
+        if (!from_zero) s.z = load_vector(in.z, in.ld_z, p);
+        UNROLL for (int i = 0; i < own_columns; i++) s.bc[i] = load_column(opaque(threadIdx.x) + i * kScanThreads, first, true, !from_zero);
+    }
+    __device__ __forceinline__ void finish_load(const Share& s, int first, bool from_zero) const {
+        if (opaque(threadIdx.x) < vectors) {
+            const Place p = place(opaque(threadIdx.x), first);
+            store_delta(s.dt, p);
+            as_vector(u + p.at) = s.u;
+            if (!from_zero) as_vector(z + p.at) = s.z;
+        }
+        UNROLL for (int i = 0; i < own_columns; i++) bc[threadIdx.x + i * kScanThreads] = real(s.bc[i]);
+    }
+    __device__ __forceinline__ void load_chunk(const floatX* d_out_tensor, int first) const {
+        for (unsigned i = threadIdx.x; i < vectors; i += kScanThreads) {
+            const Place p = place(i, first);
+            as_vector(u + p.at) = load_vector(in.u, in.D, p);
+            as_vector(z + p.at) = load_vector(in.z, in.ld_z, p);
+            as_vector(d_out + p.at) = load_vector(d_out_tensor, in.D, p);
+            store_delta(load_vector(in.dt, in.D, p), p);
+        }
+        for (unsigned k = threadIdx.x; k < steps * columns; k += kScanThreads) bc[k] = real(load_column(k, first));
+    }
+    __device__ __forceinline__ void store_chunk(const ScanGradients& d, int first) const {
+        for (unsigned i = threadIdx.x; i < vectors; i += kScanThreads) {
+            const Place p = place(i, first);
+            Vector d_dt;
+            UNROLL for (int j = 0; j < kWidth; j++) d_dt.v[j] = floatX(delta[p.at + j]);
+            store_vector(d.d_dt, in.D, p, d_dt);
+            store_vector(d.d_u, in.D, p, as_vector(u + p.at));
+            store_vector(d.d_z, in.ld_z, p, as_vector(z + p.at));
+        }
+    }
+
+    // -------- steps of the tile
+    __device__ __forceinline__ Reals<kStates> B_t(int step) const { return load<kStates>(bc + step * columns + n); }
+    __device__ __forceinline__ Reals<kStates> C_t(int step) const { return load<kStates>(bc + step * columns + states + n); }
+    // Sums over the states of a channel, that is over its threads, for four steps. Thread `part` gets that of step part % 4.
+    __device__ __forceinline__ real sum_over_states(const real (&x)[kScanSteps]) const {
+        constexpr int stride = warp_channels;  // between the lanes of a channel
+        real sum = exchange(exchange(x[0], x[1], stride), exchange(x[2], x[3], stride), 2 * stride);
+        UNROLL for (int bit = 4; bit < split; bit *= 2) sum += __shfl_xor_sync(kAllLanes, sum, bit * stride);
+        return sum;
+    }
+    // h = a h + delta u B_t
+    __device__ __forceinline__ void advance(Reals<kStates>& h, int step) const {
+        const real delta_t = delta[at(step)], delta_u = delta_t * real(u[at(step)]);
+        const auto B = B_t(step);
+        UNROLL for (int j = 0; j < kStates; j++) h.v[j] = power_of_two(delta_t * decay.v[j]) * h.v[j] + delta_u * B.v[j];
+    }
+    __device__ __forceinline__ void advance_four(Reals<kStates>& h, int first) const {
+        UNROLL for (int s = 0; s < kScanSteps; s++) advance(h, first + s);
+    }
+    // Four steps of the forward pass; out takes the place of z.
+    __device__ __forceinline__ void forward_four(Reals<kStates>& h, int first) const {
+        real y[kScanSteps] = {};
+        UNROLL for (int s = 0; s < kScanSteps; s++) {
+            advance(h, first + s);
+            const auto C = C_t(first + s);
+            UNROLL for (int j = 0; j < kStates; j++) y[s] += C.v[j] * h.v[j];
+        }
+        const real sum = sum_over_states(y);
+        if (!has_step()) return;
+        const int own = at(first + part);
+        const real gate = real(z[own]);
+        z[own] = floatX((sum + skip[channel] * real(u[own])) * gate * sigmoid(gate));
+    }
+    // Four steps of the backward pass, given the state before the first of them: d_u, d_z and d_dt take the places of u, z and delta; each
+    // warp's sums of d_B_t and d_C_t go to warp_sums.
+    __device__ __forceinline__ void backward_four(RunningGradients& running, const Reals<kStates>& h_before, int first) const {
+        // Forward through them, keeping every state, h[s] before step s, and every a.
+        Reals<kStates> h[kScanSteps + 1], a[kScanSteps];
+        real y[kScanSteps] = {};
+        h[0] = h_before;
+        UNROLL for (int s = 0; s < kScanSteps; s++) {
+            const real delta_t = delta[at(first + s)], delta_u = delta_t * real(u[at(first + s)]);
+            const auto B = B_t(first + s), C = C_t(first + s);
+            UNROLL for (int j = 0; j < kStates; j++) {
+                a[s].v[j] = power_of_two(delta_t * decay.v[j]);
+                h[s + 1].v[j] = a[s].v[j] * h[s].v[j] + delta_u * B.v[j];
+                y[s] += C.v[j] * h[s + 1].v[j];
+            }
+        }
+        // Each of four threads has the sum of one step, its own, finds d_z and g of that step, and lends g to the others.
+        const int own = at(first + part % kScanSteps);
+        const real y_own = sum_over_states(y), delta_own = delta[own], u_own = real(u[own]);
+        real g_own = 0;
+        if (has_step()) {
+            const real z_own = real(z[own]), d = real(d_out[own]), gate = sigmoid(z_own);
+            g_own = d * z_own * gate;
+            z[own] = floatX(d * (y_own + skip[channel] * u_own) * gate * (1 + z_own * (1 - gate)));
+            running.d_skip += g_own * u_own;
+        }
+        // Backward through them.
+        real dh_B[kScanSteps], dh_a_h_A[kScanSteps];  // dh . B_t;  (dh a h_{t-1}) . A log2(e)
+        __syncthreads();                              // warp_sums of the four steps before have been read
+        UNROLL for (int s = kScanSteps - 1; s >= 0; s--) {
+            const real delta_t = delta[at(first + s)], delta_u = delta_t * real(u[at(first + s)]);
+            const real g = __shfl_sync(kAllLanes, g_own, s * warp_channels + lane_id() % warp_channels);
+            const auto B = B_t(first + s), C = C_t(first + s);
+            real d_bc[kStates];
+            dh_B[s] = dh_a_h_A[s] = 0;
+            UNROLL for (int j = 0; j < kStates; j++) {
+                const real dh = running.dh.v[j] + g * C.v[j], dh_a = dh * a[s].v[j], dh_a_h = dh_a * h[s].v[j];
+                dh_B[s] += dh * B.v[j];
+                dh_a_h_A[s] += dh_a_h * decay.v[j];
+                running.dA.v[j] += dh_a_h * delta_t;
+                d_bc[j] = exchange(dh * delta_u, g * h[s + 1].v[j], warp_channels / 2);
+                running.dh.v[j] = dh_a;
+            }
+            sum_over_channels(warp_sums + warp_id() * sums + s * columns, d_bc);
+        }
+        const real dh_B_own = sum_over_states(dh_B), dh_a_h_A_own = sum_over_states(dh_a_h_A);
+        __syncwarp();  // all lanes have read delta and u
+        if (!has_step()) return;
+        const real slope = delta_own > 20 ? 1 : -expm1_(-delta_own);  // softplus'(x) = sigmoid(x) = 1 - exp(-softplus(x))
+        const real d_dt = (u_own * dh_B_own + kLn2 * dh_a_h_A_own) * slope;
+        u[own] = floatX(delta_own * dh_B_own + skip[channel] * g_own);
+        delta[own] = d_dt;
+        running.d_bias += d_dt;
+    }
+    // Sums over the warp's channels of d_B_t and d_C_t of the thread's states. One exchange has been done: x is a sum of d_B_t in the
+    // lower half of the channels, of d_C_t in the upper.
+    __device__ __forceinline__ void sum_over_channels(real* to, real (&x)[kStates]) const {
+        constexpr int left = split / 4;  // sums for each lane, in the end
+        UNROLL for (int bit = warp_channels / 4, half = kStates / 2; bit > 0; bit /= 2, half /= 2)
+            UNROLL for (int i = 0; i < half; i++) x[i] = exchange(x[i], x[i + half], bit);
+        UNROLL for (int i = 0; i < left; i++) {
+            const int k = lane_id() % warp_channels * left + i;  // 0..3: d_B_t of the four states, 4..7: d_C_t
+            to[k / kStates * states + n + k % kStates] = x[i];
+        }
+    }
+    // d_B_t and d_C_t of four steps: the sum of warp_sums.
+    __device__ __forceinline__ void store_sums(real* bc_parts, int first) const {
+        for (unsigned k = threadIdx.x; k < sums; k += kScanThreads) {
+            real sum = 0;
+            UNROLL for (int w = 0; w < warps; w++) sum += warp_sums[w * sums + k];
+            const int t = first + int(k / columns), is_C = k / states % 2, m = k % states;
+            if (t < end && m < in.N)
+                bc_parts[((int64_t(blockIdx.y) * in.B + b()) * in.T + t) * 2 * in.N + is_C * in.N + m] = sum;
+        }
+    }
+};
+
+// from_zero: the first pass, which leaves what each segment makes of a zero state (segment_states) and the sum of its deltas
+// (delta_sums), both (B, segments, ...). Else the work: the state that enters comes from segment_states, or, without segments, from
+// initial_state.
+template <int split, bool from_zero>
+__global__ void __launch_bounds__(kScanThreads, kForwardBlocks)
+scan_forward_kernel(floatX* out, real* final_state, real* chunk_states, ScanScratch scratch, ScanLaunch in) {
+    DYNAMIC_SHARED(real, shared);
+    const ScanThread<split, false> thread(in, shared);
+    typename ScanThread<split, false>::Share next;
+    thread.start_load(next, thread.begin, from_zero);
     Reals<kStates> h = {};
-    if (!local && valid_channel) {
-        const real* enters = in.segments > 1 ? segment_states + thread.segment_row(in) * in.N
-                           : in.initial_state ? in.initial_state + thread.state_row(in) * in.N : nullptr;
-        h = load_states(enters, thread.n, in.N, in.state_vectors);
+    if (!from_zero) {
+        const bool first = in.segments == 1;
+        h = thread.load_row(first ? in.initial_state : scratch.segment_states, first ? thread.state_row() : thread.segment_row());
     }
     real delta_sum = 0;
-    __syncthreads();  // bias, skip
-    put(thread.begin);
     __syncthreads();
-    for (int first = thread.begin; first < thread.end; first += Block::tile) {
-        if (!local && chunk_states && unsigned(first) % kScanChunk == 0 && valid_channel)
-            store_states(chunk_states + thread.chunk_row(in, first / kScanChunk) * in.N, h, thread.n, in.N,
-                         in.state_vectors);
-        const bool more = first + Block::tile < thread.end;
-        if (more) fetch(first + Block::tile);  // on its way while this tile is computed
-        NO_UNROLL for (int sub = 0; sub < min(Block::tile, thread.end - first); sub += kScanSteps) {
-            real y[kScanSteps] = {};
-            UNROLL for (int s = 0; s < kScanSteps; s++) {
-                const int at = (sub + s) * Block::channels + thread.channel;
-                const real dt = delta[at], du = dt * real(u[at]);
-                const auto b = load<kStates>(bc + (sub + s) * Block::columns + thread.n);
-                UNROLL for (int j = 0; j < kStates; j++) h.v[j] = power_of_two(dt * decay.v[j]) * h.v[j] + du * b.v[j];
-                if (local) delta_sum += dt;
-                else {
-                    const auto c = load<kStates>(bc + (sub + s) * Block::columns + Block::columns / 2 + thread.n);
-                    UNROLL for (int j = 0; j < kStates; j++) y[s] += c.v[j] * h.v[j];
-                }
-            }
-            if (local) continue;
-            const real sum = sum_lanes<lanes>(y);
-            if (thread.lane < kScanSteps) {
-                const int at = (sub + thread.lane) * Block::channels + thread.channel;
-                const real gate = real(z[at]);
-                z[at] = floatX((sum + skip[thread.channel] * real(u[at])) * gate * sigmoid(gate));
-            }
+    thread.finish_load(next, thread.begin, from_zero);
+    __syncthreads();
+    for (int first = thread.begin; first < thread.end; first += thread.steps) {
+        if (!from_zero && unsigned(first) % kScanChunk == 0) thread.store_row(chunk_states, thread.chunk_row(first / kScanChunk), h);
+        const bool more = first + thread.steps < thread.end;
+        if (more) thread.start_load(next, first + thread.steps, from_zero);
+        for (int step = 0; step < min(thread.steps, thread.end - first); step += kScanSteps) {
+            if (!from_zero) thread.forward_four(h, step);
+            else thread.advance_four(h, step);
+            if (from_zero) UNROLL for (int s = 0; s < kScanSteps; s++) delta_sum += thread.delta[thread.at(step + s)];
         }
         __syncthreads();
-        if (!local) store_out(first);
-        if (more) put(first + Block::tile);
+        if (!from_zero && opaque(threadIdx.x) < thread.vectors) {
+            const auto p = thread.place(opaque(threadIdx.x), first);
+            thread.store_vector(out, in.D, p, as_vector(thread.z + p.at));
+        }
+        if (more) thread.finish_load(next, first + thread.steps, from_zero);
         __syncthreads();
     }
-    if (!valid_channel) return;
-    if (local) {
-        const int64_t at = thread.segment_row(in);
-        store_states(segment_states + at * in.N, h, thread.n, in.N, in.state_vectors);
-        if (thread.lane == 0) delta_sums[at] = delta_sum;
-    } else if (final_state && thread.end == in.T) {
-        store_states(final_state + thread.state_row(in) * in.N, h, thread.n, in.N, in.state_vectors);
+    if (!from_zero) {
+        if (thread.end == in.T) thread.store_row(final_state, thread.state_row(), h);
+        return;
     }
+    thread.store_row(scratch.segment_states, thread.segment_row(), h);
+    if (thread.has_channel() && thread.part == 0) scratch.delta_sums[thread.segment_row()] = delta_sum;
 }
 
-// The same for gradients, right to left: what a segment adds to the gradient of the state that enters it, if that of the state it
-// leaves is zero. Not for the first segment, before which nothing comes.
-template <int lanes>
-__global__ void __launch_bounds__(ScanBlock<lanes>::threads, 1)
-scan_backward_local_kernel(real* segment_grads, real* delta_sums, const floatX* d_out, ScanInput in) {
-    using Block = ScanBlock<lanes>;
-    SHARED(real[Block::tile * Block::channels], delta);
-    SHARED(real[Block::tile * Block::channels], g);
-    SHARED(real[Block::tile * Block::columns / 2], c);
-    const ScanThread<lanes> thread(in, 1);
-    const bool valid_channel = thread.d() < in.D;
-    const Reals<kStates> decay = load_decay(in.A_log, thread.d(), thread.n, in.N, valid_channel);
+// The first pass backward: what a segment adds to the gradient of the state that enters it, if that of the state it leaves is zero.
+// Not for the first segment, before which nothing comes.
+template <int split>
+__global__ void __launch_bounds__(kScanThreads, 1)
+scan_backward_from_zero_kernel(ScanScratch scratch, const floatX* d_out, ScanLaunch in) {
+    DYNAMIC_SHARED(real, shared);
+    const ScanThread<split, false> thread(in, shared, 1);
+    real* const g = reinterpret_cast<real*>(thread.u);  // (steps, channels), in the place of u and z
+    static_assert(2 * sizeof(floatX) >= sizeof(real));
     Reals<kStates> dh = {};  // of the state before the step
     real delta_sum = 0;
-    for (int first = thread.begin + int(ceil_div(thread.end - thread.begin, Block::tile) - 1) * Block::tile; first >= thread.begin;
-         first -= Block::tile) {
-        if (threadIdx.x < Block::tile * Block::row_vectors) {
-            const ScanPlace<lanes> p(in, threadIdx.x, first, thread.end);
-            const Vector dt = load_part(in.dt + p.row * in.D + p.d, p.channels, in.vectors).vector();
-            const Vector d = load_part(d_out + p.row * in.D + p.d, p.channels, in.vectors).vector();
-            const Vector z = load_part(in.z + p.row * in.ld_z + p.d, p.channels, in.vectors).vector();
-            Reals<kWidth> delta_part = {}, g_part = {};
-            UNROLL for (int i = 0; i < kWidth; i++)
-                if (i < p.channels) {
-                    delta_part.v[i] = softplus(real(dt.v[i]) + in.dt_bias[p.d + i]);
-                    g_part.v[i] = real(d.v[i]) * real(z.v[i]) * sigmoid(real(z.v[i]));
-                }
-            store(delta + p.at, delta_part);
+    __syncthreads();
+    const int last = (thread.end - 1 - thread.begin) / thread.steps * thread.steps;
+    for (int first = thread.begin + last; first >= thread.begin; first -= thread.steps) {
+        if (threadIdx.x < thread.vectors) {
+            const auto p = thread.place(threadIdx.x, first);
+            const Vector z = thread.load_vector(in.z, in.ld_z, p), d = thread.load_vector(d_out, in.D, p);
+            Reals<kWidth> g_part;
+            UNROLL for (int i = 0; i < kWidth; i++) g_part.v[i] = real(d.v[i]) * real(z.v[i]) * sigmoid(real(z.v[i]));
             store(g + p.at, g_part);
+            thread.store_delta(thread.load_vector(in.dt, in.D, p), p);
         }
-        for (unsigned k = threadIdx.x; k < Block::tile * Block::columns / 2; k += Block::threads) {
-            const int t = first + int(k / (Block::columns / 2)), n = k % (Block::columns / 2);
-            c[k] = t < thread.end && n < in.N ? real(in.C_t[(thread.b() * in.T + t) * in.ld_bc + n]) : 0;
-        }
+        for (unsigned k = threadIdx.x; k < thread.steps * thread.columns; k += kScanThreads)
+            thread.bc[k] = real(thread.load_column(k, first, false, true));
         __syncthreads();
-        UNROLL for (int s = Block::tile - 1; s >= 0; s--) {
-            const real dt = delta[s * Block::channels + thread.channel], gs = g[s * Block::channels + thread.channel];
-            const auto cs = load<kStates>(c + s * (Block::columns / 2) + thread.n);
-            UNROLL for (int j = 0; j < kStates; j++) dh.v[j] = power_of_two(dt * decay.v[j]) * (dh.v[j] + gs * cs.v[j]);
-            delta_sum += dt;
+        UNROLL for (int step = thread.steps - 1; step >= 0; step--) {
+            const real delta_t = thread.delta[thread.at(step)], g_t = g[thread.at(step)];
+            const auto C = thread.C_t(step);
+            UNROLL for (int j = 0; j < kStates; j++) dh.v[j] = power_of_two(delta_t * thread.decay.v[j]) * (dh.v[j] + g_t * C.v[j]);
+            delta_sum += delta_t;
         }
         __syncthreads();
     }
-    if (!valid_channel) return;
-    const int64_t at = thread.segment_row(in);
-    store_states(segment_grads + at * in.N, dh, thread.n, in.N, in.state_vectors);
-    if (thread.lane == 0) delta_sums[at] = delta_sum;
+    thread.store_row(scratch.segment_states, thread.segment_row(), dh);
+    if (thread.has_channel() && thread.part == 0) scratch.delta_sums[thread.segment_row()] = delta_sum;
 }
 
-// Turns what each segment makes of zero (states) into what enters it, from the first segment on, or from the last if reverse:
-//   next = exp(A sum of delta) enters + states.     entry (B, D, N): what enters the first one, or null (zeros)
-__global__ void scan_carry_kernel(real* states, const real* delta_sums, const real* A_log, const real* entry, int64_t count, int64_t DN,
-                                  int N, int segments, bool reverse) {
-    const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-    if (i >= count) return;
-    const int64_t b = i / DN, dn = i % DN;
-    const real A = -exp_(A_log[dn]);
-    real enters = entry ? entry[i] : 0;
-    for (int k = 0; k < segments; k++) {
-        const int64_t at = (b * segments + (reverse ? segments - 1 - k : k)) * DN + dn;
-        const real leaves = k + 1 < segments ? exp_(A * delta_sums[at / N]) * enters + states[at] : 0;
-        states[at] = enters;
-        enters = leaves;
+// Turns what each segment makes of zero (segment_states) into what enters it, from the first segment on, or from the last if reverse:
+//   what enters the next one = exp(A sum of delta) * what enters + segment_states.    first (B, D, N) enters the first; or null: zeros
+__global__ void scan_carry_kernel(ScanScratch scratch, const real* first, ScanLaunch in, bool reverse) {
+    const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x, DN = int64_t(in.D) * in.N, b = i / DN, dn = i % DN;
+    if (b >= in.B) return;
+    const real A = -exp_(in.A_log[dn]);
+    real entering = first ? first[i] : 0;
+    for (int k = 0; k < in.segments; k++) {
+        const int64_t at = (b * in.segments + (reverse ? in.segments - 1 - k : k)) * DN + dn;
+        const real next = k + 1 < in.segments ? exp_(A * scratch.delta_sums[at / in.N]) * entering + scratch.segment_states[at] : 0;
+        scratch.segment_states[at] = entering;
+        entering = next;
     }
 }
+void scan_carry(const ScanScratch& scratch, const real* first, const ScanLaunch& in, bool reverse, cudaStream_t stream) {
+    LAUNCH(scan_carry_kernel, blocks_for(int64_t(in.B) * in.D * in.N, kThreads), kThreads, 0, stream)(scratch, first, in, reverse);
+    CHECK_LAUNCH();
+}
 
-// One step, as in decoding: the states are read and written once, and nothing else counts. `lanes` neighbours share a channel.
+// One step, as in decoding: the states are read and written once, and nothing else counts. `split` neighbours share a channel.
 constexpr int kStepThreads = 128;
-__global__ void scan_step_kernel(floatX* out, real* final_state, real* chunk_states, ScanInput in, int64_t channels, int lanes) {
-    const int64_t group = (int64_t(blockIdx.x) * kStepThreads + threadIdx.x) / lanes;
-    const bool valid = group < channels;
+__global__ void scan_step_kernel(floatX* out, real* final_state, real* chunk_states, Scan in, int split, bool state_vectors) {
+    const int64_t group = (int64_t(blockIdx.x) * kStepThreads + threadIdx.x) / split;
+    const bool valid = group < int64_t(in.B) * in.D;
     const int64_t i = valid ? group : 0, b = i / in.D, d = i % in.D;
-    const int lane = threadIdx.x % lanes, n = lane * kStates;
-    const real dt = softplus(real(in.dt[i]) + in.dt_bias[d]), du = dt * real(in.u[i]);
-    const Reals<kStates> decay = load_decay(in.A_log, d, n, in.N, true);
-    Reals<kStates> h = load_states(in.initial_state ? in.initial_state + i * in.N : nullptr, n, in.N, in.state_vectors);
-    if (chunk_states && valid) store_states(chunk_states + i * in.N, h, n, in.N, in.state_vectors);
+    const int part = threadIdx.x % split, n = part * kStates;
+    const real delta = softplus(real(in.dt[i]) + in.dt_bias[d]), u = real(in.u[i]);
+    const Reals<kStates> decay = load_decay(in.A_log, d, n, in.N);
+    Reals<kStates> h = {};
+    if (in.initial_state) h = load_states(in.initial_state + i * in.N, n, in.N, state_vectors);
+    if (chunk_states && valid) store_states(chunk_states + i * in.N, h, n, in.N, state_vectors);
     real y = 0;
     UNROLL for (int j = 0; j < kStates; j++)
         if (n + j < in.N) {
-            h.v[j] = power_of_two(dt * decay.v[j]) * h.v[j] + du * real(in.B_t[b * in.ld_bc + n + j]);
+            h.v[j] = power_of_two(delta * decay.v[j]) * h.v[j] + delta * u * real(in.B_t[b * in.ld_bc + n + j]);
             y += real(in.C_t[b * in.ld_bc + n + j]) * h.v[j];
         }
-    for (int mask = lanes / 2; mask > 0; mask /= 2) y += __shfl_xor_sync(kAllLanes, y, mask);
+    for (int mask = split / 2; mask > 0; mask /= 2) y += __shfl_xor_sync(kAllLanes, y, mask);
     if (!valid) return;
-    if (final_state) store_states(final_state + i * in.N, h, n, in.N, in.state_vectors);
-    if (lane == 0) {
-        const real z = real(in.z[b * in.ld_z + d]);
-        out[i] = floatX((y + in.skip[d] * real(in.u[i])) * z * sigmoid(z));
-    }
-}
-
-// Calls f with the number of lanes for N states.
-template <class F>
-void with_lanes(int N, F&& f) {
-    if (N < 1 || N > kMaxStates) fail("the scan has %d states per channel: 1 to %d are supported", N, kMaxStates);
-    if (N <= 16) f(std::integral_constant<int, 4>());
-    else if (N <= 32) f(std::integral_constant<int, 8>());
-    else f(std::integral_constant<int, 16>());
-}
-template <class Kernel>
-void allow_shared(Kernel* kernel, size_t bytes) {
-    if (bytes > (48 << 10)) CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
-}
-// Blocks of a kernel that run at once.
-template <class Kernel>
-int wave(Kernel* kernel, int threads, size_t shared_bytes) {
-    int blocks = 0;
-    CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes));
-    return std::max(1, blocks) * multiprocessors();
-}
-template <int lanes>
-int forward_wave() {
-    using Block = ScanBlock<lanes>;
-    allow_shared(scan_forward_kernel<lanes, false>, Block::forward_bytes);
-    return wave(scan_forward_kernel<lanes, false>, Block::threads, Block::forward_bytes);
-}
-// The scan of s with `blocks` at once: as many segments as one wave holds, or one if that is less than two, since segments cost a first
-// pass. activations, states: addresses of what else is read and written.
-ScanInput scan_input(const Scan& s, int channels, int blocks, std::initializer_list<const void*> activations,
-                     std::initializer_list<const void*> states) {
-    ScanInput in = {};
-    static_cast<Scan&>(in) = s;
-    in.vectors = s.D % kWidth == 0 && s.ld_z % kWidth == 0 && aligned(s.u) && aligned(s.dt) && aligned(s.z) &&
-                 std::all_of(activations.begin(), activations.end(), aligned);
-    in.state_vectors = s.N % kStates == 0 && aligned(s.initial_state) && std::all_of(states.begin(), states.end(), aligned);
-    in.channel_blocks = int(ceil_div(s.D, channels));
-    in.chunks = int(scan_chunks(s.T));
-    const int wanted = int(std::clamp<int64_t>(blocks / (int64_t(s.B) * in.channel_blocks), 1, in.chunks));
-    const int segment_chunks = int(ceil_div(in.chunks, wanted));
-    in.segments = int(ceil_div(in.chunks, segment_chunks));
-    in.segment_steps = segment_chunks * kScanChunk;
-    return in;
-}
-void scan_carry(real* states, const real* delta_sums, const real* entry, const ScanInput& in, bool reverse, cudaStream_t stream) {
-    const int64_t DN = int64_t(in.D) * in.N, count = in.B * DN;
-    LAUNCH(scan_carry_kernel, blocks_for(count, kThreads), kThreads, 0, stream)
-    (states, delta_sums, in.A_log, entry, count, DN, in.N, in.segments, reverse);
-    CHECK_LAUNCH();
-}
-
-// `units`: sequences x segments
-struct ScanScratch : Scratch {
-    real *segment_states, *delta_sums;
-    ScanScratch(void* memory, int64_t units, int D, int N) : Scratch(memory) {
-        segment_states = take<real>(units * D * N);
-        delta_sums = take<real>(units * D);
-    }
-};
-void scan_forward(floatX* out, real* final_state, real* chunk_states, const Scan& scan, void* scratch, cudaStream_t stream) {
-    if (scan.B == 0 || scan.T == 0) return;
-    with_lanes(scan.N, [&](auto lanes) {
-        using Block = ScanBlock<lanes>;
-        const ScanInput in = scan_input(scan, Block::channels, forward_wave<lanes>(), {out}, {final_state, chunk_states});
-        if (in.T == 1) {
-            int step_lanes = 1;
-            while (step_lanes * kStates < in.N) step_lanes *= 2;
-            const int64_t channels = int64_t(in.B) * in.D;
-            LAUNCH(scan_step_kernel, blocks_for(channels * step_lanes, kStepThreads), kStepThreads, 0, stream)
-            (out, final_state, chunk_states, in, channels, step_lanes);
-            return;
-        }
-        const ScanScratch s(scratch, int64_t(in.B) * in.segments, in.D, in.N);
-        const dim3 blocks(in.B, in.channel_blocks, in.segments);
-        if (in.segments > 1) {
-            const dim3 others(in.B, in.channel_blocks, in.segments - 1);
-            allow_shared(scan_forward_kernel<lanes, true>, Block::forward_bytes);
-            LAUNCH((scan_forward_kernel<lanes, true>), others, Block::threads, Block::forward_bytes, stream)
-            (nullptr, nullptr, nullptr, s.segment_states, s.delta_sums, in);
-            scan_carry(s.segment_states, s.delta_sums, in.initial_state, in, false, stream);
-        }
-        LAUNCH((scan_forward_kernel<lanes, false>), blocks, Block::threads, Block::forward_bytes, stream)
-        (out, final_state, chunk_states, s.segment_states, nullptr, in);
-    });
-    CHECK_LAUNCH();
+    if (final_state) store_states(final_state + i * in.N, h, n, in.N, state_vectors);
+    if (part > 0) return;
+    const real z = real(in.z[b * in.ld_z + d]);
+    out[i] = floatX((y + in.skip[d] * u) * z * sigmoid(z));
 }
 
 // The last few states in registers: a stack whose indices are constants, since registers have no addresses.
-template <int depth>
 struct StateStack {
+    static constexpr int depth = kScanSteps - 1;
     Reals<kStates> x[depth] = {};
     __device__ __forceinline__ void push(const Reals<kStates>& h) {
         UNROLL for (int i = 1; i < depth; i++) x[i - 1] = x[i];
@@ -1370,192 +1384,51 @@ struct StateStack {
     }
 };
 
-// bc_parts (channel_blocks, B, T, 2N); A_parts (B, segments, D, N); skip_parts, bias_parts (B, segments, D).
-// segment_grads: the gradient of the state that each segment leaves, or null if there is one segment, which takes d_final_state.
-template <int lanes>
-__global__ void __launch_bounds__(ScanBlock<lanes>::threads, 1)
-scan_backward_kernel(floatX* d_u, floatX* d_dt, floatX* d_z, real* bc_parts, real* A_parts, real* skip_parts, real* bias_parts,
-                     real* d_initial_state, const floatX* d_out, const real* d_final_state, const real* segment_grads, ScanInput in,
-                     const real* chunk_states) {
-    using Block = ScanBlock<lanes>;
+template <int split>
+__global__ void __launch_bounds__(kScanThreads, 1)
+scan_backward_kernel(ScanGradients d, ScanScratch parts, const floatX* d_out, const real* d_final_state, const real* chunk_states,
+                     ScanLaunch in) {
     constexpr int kGroup = kScanSteps * kScanSteps;
-    DYNAMIC_SHARED(real, delta);                                         // (tile, channels); then d_dt
-    real* const bc = delta + Block::chunk_tile * Block::channels;        // (tile, 2, states)
-    real* const bias = bc + Block::chunk_tile * Block::columns;          // (channels)
-    real* const skip = bias + Block::channels;                           // (channels)
-    real* const bc_sums = skip + Block::channels;                        // (warps, steps, 2, states)
-    floatX* const u = reinterpret_cast<floatX*>(bc_sums + Block::warps * Block::sums);  // (tile, channels); then d_u
-    floatX* const z = u + Block::chunk_tile * Block::channels;           // (tile, channels); then d_z
-    floatX* const dy = z + Block::chunk_tile * Block::channels;          // (tile, channels): d_out
-    const ScanThread<lanes> thread(in);
-    const bool valid_channel = thread.d() < in.D;
-    const int own = thread.lane % kScanSteps;            // the step whose sums this lane gets
-    const bool owner = thread.lane < kScanSteps;
-
-    const auto load_tile = [&](int first) {
-        NO_UNROLL for (unsigned i = opaque(threadIdx.x); i < Block::chunk_tile * Block::row_vectors; i += Block::threads) {
-            const ScanPlace<lanes> p(in, i, first, thread.end);
-            const Vector dt = load_part(in.dt + p.row * in.D + p.d, p.channels, in.vectors).vector();
-            *reinterpret_cast<Vector*>(u + p.at) = load_part(in.u + p.row * in.D + p.d, p.channels, in.vectors).vector();
-            *reinterpret_cast<Vector*>(z + p.at) = load_part(in.z + p.row * in.ld_z + p.d, p.channels, in.vectors).vector();
-            *reinterpret_cast<Vector*>(dy + p.at) = load_part(d_out + p.row * in.D + p.d, p.channels, in.vectors).vector();
-            Reals<kWidth> x;
-            UNROLL for (int j = 0; j < kWidth; j++) x.v[j] = j < p.channels ? softplus(real(dt.v[j]) + bias[p.column + j]) : 0;
-            store(delta + p.at, x);
-        }
-        for (unsigned k = opaque(threadIdx.x); k < Block::chunk_tile * Block::columns; k += Block::threads) {
-            const int t = first + int(k / Block::columns), n = k % (Block::columns / 2);
-            const floatX* from = k % Block::columns < Block::columns / 2 ? in.B_t : in.C_t;
-            bc[k] = t < thread.end && n < in.N ? real(from[(thread.b() * in.T + t) * in.ld_bc + n]) : 0;
-        }
-    };
-    const auto store_tile = [&](int first) {
-        NO_UNROLL for (unsigned i = opaque(threadIdx.x); i < Block::chunk_tile * Block::row_vectors; i += Block::threads) {
-            const ScanPlace<lanes> p(in, i, first, thread.end);
-            const auto x = load<kWidth>(delta + p.at);
-            Vector narrow;
-            UNROLL for (int j = 0; j < kWidth; j++) narrow.v[j] = floatX(x.v[j]);
-            store_part(d_dt + p.row * in.D + p.d, narrow, p.channels, in.vectors);
-            store_part(d_u + p.row * in.D + p.d, *reinterpret_cast<const Vector*>(u + p.at), p.channels, in.vectors);
-            store_part(d_z + p.row * in.ld_z + p.d, *reinterpret_cast<const Vector*>(z + p.at), p.channels, in.vectors);
-        }
-    };
-
-    if (threadIdx.x < Block::channels) {
-        const int d = blockIdx.y * Block::channels + threadIdx.x;
-        bias[threadIdx.x] = d < in.D ? in.dt_bias[d] : 0;
-        skip[threadIdx.x] = d < in.D ? in.skip[d] : 0;
-    }
+    DYNAMIC_SHARED(real, shared);
+    const ScanThread<split, true> thread(in, shared);
+    const bool last = in.segments == 1;
+    RunningGradients running;
+    running.dh = thread.load_row(last ? d_final_state : parts.segment_states, last ? thread.state_row() : thread.segment_row());
     __syncthreads();
-    const Reals<kStates> decay = load_decay(in.A_log, thread.d(), thread.n, in.N, valid_channel);
-    Reals<kStates> dh = {}, dA = {};  // gradient of the state after the step, but for what the step's own output adds; of A
-    if (valid_channel) {
-        const real* arrives = in.segments > 1 ? segment_grads + thread.segment_row(in) * in.N
-                            : d_final_state   ? d_final_state + thread.state_row(in) * in.N : nullptr;
-        dh = load_states(arrives, thread.n, in.N, in.state_vectors);
-    }
-    real d_skip = 0, d_bias = 0;
-
-    const auto advance = [&](Reals<kStates>& h, int first) {  // by four steps
-        UNROLL for (int s = 0; s < kScanSteps; s++) {
-            const int at = (first + s) * Block::channels + thread.channel;
-            const real dt = delta[at], du = dt * real(u[at]);
-            const auto b = load<kStates>(bc + (first + s) * Block::columns + thread.n);
-            UNROLL for (int j = 0; j < kStates; j++) h.v[j] = power_of_two(dt * decay.v[j]) * h.v[j] + du * b.v[j];
-        }
-    };
-
-    for (int tile = (thread.end - 1) / Block::chunk_tile * Block::chunk_tile; tile >= thread.begin; tile -= Block::chunk_tile) {
-        const int chunk = tile / kScanChunk;
-        Reals<kStates> h = load_states(valid_channel ? chunk_states + thread.chunk_row(in, chunk) * in.N : nullptr, thread.n, in.N,
-                                       in.state_vectors);
-        load_tile(tile);
+    for (int chunk = (thread.end - 1) / kScanChunk; chunk * kScanChunk >= thread.begin; chunk--) {
+        Reals<kStates> h = thread.load_row(chunk_states, thread.chunk_row(chunk));
+        thread.load_chunk(d_out, chunk * kScanChunk);
         __syncthreads();
-        StateStack<kScanSteps - 1> group_starts;
-        NO_UNROLL for (int group = 0; group < Block::chunk_tile - kGroup; group += kGroup) {
-            group_starts.push(h);
-            NO_UNROLL for (int s = 0; s < kGroup; s += kScanSteps) advance(h, group + s);
+        StateStack before_16, before_4;
+        NO_UNROLL for (int step = 0; step < kScanChunk - kGroup; step += kScanSteps) {
+            if (step % kGroup == 0) before_16.push(h);
+            thread.advance_four(h, step);
         }
-        NO_UNROLL for (int group = Block::chunk_tile - kGroup; group >= 0; group -= kGroup) {
-            StateStack<kScanSteps - 1> starts;
-            NO_UNROLL for (int s = 0; s < kGroup - kScanSteps; s += kScanSteps) {
-                starts.push(h);
-                advance(h, group + s);
+        NO_UNROLL for (int group = kScanChunk - kGroup; group >= 0; group -= kGroup) {
+            NO_UNROLL for (int step = group; step < group + kGroup - kScanSteps; step += kScanSteps) {
+                before_4.push(h);
+                thread.advance_four(h, step);
             }
-            NO_UNROLL for (int first = group + kGroup - kScanSteps; first >= group; first -= kScanSteps) {
-                const int own_at = (first + own) * Block::channels + thread.channel;
-                // Forward through the four steps, keeping the state before each one and its decay.
-                Reals<kStates> before[kScanSteps + 1], a[kScanSteps];
-                real y[kScanSteps] = {};
-                before[0] = h;
-                UNROLL for (int s = 0; s < kScanSteps; s++) {
-                    const int at = (first + s) * Block::channels + thread.channel;
-                    const real dt = delta[at], du = dt * real(u[at]);
-                    const auto b = load<kStates>(bc + (first + s) * Block::columns + thread.n);
-                    const auto c = load<kStates>(bc + (first + s) * Block::columns + Block::columns / 2 + thread.n);
-                    UNROLL for (int j = 0; j < kStates; j++) {
-                        a[s].v[j] = power_of_two(dt * decay.v[j]);
-                        before[s + 1].v[j] = a[s].v[j] * before[s].v[j] + du * b.v[j];
-                        y[s] += c.v[j] * before[s + 1].v[j];
-                    }
-                }
-                // out = (y + skip u) silu(z): each of four lanes does its own step, and tells the others g = d (y + skip u).
-                const real y_own = sum_lanes<lanes>(y);
-                const real dt_own = delta[own_at], u_own = real(u[own_at]);
-                real g_own = 0;
-                if (owner) {
-                    const real z_own = real(z[own_at]), d_own = real(dy[own_at]), gate = sigmoid(z_own);
-                    g_own = d_own * z_own * gate;
-                    z[own_at] = floatX(d_own * (y_own + skip[thread.channel] * u_own) * gate * (1 + z_own * (1 - gate)));
-                    d_skip += g_own * u_own;
-                }
-                // Backward through them.
-                real dh_b[kScanSteps], dh_ah[kScanSteps];  // sums over states: dh B; dh a h A log2(e)
-                __syncthreads();                           // bc_sums of the steps done before have been read
-                UNROLL for (int s = kScanSteps - 1; s >= 0; s--) {
-                    const int at = (first + s) * Block::channels + thread.channel;
-                    const real dt = delta[at], du = dt * real(u[at]);
-                    const real g = __shfl_sync(kAllLanes, g_own, s * Block::warp_channels + lane_id() % Block::warp_channels);
-                    const auto b = load<kStates>(bc + (first + s) * Block::columns + thread.n);
-                    const auto c = load<kStates>(bc + (first + s) * Block::columns + Block::columns / 2 + thread.n);
-                    // d_B_t and d_C_t of 4 states, summed over the warp's channels: a channel's lane ends up with lanes / 4 of the 8.
-                    real d_bc[kStates];
-                    dh_b[s] = dh_ah[s] = 0;
-                    UNROLL for (int j = 0; j < kStates; j++) {
-                        dh.v[j] += g * c.v[j];
-                        const real dh_a = dh.v[j] * a[s].v[j], decayed = dh_a * before[s].v[j];
-                        dh_b[s] += dh.v[j] * b.v[j];
-                        dh_ah[s] += decayed * decay.v[j];
-                        dA.v[j] += decayed * dt;
-                        const real d_b = dh.v[j] * du, d_c = g * before[s + 1].v[j];
-                        d_bc[j] = exchange(d_b, d_c, Block::warp_channels / 2);
-                        dh.v[j] = dh_a;
-                    }
-                    UNROLL for (int bit = Block::warp_channels / 4, half = kStates / 2; bit > 0; bit /= 2, half /= 2)
-                        UNROLL for (int i = 0; i < half; i++) d_bc[i] = exchange(d_bc[i], d_bc[i + half], bit);
-                    UNROLL for (int i = 0; i < lanes / 4; i++) {
-                        const int k = lane_id() % Block::warp_channels * (lanes / 4) + i;  // 0..3: d_B_t, 4..7: d_C_t of the 4 states
-                        const int column = k < kStates ? thread.n + k : Block::columns / 2 + thread.n + k - kStates;
-                        bc_sums[warp_id() * Block::sums + s * Block::columns + column] = d_bc[i];
-                    }
-                }
-                const real dh_b_own = sum_lanes<lanes>(dh_b), dh_ah_own = sum_lanes<lanes>(dh_ah);
-                __syncwarp();  // all lanes have read delta and u
-                if (owner) {
-                    // The derivative of softplus at raw is sigmoid(raw) = 1 - exp(-softplus(raw)).
-                    const real slope = dt_own > 20 ? 1 : -expm1_(-dt_own);
-                    const real d_dt_own = (u_own * dh_b_own + kLn2 * dh_ah_own) * slope;
-                    u[own_at] = floatX(dt_own * dh_b_own + skip[thread.channel] * g_own);
-                    delta[own_at] = d_dt_own;
-                    d_bias += d_dt_own;
-                }
-                __syncthreads();  // bc_sums
-                for (unsigned k = opaque(threadIdx.x); k < Block::sums; k += Block::threads) {
-                    real sum = 0;
-                    UNROLL for (int w = 0; w < Block::warps; w++) sum += bc_sums[w * Block::sums + k];
-                    const int t = tile + first + int(k / Block::columns), half = k / (Block::columns / 2) % 2, n = k % (Block::columns / 2);
-                    if (t < thread.end && n < in.N)
-                        bc_parts[((int64_t(opaque(blockIdx.y)) * in.B + thread.b()) * in.T + t) * 2 * in.N + half * in.N + n] = sum;
-                }
-                h = starts.pop();
+            NO_UNROLL for (int step = group + kGroup - kScanSteps; step >= group; step -= kScanSteps) {
+                thread.backward_four(running, h, step);
+                __syncthreads();
+                thread.store_sums(parts.bc, chunk * kScanChunk + step);
+                h = before_4.pop();
             }
-            h = group_starts.pop();
+            h = before_16.pop();
         }
-        store_tile(tile);  // complete since the barrier of the last bc_sums
+        thread.store_chunk(d, chunk * kScanChunk);
     }
     UNROLL for (int bit = 1; bit < kScanSteps; bit *= 2) {
-        d_skip += __shfl_xor_sync(kAllLanes, d_skip, bit * Block::warp_channels);
-        d_bias += __shfl_xor_sync(kAllLanes, d_bias, bit * Block::warp_channels);
+        running.d_skip += __shfl_xor_sync(kAllLanes, running.d_skip, bit * thread.warp_channels);
+        running.d_bias += __shfl_xor_sync(kAllLanes, running.d_bias, bit * thread.warp_channels);
     }
-    if (!valid_channel) return;
-    if (d_initial_state && blockIdx.z == 0)
-        store_states(d_initial_state + thread.state_row(in) * in.N, dh, thread.n, in.N, in.state_vectors);
-    UNROLL for (int j = 0; j < kStates; j++) dA.v[j] *= decay.v[j] * kLn2;  // A is its own derivative by A_log
-    const int64_t at = thread.segment_row(in);
-    store_states(A_parts + at * in.N, dA, thread.n, in.N, in.state_vectors);
-    if (thread.lane > 0) return;
-    skip_parts[at] = d_skip;
-    bias_parts[at] = d_bias;
+    if (blockIdx.z == 0) thread.store_row(d.d_initial_state, thread.state_row(), running.dh);
+    UNROLL for (int j = 0; j < kStates; j++) running.dA.v[j] *= thread.decay.v[j] * kLn2;  // A is its own derivative by A_log
+    thread.store_row(parts.A, thread.segment_row(), running.dA);
+    if (!thread.has_channel() || thread.part > 0) return;
+    parts.skip[thread.segment_row()] = running.d_skip;
+    parts.bias[thread.segment_row()] = running.d_bias;
 }
 
 // d_B_t and d_C_t: sums over channel blocks, in their order.   parts (channel_blocks, rows, 2N)
@@ -1569,54 +1442,103 @@ __global__ void scan_backward_bc_kernel(floatX* d_B_t, floatX* d_C_t, int ld_bc,
     const int n = int(i % (2 * N));
     (n < N ? d_B_t + n : d_C_t + n - N)[row * ld_bc] = floatX(sum);
 }
-struct ScanBackwardScratch : ScanScratch {
-    real *bc_parts, *A_parts, *skip_parts, *bias_parts;
-    ScanBackwardScratch(void* memory, int64_t units, int channel_blocks, int64_t rows, int D, int N) : ScanScratch(memory, units, D, N) {
-        bc_parts = take<real>(channel_blocks * rows * 2 * N);
-        A_parts = take<real>(units * D * N);
-        skip_parts = take<real>(units * D);
-        bias_parts = take<real>(units * D);
-    }
-};
-template <int lanes>
-int backward_wave() {
-    using Block = ScanBlock<lanes>;
-    allow_shared(scan_backward_kernel<lanes>, Block::backward_bytes);
-    return wave(scan_backward_kernel<lanes>, Block::threads, Block::backward_bytes);
+
+// Calls f with the number of threads that hold a channel.
+template <class F>
+void with_split(int N, F&& f) {
+    if (N < 1 || N > kMaxStates) fail("the scan has %d states per channel: 1 to %d are supported", N, kMaxStates);
+    if (N <= 16) f(std::integral_constant<int, 4>());
+    else if (N <= 32) f(std::integral_constant<int, 8>());
+    else f(std::integral_constant<int, 16>());
 }
-// However B and T are cut: units are no more than a wave of blocks, or one for each sequence.
+// How many of the kernel's blocks run at once. Also lets it have that much shared memory.
+template <class... P>
+int blocks_at_once(void (*kernel)(P...), int threads, size_t shared_bytes) {
+    int blocks = 0;
+    CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)));
+    CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes));
+    return blocks * multiprocessors();
+}
+template <int split>
+int scan_blocks(bool backward) {
+    if (backward) return blocks_at_once(scan_backward_kernel<split>, kScanThreads, ScanThread<split, true>::bytes);
+    return std::min(blocks_at_once(scan_forward_kernel<split, true>, kScanThreads, ScanThread<split, false>::bytes),
+                    blocks_at_once(scan_forward_kernel<split, false>, kScanThreads, ScanThread<split, false>::bytes));
+}
+// As many segments as run at once. They cost a first pass, so there are at least two or none.
+template <int split>
+ScanLaunch scan_launch(const Scan& s, bool backward, std::initializer_list<const void*> activations,
+                       std::initializer_list<const void*> states) {
+    ScanLaunch in{s, int(scan_chunks(s.T)), int(ceil_div(s.D, ScanThread<split, false>::channels)), 0, 0, false, false};
+    const int64_t wanted = std::clamp<int64_t>(scan_blocks<split>(backward) / (int64_t(s.B) * in.channel_blocks), 1, in.chunks);
+    const int segment_chunks = int(ceil_div(in.chunks, wanted));
+    in.segments = int(ceil_div(in.chunks, segment_chunks));
+    in.segment_steps = segment_chunks * kScanChunk;
+    in.vectors = s.D % kWidth == 0 && s.ld_z % kWidth == 0 && aligned(s.u) && aligned(s.dt) && aligned(s.z) &&
+                 std::all_of(activations.begin(), activations.end(), aligned);
+    in.state_vectors = s.N % kStates == 0 && std::all_of(states.begin(), states.end(), aligned);
+    return in;
+}
+ScanScratch scan_arrays(void* scratch, const ScanLaunch& in) {
+    return ScanScratch(scratch, int64_t(in.B) * in.segments, int64_t(in.B) * in.T, in.channel_blocks, in.D, in.N);
+}
+// Fewer sequences have more segments each. Together they are as many as run at once, or a segment for each sequence; each has a chunk.
 size_t scan_scratch(int B, int T, int D, int N) {
     size_t bytes = 0;
-    with_lanes(N, [&](auto lanes) {
-        const int64_t channel_blocks = ceil_div(D, ScanBlock<lanes>::channels);
-        const int64_t most = std::max(forward_wave<lanes>(), backward_wave<lanes>()) / channel_blocks;
-        const int64_t units = std::max<int64_t>(B, std::min(most, B * scan_chunks(T)));
-        bytes = ScanBackwardScratch(nullptr, units, int(channel_blocks), int64_t(B) * T, D, N).used;
+    with_split(N, [&](auto split) {
+        const int channel_blocks = int(ceil_div(D, ScanThread<split, false>::channels));
+        const int at_once = std::max(scan_blocks<split>(false), scan_blocks<split>(true)) / channel_blocks;
+        const int64_t parts = std::min<int64_t>(std::max(B, at_once), B * scan_chunks(T));
+        bytes = ScanScratch(nullptr, parts, int64_t(B) * T, channel_blocks, D, N).used;
     });
     return bytes;
 }
-void scan_backward(const ScanGradients& d, const floatX* d_out, const real* d_final_state, const Scan& scan, const real* chunk_states,
-                   void* scratch, cudaStream_t stream) {
-    if (scan.B == 0 || scan.T == 0) return;
-    const int64_t rows = int64_t(scan.B) * scan.T, D = scan.D, N = scan.N;
-    with_lanes(scan.N, [&](auto lanes) {
-        using Block = ScanBlock<lanes>;
-        const ScanInput in = scan_input(scan, Block::channels, backward_wave<lanes>(), {d.d_u, d.d_dt, d.d_z, d_out},
-                                        {d.d_initial_state, d_final_state, chunk_states});
-        const int units = in.B * in.segments;
-        const ScanBackwardScratch s(scratch, units, in.channel_blocks, rows, in.D, in.N);
-        const dim3 blocks(in.B, in.channel_blocks, in.segments);
+void scan_step(floatX* out, real* final_state, real* chunk_states, const Scan& s, cudaStream_t stream) {
+    int split = 1;
+    while (split * kStates < s.N) split *= 2;
+    const bool vectors = s.N % kStates == 0 && aligned(final_state) && aligned(chunk_states) && aligned(s.initial_state);
+    LAUNCH(scan_step_kernel, blocks_for(int64_t(s.B) * s.D * split, kStepThreads), kStepThreads, 0, stream)
+    (out, final_state, chunk_states, s, split, vectors);
+    CHECK_LAUNCH();
+}
+void scan_forward(floatX* out, real* final_state, real* chunk_states, const Scan& s, void* scratch, cudaStream_t stream) {
+    if (s.B == 0 || s.T == 0) return;
+    if (s.T == 1) return scan_step(out, final_state, chunk_states, s, stream);
+    with_split(s.N, [&](auto split) {
+        const ScanLaunch in = scan_launch<split>(s, false, {out}, {final_state, chunk_states, s.initial_state});
+        const ScanScratch arrays = scan_arrays(scratch, in);
+        const auto blocks = [&](int segments) { return dim3(s.B, in.channel_blocks, segments); };
+        constexpr size_t bytes = ScanThread<split, false>::bytes;
         if (in.segments > 1) {
-            const dim3 others(in.B, in.channel_blocks, in.segments - 1);
-            LAUNCH(scan_backward_local_kernel<lanes>, others, Block::threads, 0, stream)(s.segment_states, s.delta_sums, d_out, in);
-            scan_carry(s.segment_states, s.delta_sums, d_final_state, in, true, stream);
+            LAUNCH((scan_forward_kernel<split, true>), blocks(in.segments - 1), kScanThreads, bytes, stream)
+            (out, final_state, chunk_states, arrays, in);
+            scan_carry(arrays, s.initial_state, in, false, stream);
         }
-        LAUNCH(scan_backward_kernel<lanes>, blocks, Block::threads, Block::backward_bytes, stream)
-        (d.d_u, d.d_dt, d.d_z, s.bc_parts, s.A_parts, s.skip_parts, s.bias_parts, d.d_initial_state, d_out, d_final_state,
-         s.segment_states, in, chunk_states);
-        LAUNCH(scan_backward_bc_kernel, blocks_for(rows * 2 * N, kThreads), kThreads, 0, stream)
-        (d.d_B_t, d.d_C_t, in.ld_bc, s.bc_parts, in.channel_blocks, rows, in.N);
-        reduce_partials(units, {{d.d_A_log, s.A_parts, D * N}, {d.d_skip, s.skip_parts, D}, {d.d_dt_bias, s.bias_parts, D}}, stream);
+        LAUNCH((scan_forward_kernel<split, false>), blocks(in.segments), kScanThreads, bytes, stream)
+        (out, final_state, chunk_states, arrays, in);
+    });
+    CHECK_LAUNCH();
+}
+void scan_backward(const ScanGradients& d, const floatX* d_out, const real* d_final_state, const Scan& s, const real* chunk_states,
+                   void* scratch, cudaStream_t stream) {
+    if (s.B == 0 || s.T == 0) return;
+    with_split(s.N, [&](auto split) {
+        const ScanLaunch in = scan_launch<split>(s, true, {d.d_u, d.d_dt, d.d_z, d_out}, {d.d_initial_state, d_final_state, chunk_states});
+        const ScanScratch arrays = scan_arrays(scratch, in);
+        const auto blocks = [&](int segments) { return dim3(s.B, in.channel_blocks, segments); };
+        if (in.segments > 1) {
+            LAUNCH(scan_backward_from_zero_kernel<split>, blocks(in.segments - 1), kScanThreads, (ScanThread<split, false>::bytes), stream)
+            (arrays, d_out, in);
+            scan_carry(arrays, d_final_state, in, true, stream);
+        }
+        LAUNCH(scan_backward_kernel<split>, blocks(in.segments), kScanThreads, (ScanThread<split, true>::bytes), stream)
+        (d, arrays, d_out, d_final_state, chunk_states, in);
+        const int64_t rows = int64_t(s.B) * s.T, DN = int64_t(s.D) * s.N;
+        LAUNCH(scan_backward_bc_kernel, blocks_for(rows * 2 * s.N, kThreads), kThreads, 0, stream)
+        (d.d_B_t, d.d_C_t, s.ld_bc, arrays.bc, in.channel_blocks, rows, s.N);
+        const std::initializer_list<PartialSum> sums = {{d.d_A_log, arrays.A, DN}, {d.d_skip, arrays.skip, s.D},
+                                                        {d.d_dt_bias, arrays.bias, s.D}};
+        reduce_partials(s.B * in.segments, sums, stream);
     });
 }
 

@@ -9,6 +9,7 @@
 #include <fcntl.h>
 #include <nlohmann/json.hpp>
 #include <omp.h>
+#include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -20,6 +21,8 @@
 #include <cstring>
 #include <filesystem>
 #include <sstream>
+
+#include "formats/options.h"
 
 namespace fs = std::filesystem;
 using Json = nlohmann::ordered_json;
@@ -37,33 +40,22 @@ struct Run {
     // As Config::each_field.
     template <class Self, class F>
     static void each_field(Self& r, F&& f) {
-        f("batch", r.batch, "sequences B in a batch");
-        f("seq-len", r.seq_len, "tokens T in a sequence");
-        f("grad-accum", r.grad_accum, "batches whose gradients make one step");
-        f("steps", r.steps, "steps in all");
-        f("lr", r.lr, "highest learning rate");
-        f("warmup", r.warmup, "steps of linear warm-up; 0 = 1 % of the steps");
-        f("schedule", r.schedule, "after warm-up: cosine (to 10 % of --lr) or constant");
-        f("weight-decay", r.weight_decay, "decoupled weight decay, on matrices only");
-        f("grad-clip", r.grad_clip, "largest global norm of the gradient; 0 = no limit");
-        f("beta1", r.beta1, "AdamW's decay of the first moment");
-        f("beta2", r.beta2, "AdamW's decay of the second moment");
-        f("seed", r.seed, "of initialisation, order of the data and samples");
+        constexpr double kMost = 1e9, kLargest = 1e38, kBelowOne = 0.999999;
+        f("batch", r.batch, "sequences B in a batch", 1, kMost);
+        f("seq-len", r.seq_len, "tokens T in a sequence", 1, kMost);
+        f("grad-accum", r.grad_accum, "batches whose gradients make one step", 1, kMost);
+        f("steps", r.steps, "steps in all", 1, kMost);
+        f("lr", r.lr, "highest learning rate", 0, kLargest);
+        f("warmup", r.warmup, "steps of linear warm-up; 0 = 1 % of the steps", 0, kMost);
+        f("schedule", r.schedule, "after warm-up: cosine (to 10 % of --lr) or constant", 0, 0);
+        f("weight-decay", r.weight_decay, "decoupled weight decay, on matrices only", 0, kLargest);
+        f("grad-clip", r.grad_clip, "largest global norm of the gradient; 0 = no limit", 0, kLargest);
+        f("beta1", r.beta1, "AdamW's decay of the first moment", 0, kBelowOne);
+        f("beta2", r.beta2, "AdamW's decay of the second moment", 0, kBelowOne);
+        f("seed", r.seed, "of initialisation, order of the data and samples", 0, 0x1p64);
     }
     void resolve() {
-        auto check = [](bool good, const char* flag, double value, const char* range) {
-            if (!good) fail("--%s %g: must be %s", flag, value, range);
-        };
-        check(batch >= 1, "batch", batch, "at least 1");
-        check(seq_len >= 1, "seq-len", seq_len, "at least 1");
-        check(grad_accum >= 1, "grad-accum", grad_accum, "at least 1");
-        check(steps >= 1 && steps <= 1'000'000'000, "steps", steps, "from 1 to 1e9");
-        check(lr >= 0 && std::isfinite(lr), "lr", lr, "at least 0");
-        check(warmup >= 0, "warmup", warmup, "at least 0");
-        check(weight_decay >= 0 && std::isfinite(weight_decay), "weight-decay", weight_decay, "at least 0");
-        check(grad_clip >= 0 && std::isfinite(grad_clip), "grad-clip", grad_clip, "at least 0");
-        check(beta1 >= 0 && beta1 < 1, "beta1", beta1, "at least 0 and below 1");
-        check(beta2 >= 0 && beta2 < 1, "beta2", beta2, "at least 0 and below 1");
+        check_ranges(*this);
         if (schedule != "cosine" && schedule != "constant") fail("--schedule %s: must be cosine or constant", schedule.c_str());
         if (warmup == 0) warmup = (steps - 1) / 100 + 1;
     }
@@ -212,14 +204,8 @@ static const char* const kModelFile = "model.safetensors";
 
 static Json to_json(const Run& run) {
     Json json;
-    Run::each_field(run, [&](const char* flag, const auto& field, const char*) { json[flag] = field; });
+    Run::each_field(run, [&](const char* flag, const auto& field, auto...) { json[flag] = field; });
     return json;
-}
-
-// What the bits of a run depend on besides its flags.
-static std::string machine(const Layers& layers) {
-    const std::string device = layers.device, threads = std::to_string(omp_get_max_threads());
-    return device + " in " + kPrecision + (device == "cuda" ? "" : ", threads: " + threads);
 }
 
 static void save_checkpoint(const Model& model, const fs::path& out, int step, const Run& run, const Dataset& data) {
@@ -230,7 +216,7 @@ static void save_checkpoint(const Model& model, const fs::path& out, int step, c
                                                  {"tokenizer", data.tokenizer.to_json()},
                                                  {"training", to_json(run).dump()},
                                                  {"train_tokens", std::to_string(data.train->count)},
-                                                 {"machine", machine(model.layers)},
+                                                 {"machine", model.layers.machine()},
                                                  {"optimizer", optimizer}});
     } catch (...) {
         std::error_code ignored;
@@ -249,7 +235,7 @@ static void save_checkpoint(const Model& model, const fs::path& out, int step, c
 
 struct Checkpoint {
     std::string model, optimizer;  // paths
-    std::string machine;           // that wrote it
+    std::string machine;           // that wrote it; "": it does not say
     Config config;
     Run run;
     int step = 0;
@@ -259,7 +245,7 @@ struct Checkpoint {
         const Safetensors file(model);
         config = Config::from_json(file.meta("config"), model);
         optimizer = (out / fs::path(file.meta("optimizer")).filename()).string();
-        machine = file.meta("machine");
+        machine = file.meta("machine", "");
         const std::string training = file.meta("training");
         const auto number = [&](const char* key) {
             const std::string text = file.meta(key);
@@ -270,7 +256,7 @@ struct Checkpoint {
         };
         try {
             const Json json = Json::parse(training);
-            Run::each_field(run, [&](const char* flag, auto& field, const char*) { json.at(flag).get_to(field); });
+            Run::each_field(run, [&](const char* flag, auto& field, auto...) { json.at(flag).get_to(field); });
         } catch (const Json::exception& e) {
             fail("%s: what it says of its training cannot be read (%s)", model.c_str(), e.what());
         }
@@ -286,10 +272,10 @@ struct Checkpoint {
 template <class Fields>
 static Fields overlay(Fields base, const Fields& flags, const CLI::App& app) {
     Json given;
-    Fields::each_field(flags, [&](const char* flag, const auto& field, const char*) {
+    Fields::each_field(flags, [&](const char* flag, const auto& field, auto...) {
         if (app.count(std::string("--") + flag)) given[flag] = field;
     });
-    Fields::each_field(base, [&](const char* flag, auto& field, const char*) {
+    Fields::each_field(base, [&](const char* flag, auto& field, auto...) {
         if (given.contains(flag)) given[flag].get_to(field);
     });
     base.resolve();
@@ -300,12 +286,27 @@ static Fields overlay(Fields base, const Fields& flags, const CLI::App& app) {
 template <class Fields>
 static void check_same(const Fields& given, const Fields& saved) {
     Json values;
-    Fields::each_field(saved, [&](const char* flag, const auto& field, const char*) { values[flag] = field; });
-    Fields::each_field(given, [&](const char* flag, const auto& field, const char*) {
+    Fields::each_field(saved, [&](const char* flag, const auto& field, auto...) { values[flag] = field; });
+    Fields::each_field(given, [&](const char* flag, const auto& field, auto...) {
         if (values[flag] != Json(field))
             fail("--resume: --%s is %s here, %s in the checkpoint", flag, Json(field).dump().c_str(), values[flag].dump().c_str());
     });
 }
+
+// As long as it lives, no other training runs in the directory: two would overwrite each other's checkpoints. The lock is on the directory
+// itself, so that no file is left behind and it ends with the process, however that ends. A file system without locks has none.
+struct DirectoryLock {
+    const int directory;
+
+    explicit DirectoryLock(const std::string& path) : directory(open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC)) {
+        if (directory < 0) fail("--out %s: %s", path.c_str(), strerror(errno));
+        if (flock(directory, LOCK_EX | LOCK_NB) == 0 || errno != EWOULDBLOCK) return;
+        close(directory);
+        fail("%s: another training is running in it (the directory is locked); wait for its end, or choose another --out", path.c_str());
+    }
+    DirectoryLock(const DirectoryLock&) = delete;
+    ~DirectoryLock() { close(directory); }
+};
 
 // ------------------------------------------------------------------------------------------------------------------
 // The log. On resume, lines of steps after the checkpoint go: they are about to be computed again.
@@ -346,30 +347,32 @@ static std::string scaled(double value, double base, const char* unit) {
 }
 static std::string bytes_text(double bytes) { return scaled(bytes, 1024, "B"); }
 
+static std::string count_text(int64_t count) { return scaled(double(count), 1000, ""); }
+
 static void print_model(const Model& model) {
     const Config& c = model.config;
     const std::string experts = c.count('E') ? ", " + std::to_string(c.experts) + " experts" : "";
     printf("model        %s, width %d%s, vocabulary %d, in %s\n", c.layers.c_str(), c.d_model, experts.c_str(), c.vocab, kPrecision);
-    printf("parameters   %s, active per token %s\n", scaled(double(model.parameter_count()), 1000, "").c_str(),
-           scaled(double(model.active_parameter_count()), 1000, "").c_str());
-    printf("compute      %sFLOP per token in training, matrix products only\n", scaled(c.matmul_flops_per_token(true), 1000, "").c_str());
+    const int64_t active = model.active_parameter_count();
+    printf("parameters   %s, active per token %s, %s active without embedding and head\n", count_text(model.parameter_count()).c_str(),
+           count_text(active).c_str(), count_text(active - model.outer_parameter_count()).c_str());
+    printf("compute      %sFLOP per token in training, matrix products only\n",
+           scaled(model.matmul_flops_per_token(true), 1000, "").c_str());
 }
 
 // What training would take, without taking any of it.
 static void dry_run(const Config& config, const Layers& layers, const Run& run) {
     Model model(config, layers);
     model.plan_training(run.batch, run.seq_len, run.grad_accum);
-    model.plan_activations(model.inference, run.batch, run.seq_len, false);
     const Config& c = model.config;
     print_model(model);
     printf("\nconfiguration\n");
-    Config::each_field(c, [](const char* flag, const auto& field, const char*) {
+    Config::each_field(c, [](const char* flag, const auto& field, auto...) {
         printf("  %-36s %14s\n", flag, Json(field).dump().c_str());
     });
     printf("\nmemory for training, B = %d, T = %d\n", run.batch, run.seq_len);
     double total = 0;
-    for (const Arena* arena :
-         {&model.weights, &model.masters, &model.gradients, &model.moments, &model.activations, &model.inference}) {
+    for (const Arena* arena : {&model.weights, &model.masters, &model.gradients, &model.moments, &model.activations}) {
         printf("  %-36s %14s\n", arena->name.c_str(), bytes_text(double(arena->bytes)).c_str());
         total += double(arena->bytes);
     }
@@ -378,29 +381,32 @@ static void dry_run(const Config& config, const Layers& layers, const Run& run) 
     const double cache_per_token = 2.0 * c.count('M') * c.d_model * sizeof(floatX);
     printf("\nmemory for decoding, per sequence\n  %-18s %18s %34s\n", "context", "state", "KV cache of as wide a transformer");
     for (int64_t context = 1 << 10; context <= 1 << 20; context *= 4)
-        printf("  %-18s %18s %34s\n", (std::to_string(context >> 10) + "K").c_str(), bytes_text(double(model.decode_state_bytes())).c_str(),
-               bytes_text(cache_per_token * double(context)).c_str());
+        printf("  %-18s %18s %34s\n", (std::to_string(context >> 10) + "K").c_str(),
+               bytes_text(double(model.decode_state_bytes(context))).c_str(), bytes_text(cache_per_token * double(context)).c_str());
 }
 
 static void list_presets() {
     for (const Preset& preset : presets()) {
         const Model model(preset.config, cpu::layers);
-        printf("%-24s %-10s width %4d  %9s parameters, %9s active  %s\n", preset.name, preset.config.layers.c_str(), preset.config.d_model,
-               scaled(double(model.parameter_count()), 1000, "").c_str(), scaled(double(model.active_parameter_count()), 1000, "").c_str(),
-               preset.note);
+        const int64_t active = model.active_parameter_count();
+        printf("%-24s %-10s width %4d  %9s parameters, %9s active, %9s active without embedding and head  %s\n", preset.name,
+               preset.config.layers.c_str(), preset.config.d_model, count_text(model.parameter_count()).c_str(), count_text(active).c_str(),
+               count_text(active - model.outer_parameter_count()).c_str(), preset.note);
     }
 }
 
-// Mean cross-entropy over the first batches of the validation split, in order.
-static double validate(Model& model, Loader& loader, int B, int batches) {
+// Mean cross-entropy over the validation split's first windows, as many as hold so many tokens: the same, however they are batched. Every
+// batch is B x T, for which there is memory; the last one is filled up with windows that have no targets.
+static double validate(Model& model, Loader& loader, int B, int64_t eval_tokens) {
     const int T = loader.T;
-    const int64_t count = std::min(loader.windows, int64_t(B) * batches);
+    const int64_t count = std::min(loader.windows, (eval_tokens - 1) / T + 1);
     std::vector<int> tokens(int64_t(B) * T), targets(tokens.size());
     double sum = 0;
     for (int64_t first = 0; first < count; first += B) {
-        const int rows = int(std::min<int64_t>(B, count - first));
-        for (int b = 0; b < rows; b++) loader.read(&tokens[int64_t(b) * T], &targets[int64_t(b) * T], first + b);
-        sum += model.evaluate(tokens.data(), targets.data(), rows, T) * rows;
+        const int64_t rows = std::min<int64_t>(B, count - first);
+        for (int64_t b = 0; b < rows; b++) loader.read(&tokens[b * T], &targets[b * T], first + b);
+        std::fill(targets.begin() + rows * T, targets.end(), -1);
+        sum += model.evaluate(tokens.data(), targets.data(), B, T) * double(rows);
     }
     return sum / double(count);
 }
@@ -417,7 +423,8 @@ static void stop_on_signals() {
 
 struct Options {
     std::string data, out, device = "auto", preset, sample_prompt;
-    int save_every = 100, eval_every = 100, eval_batches = 8, sample_every = 0, sample_tokens = 256;
+    int save_every = 100, eval_every = 100, sample_every = 0, sample_tokens = 256;
+    int64_t eval_tokens = 131072;
     double max_minutes = 0, peak_flops = 0;
     bool resume = false, dry_run = false, list_presets = false;
 
@@ -426,30 +433,30 @@ struct Options {
             {"save-every", save_every}, {"eval-every", eval_every}, {"sample-every", sample_every}};
         for (const auto& [flag, value] : counts)
             if (value < 0) fail("--%s %d: must be at least 0", flag, value);
-        if (eval_batches < 1) fail("--eval-batches %d: must be at least 1", eval_batches);
+        if (eval_tokens < 1) fail("--eval-tokens %lld: must be at least 1", (long long)eval_tokens);
         if (sample_tokens < 1) fail("--sample-tokens %d: must be at least 1", sample_tokens);
         if (!(max_minutes >= 0)) fail("--max-minutes %g: must be at least 0", max_minutes);
         if (!(peak_flops >= 0)) fail("--peak-flops %g: must be at least 0", peak_flops);
     }
 };
 
-// Steps done + 1 to run.steps, or until stopped.
-static void train_steps(Model& model, const Options& options, const Run& run, const Dataset& data, int done) {
+// Steps done + 1 to run.steps, or until stopped. val may be null; peak: FLOP/s.
+static void train_steps(Model& model, const Options& options, const Run& run, const Dataset& data, Loader& train, Loader* val, int done,
+                        double peak) {
     const int B = run.batch, T = run.seq_len, G = run.grad_accum;
     const Config& config = model.config;
     const fs::path out(options.out);
-    Loader train(*data.train, T, "training");
-    std::unique_ptr<Loader> val;
-    if (options.eval_every > 0 && data.val->count > 0) val = std::make_unique<Loader>(*data.val, T, "validation");
-    const std::string device = model.layers.device;
-    const int size = device == "cuda" ? 8192 : device == "cpu" ? 2048 : 64;  // as large as it takes to reach the peak, and no slower
-    const double peak = options.peak_flops > 0 ? options.peak_flops : measure_matmul_flops(model.layers, size);
+    // The memory of samples is taken now: what does not fit must not end a run halfway.
+    std::vector<int> prompt;
+    data.tokenizer.encode(prompt, options.sample_prompt.data(), options.sample_prompt.size());
+    DecodeState sampler;
+    if (options.sample_every > 0) model.start(sampler, 1, std::max<int64_t>(1, prompt.size()) + options.sample_tokens);
     const double sequences = double(run.steps) * G * B;
 
     print_model(model);
     printf("data         %lld tokens, %lld sequences of %d, %.2f epochs; %s\n", (long long)data.train->count, (long long)train.windows, T,
            sequences / double(train.windows), val ? "validated" : "no validation");
-    printf("device       %s, matrix products at %sFLOP/s\n", device.c_str(), scaled(peak, 1000, "").c_str());
+    printf("device       %s, matrix products at %sFLOP/s\n", model.layers.device, scaled(peak, 1000, "").c_str());
     printf("run          %d steps of %d x %d x %d tokens, seed %llu, %s\n\n", run.steps, G, B, T, (unsigned long long)run.seed,
            done ? ("resumed after step " + std::to_string(done)).c_str() : "from the start");
 
@@ -458,7 +465,7 @@ static void train_steps(Model& model, const Options& options, const Run& run, co
         log.write({{"kind", "run"},
                    {"config", Json::parse(config.to_json())},
                    {"training", to_json(run)},
-                   {"device", device},
+                   {"device", model.layers.device},
                    {"precision", kPrecision},
                    {"parameters", model.parameter_count()},
                    {"active_parameters", model.active_parameter_count()},
@@ -481,16 +488,14 @@ static void train_steps(Model& model, const Options& options, const Run& run, co
         }
         const Losses losses = model.read_losses();
         const double aux = config.balance_loss * losses.balance + config.z_loss * losses.z;
-        if (!std::isfinite(losses.cross_entropy + aux + losses.grad_norm)) {
-            const std::string bad = model.first_bad_tensor();
+        if (!std::isfinite(losses.cross_entropy + aux + losses.grad_norm))
             fail("step %d: loss %g, gradient norm %g; stopped before the update. First bad tensor: %s. %s has %s", step,
-                 losses.cross_entropy, losses.grad_norm, bad.empty() ? "none" : bad.c_str(), options.out.c_str(), checkpoint().c_str());
-        }
+                 losses.cross_entropy, losses.grad_norm, model.first_bad_tensor().c_str(), options.out.c_str(), checkpoint().c_str());
         optimizer.lr = run.learning_rate(step);
         model.update(optimizer, losses, step);
 
         const double now = omp_get_wtime(), seconds = now - step_start, rate = double(G) * B * T / seconds;
-        const double share = config.matmul_flops_per_token(true) * rate / peak;
+        const double share = model.matmul_flops_per_token(true) * rate / peak;
         const long left = long((now - start) / (step - done) * (run.steps - step));
         printf("step %*d/%d  loss %.4f", int(std::to_string(run.steps).size()), step, run.steps, losses.cross_entropy);
         if (config.count('E')) printf("  aux %.4f  load %.2f  dropped %4.1f %%", aux, losses.expert_load, 100 * losses.dropped);
@@ -504,18 +509,16 @@ static void train_steps(Model& model, const Options& options, const Run& run, co
         const bool last = step == run.steps;
         auto due = [&](int every) { return every > 0 && step % every == 0; };
         if (val && (last || due(options.eval_every))) {
-            const double loss = validate(model, *val, B, options.eval_batches), bits = loss / std::log(2.0);
+            const double loss = validate(model, *val, B, options.eval_tokens), bits = loss / std::log(2.0);
             printf("validation after step %d: %.4f nats a token", step, loss);
             if (data.tokenizer.kind == "bytes") printf(", %.4f bits a byte", bits);
             printf("\n");
             log.write({{"kind", "val"}, {"step", step}, {"loss", loss}, {"bits_per_token", bits}});
         }
         if (due(options.sample_every)) {
-            std::vector<int> prompt;
-            data.tokenizer.encode(prompt, options.sample_prompt.data(), options.sample_prompt.size());
             printf("sample after step %d: %s", step, options.sample_prompt.c_str());
             const Sampling sampling{.seed = run.seed};
-            generate(model, data.tokenizer, prompt, options.sample_tokens, sampling, step, [&](int token) {
+            generate(model, sampler, data.tokenizer, prompt, options.sample_tokens, sampling, step, [&](int token) {
                 fputs(data.tokenizer.decode(token).c_str(), stdout);
                 return true;
             });
@@ -547,25 +550,26 @@ static int train(int argc, char** argv) {
     app.option_defaults()->always_capture_default();
     add_option(app, "--data", options.data, "directory that data_prep wrote");
     add_option(app, "--out", options.out, "directory for checkpoint and log; created if need be");
-    add_option(app, "--device", options.device, "auto, cpu, simt or cuda; auto is the fastest there is");
+    add_option(app, "--device", options.device, "auto, cpu, simt, plain or cuda; auto is the fastest there is");
     add_option(app, "--save-every", options.save_every, "steps from one checkpoint to the next, beside the last; 0 = only the last");
     add_option(app, "--eval-every", options.eval_every, "steps from one validation to the next, beside the last; 0 = none");
-    add_option(app, "--eval-batches", options.eval_batches, "batches in a validation");
+    add_option(app, "--eval-tokens", options.eval_tokens,
+               "tokens in a validation: whole sequences from the start of the validation split, or all there are, whatever --batch is");
     add_option(app, "--sample-every", options.sample_every, "steps from one sample to the next; 0 = none");
     add_option(app, "--sample-tokens", options.sample_tokens, "most tokens in a sample");
     add_option(app, "--sample-prompt", options.sample_prompt, "what a sample continues; empty: a new document");
     add_option(app, "--max-minutes", options.max_minutes, "stop and save, as on Ctrl-C, after so long; 0 = no limit");
     add_option(app, "--peak-flops", options.peak_flops, "operations/s of matrix products that count as the peak; 0 = measure them now");
     app.add_flag("--resume", options.resume,
-                 "continue the run in --out, bit for bit on the same device with as many threads; it knows its model and its run: only --steps "
-                 "can grow, with a constant schedule");
+                 "continue the run in --out, bit for bit on the same device with as many threads; it knows its model and its run: "
+                 "only --steps can grow, with a constant schedule");
     app.add_flag("--dry-run", options.dry_run, "print parameters, memory and compute, take none of them; needs no --data or --out");
     app.add_flag("--list-presets", options.list_presets, "print the presets");
-    Run::each_field(run_flags, [&](const char* flag, auto& field, const char* help) {
+    Run::each_field(run_flags, [&](const char* flag, auto& field, const char* help, auto...) {
         add_option(app, std::string("--") + flag, field, help)->group("The run");
     });
     add_option(app, "--preset", options.preset, "a model by name (see --list-presets); the flags below change it")->group("The model");
-    Config::each_field(model_flags, [&](const char* flag, auto& field, const char* help) {
+    Config::each_field(model_flags, [&](const char* flag, auto& field, const char* help, auto...) {
         add_option(app, std::string("--") + flag, field, help)->group("The model");
     });
     try {
@@ -585,11 +589,20 @@ static int train(int argc, char** argv) {
     }
 
     if (options.data.empty() || options.out.empty()) fail("--data and --out are required");
+    Config config;
+    Run run;
+    if (!options.resume) {
+        config = overlay(base, model_flags, app);
+        run = overlay(Run(), run_flags, app);
+    }
+    const Dataset data(options.data);
+    std::error_code error;
+    if (!options.resume) fs::create_directories(options.out, error);
+    if (error) fail("cannot create directory %s: %s", options.out.c_str(), error.message().c_str());
+    const DirectoryLock lock(options.out);  // before what is in it is read
     const bool found = fs::exists(fs::path(options.out) / kModelFile);
     if (found && !options.resume) fail("%s has a checkpoint: continue it with --resume, or choose another --out", options.out.c_str());
     if (!found && options.resume) fail("--resume: %s has no %s", options.out.c_str(), kModelFile);
-    Config config;
-    Run run;
     std::unique_ptr<Checkpoint> checkpoint;
     if (options.resume) {
         checkpoint = std::make_unique<Checkpoint>(options.out);
@@ -599,12 +612,9 @@ static int train(int argc, char** argv) {
         run = overlay(checkpoint->run, run_flags, app);
         if (run.schedule == "constant" && run.steps > checkpoint->run.steps) checkpoint->run.steps = run.steps;
         check_same(run, checkpoint->run);
-    } else {
-        config = overlay(base, model_flags, app);
-        run = overlay(Run(), run_flags, app);
+    } else if (!app.count("--vocab")) {
+        config.vocab = data.tokenizer.vocab;
     }
-    const Dataset data(options.data);
-    if (!options.resume && !app.count("--vocab")) config.vocab = data.tokenizer.vocab;
     if (config.vocab < data.tokenizer.vocab) fail("--vocab %d: the data's tokenizer has %d tokens", config.vocab, data.tokenizer.vocab);
     if (checkpoint && checkpoint->train_tokens != data.train->count)
         fail("--resume: %s has %lld training tokens, the run began with %lld", options.data.c_str(), (long long)data.train->count,
@@ -613,22 +623,34 @@ static int train(int argc, char** argv) {
         printf("%s is complete: %d of %d steps\n", options.out.c_str(), checkpoint->step, run.steps);
         return 0;
     }
-    std::error_code error;
-    fs::create_directories(options.out, error);
-    if (error) fail("cannot create directory %s: %s", options.out.c_str(), error.message().c_str());
+
+    Loader train(*data.train, run.seq_len, "training");
+    std::unique_ptr<Loader> val;
+    if (options.eval_every > 0 && data.val->count > 0) val = std::make_unique<Loader>(*data.val, run.seq_len, "validation");
 
     setvbuf(stdout, nullptr, _IOLBF, 0);  // a line a step, wherever it goes
     stop_on_signals();
+    // As large as it takes to reach the peak, and no slower. Before the model takes its memory: one that just fits leaves none for this.
+    const std::string device = layers.device;
+    const int size = device == "cuda" ? 8192 : device == "cpu" ? 2048 : 64;
+    const double peak = options.peak_flops > 0 ? options.peak_flops : measure_matmul_flops(layers, size);
     Model model(config, layers);
     if (checkpoint) model.load(checkpoint->model);
     else model.initialize(run.seed);
     model.allocate_training(run.batch, run.seq_len, run.grad_accum);
     if (checkpoint) model.load_optimizer(checkpoint->optimizer);
-    if (checkpoint && checkpoint->machine != machine(layers))
+    const std::string machine = layers.machine();
+    if (checkpoint && checkpoint->machine.empty())
+        printf("note: the checkpoint does not say on what it was written; unless that was %s, it goes on the same to rounding, not to the "
+               "bit\n", machine.c_str());
+    else if (checkpoint && checkpoint->machine != machine)
         printf("note: the checkpoint was written on %s; here it is %s: the same to rounding, not to the bit\n", checkpoint->machine.c_str(),
-               machine(layers).c_str());
-    train_steps(model, options, run, data, checkpoint ? checkpoint->step : 0);
+               machine.c_str());
+    train_steps(model, options, run, data, train, val.get(), checkpoint ? checkpoint->step : 0, peak);
     return 0;
 }
 
-int main(int argc, char** argv) { return run_main(train, argc, argv); }
+int main(int argc, char** argv) {
+    spin_briefly(argv);
+    return run_main(train, argc, argv);
+}

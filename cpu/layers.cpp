@@ -1254,6 +1254,7 @@ constexpr int kSumParts = 1024;
 static_assert(cut_bytes<double>(kSumParts) <= kSumScratch);
 template <class F>
 void add_sum(real* out, const real* in, void* scratch, int64_t count, F term) {
+    if (count == 0) return;
     double* const partial = Cutter(scratch).cut<double>(kSumParts);
 #pragma omp parallel for if (worth_threads(count))
     for (int part = 0; part < kSumParts; part++) {

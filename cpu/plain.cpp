@@ -36,8 +36,12 @@ void* allocate(size_t bytes, const char* name) {
     return memory;
 }
 void release(void* memory) { std::free(memory); }
-void zero(void* memory, size_t bytes, cudaStream_t) { std::memset(memory, 0, bytes); }
-void copy(void* to, const void* from, size_t bytes, cudaStream_t) { std::memcpy(to, from, bytes); }
+void zero(void* memory, size_t bytes, cudaStream_t) {
+    if (bytes > 0) std::memset(memory, 0, bytes);
+}
+void copy(void* to, const void* from, size_t bytes, cudaStream_t) {
+    if (bytes > 0) std::memcpy(to, from, bytes);
+}
 void synchronize(cudaStream_t) {}
 
 // No function here needs memory beside its arguments and a few local variables.

@@ -4,7 +4,9 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <climits>
 #include <cstdarg>
+#include <cstdlib>
 #include <cstring>
 
 void fail(const char* format, ...) {
@@ -25,6 +27,21 @@ int run_main(int (*body)(int, char**), int argc, char** argv) {
         fprintf(stderr, "error: %s\n", e.what());
     }
     return 1;
+}
+
+// At the end of a parallel loop threads wait for the last one: by default they spin for milliseconds, which is quickest while every thread
+// has a core to itself. Beside another program there are fewer cores than that, and those who spin keep from its core the thread that all
+// wait for. Spinning for a small part of that loses nothing on an idle machine, and little on a busy one. libgomp reads how long from the
+// environment as it is loaded, before main: so the program sets it and starts anew as itself, in the same process. Whoever
+// has said in the environment how threads should wait is left alone, and so is the second start. Where it fails, all is as before.
+void spin_briefly(char** argv) {
+    if (getenv("GOMP_SPINCOUNT") || getenv("OMP_WAIT_POLICY")) return;
+    setenv("GOMP_SPINCOUNT", "10000", 1);
+    char path[PATH_MAX];  // its own, not /proc/self/exe: as that, the process would be called "exe"
+    const ssize_t length = readlink("/proc/self/exe", path, sizeof(path) - 1);
+    if (length <= 0) return;
+    path[length] = 0;
+    execv(path, argv);
 }
 
 std::string read_file(const std::string& path, const char* what) {

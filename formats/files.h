@@ -1,4 +1,4 @@
-// What every format and program shares: errors, numbers in text, whole files. No kernel and no Model is known in formats/.
+// What every format and program shares: errors, how threads wait, numbers in text, whole files. No kernel, no Model is known in formats/.
 #pragma once
 
 #include <charconv>
@@ -14,6 +14,9 @@ struct Error : std::runtime_error {
 };
 [[noreturn, gnu::format(printf, 1, 2)]] void fail(const char* format, ...);  // throws Error
 int run_main(int (*body)(int, char**), int argc, char** argv);               // prints "error: ..." to stderr, returns 1
+
+// ---- threads. The first call in the main() of a program that computes: see files.cpp. Starts the program anew, if need be.
+void spin_briefly(char** argv);
 
 // ---- numbers. The whole text as a decimal number. Not std::errc(): it is none, or out of T's range.
 template <class T>

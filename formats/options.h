@@ -1,6 +1,7 @@
-// An option of a program's command line.
+// Options of a program's command line.
 #pragma once
 
+#include <string>
 #include <type_traits>
 
 #include "files.h"
@@ -19,4 +20,14 @@ auto* add_option(App& app, const std::string& flag, T& field, const std::string&
             else return text;
         });
     return option;
+}
+
+// Fields has each_field(fields, f), which calls f(flag name, field, help, least, most): fails at the first number beyond its range.
+template <class Fields>
+void check_ranges(const Fields& fields) {
+    Fields::each_field(fields, [](const char* flag, const auto& field, const char*, double least, double most) {
+        if constexpr (std::is_arithmetic_v<std::decay_t<decltype(field)>>)
+            if (!(double(field) >= least && double(field) <= most))  // so that NaN is beyond any
+                fail("--%s %g: must be between %g and %g", flag, double(field), least, most);
+    });
 }

@@ -16,16 +16,15 @@ UNBOUNDED = 256  # threads of a block, where __launch_bounds__ does not say (kTh
 JOBS = [] if "jobserver" in os.environ.get("MAKEFLAGS", "") else [f"-j{os.cpu_count()}"]
 
 
-def dynamic_shared(kernel, lanes, floatX, real):
-    """Bytes of shared memory that a launch asks for (ScanBlock and rmsnorm_backward in moemamba.cu); None if it is not known."""
+def dynamic_shared(kernel, split, floatX, real):
+    """Bytes of shared memory that a launch asks for (ScanThread and rmsnorm_backward in moemamba.cu); None if it is not known."""
     threads = 1024 // floatX
-    warps, channels, columns = threads // 32, threads // (lanes or 1), 8 * (lanes or 1)
-    if kernel == "scan_forward_kernel":
-        tile = min(32, threads * (16 // floatX) // channels, 128 // lanes)
-        return tile * channels * (real + 2 * floatX) + (tile * columns + 2 * channels) * real
+    warps, channels, columns = threads // 32, threads // (split or 1), 8 * (split or 1)
+    if kernel in ("scan_forward_kernel", "scan_backward_from_zero_kernel"):
+        steps = min(32, threads * (16 // floatX) // channels, 128 // split)
+        return steps * channels * (real + 2 * floatX) + (steps * columns + 2 * channels) * real
     if kernel == "scan_backward_kernel":
-        tile = min(64, 512 // lanes)
-        return tile * channels * (real + 3 * floatX) + (tile * columns + 2 * channels + warps * 4 * columns) * real
+        return 64 * channels * (real + 3 * floatX) + (64 * columns + 2 * channels + warps * 4 * columns) * real
     if kernel == "rmsnorm_backward_kernel":  # at the width of the largest preset
         return min(8, (48 << 10) // (768 * real)) * 768 * real
     return None
@@ -106,8 +105,8 @@ def main():
                 if k["spill"] or k["stack"]:
                     faults.append(f"{where}: {k['spill']} bytes spilled, {k['stack']} bytes of stack")
                 if k["dynamic"]:
-                    lanes = re.search(r"<(?:\(int\))?(\d+)", name)
-                    asked = dynamic_shared(name.split("<")[0], lanes and int(lanes[1]), *SIZES[precision])
+                    split = re.search(r"<(?:\(int\))?(\d+)", name)
+                    asked = dynamic_shared(name.split("<")[0], split and int(split[1]), *SIZES[precision])
                     if asked is None:
                         faults.append(f"{where}: dynamic_shared in {sys.argv[0]} does not know it")
                     k["shared"] += asked or 0
