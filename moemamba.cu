@@ -2709,7 +2709,7 @@ Model::Model(const Config& given, const Layers& layers) : config(given), layers(
             // In a parallel group with two layers of one kind, the second has a number.
             const auto twins = std::count(layout[s].begin(), layout[s].begin() + l, layout[s][l]);
             const Kind& kind = *find_kind(layout[s][l]);
-            step.layers.push_back(kind.make(*this, prefix + kind.parameters + (twins ? "_" + std::to_string(twins) : "") + "."));
+            step.layers.push_back(kind.make(*this, prefix + kind.parameters + (twins ? std::string("_") + std::to_string(twins) : "") + "."));
             step.layers.back()->first_counter = counters;
             counters += step.layers.back()->counters();
         }
@@ -3206,9 +3206,10 @@ void generate(Model& model, DecodeState& state, const Tokenizer& tokenizer, std:
 // Model: checkpoints
 
 // One of the optimizer's moments, or the masters, of each parameter that has them.
+using Values = real* Tensor::*;
 struct Kept {
     const char* suffix;
-    real* Tensor::*values;
+    Values values;
 };
 static const Kept kMasters[] = {{"", &Tensor::master}}, kMoments[] = {{".m", &Tensor::m}, {".v", &Tensor::v}};
 
