@@ -92,7 +92,7 @@ def main():
             faults.append(f"nvcc does not compile moemamba.cu in {precision}")
             continue
         for arch in LIMITS:
-            log, ptx = open(f"{build}/sm_{arch}.txt").read(), open(f"{build}/compute_80.ptx").read()
+            log, ptx = (open(f"{build}/{name}").read() for name in (f"sm_{arch}.txt", f"compute_{80 if arch < 100 else 100}.ptx"))
             faults += [f"{build}/sm_{arch}.txt: {line}" for line in log.splitlines() if "warning" in line]
             kernels = read_kernels(ptx, log)
             if not kernels:
