@@ -2768,7 +2768,7 @@ double Model::matmul_flops_per_token(bool training) const {
     return 2.0 * double(weights) * (training ? 3 : 1);
 }
 
-// In each arena tensors lie by their kind of update, so that one launch updates all of a kind, and what is never updated has no gradient.
+// In each arena tensors lie by their kind of update, so that one launch updates all of a kind.
 void Model::plan_tensors() {
     constexpr int64_t kAlign = 128;  // elements: 256 bytes of bf16
     int64_t at = 0;
@@ -2893,7 +2893,7 @@ void Model::plan_training(int B, int T, int accumulation) {
     time = T;
     planned_parts = accumulation;
     if (masters.entries.empty()) plan_tensors();
-    gradients.add(&buffers.grad, "gradients, losses", ends[Tensor::plain] + kLossCount);
+    gradients.add(&buffers.grad, "gradients, losses", ends[Tensor::never] + kLossCount);
     moments.add(&buffers.m, "first moments", ends[Tensor::plain]);
     moments.add(&buffers.v, "second moments", ends[Tensor::plain]);
     plan_activations(activations, B, T, true);
@@ -2907,15 +2907,15 @@ void Model::allocate_training(int B, int T, int accumulation) {
     plan_training(B, T, accumulation);
     allocate_weights();
     gradients.allocate(layers);
-    buffers.losses = buffers.grad + ends[Tensor::plain];
+    buffers.losses = buffers.grad + ends[Tensor::never];
     moments.allocate(layers);
     activations.allocate(layers);
-    for (Tensor* t : tensors)
-        if (t->update != Tensor::never) {
-            t->grad = buffers.grad + t->at;
-            t->m = buffers.m + t->at;
-            t->v = buffers.v + t->at;
-        }
+    for (Tensor* t : tensors) {
+        t->grad = buffers.grad + t->at;  // of those that are never updated, too: layers write it, nobody reads it
+        if (t->update == Tensor::never) continue;
+        t->m = buffers.m + t->at;
+        t->v = buffers.v + t->at;
+    }
     for (real* moment : {buffers.m, buffers.v}) layers.zero(moment, ends[Tensor::plain] * sizeof(real), stream);
     reserve_staging(int64_t(2) * accumulation * B * T);
     begin_inference(B, T);
@@ -3016,7 +3016,7 @@ void Model::forward_backward(const int* tokens, const int* targets, int accumula
 }
 
 void Model::zero_gradients() {
-    layers.zero(buffers.grad, (ends[Tensor::plain] + kLossCount) * sizeof(real), stream);
+    layers.zero(buffers.grad, (ends[Tensor::never] + kLossCount) * sizeof(real), stream);
     parts = 0;
     targets_seen = 0;
 }
@@ -3061,7 +3061,7 @@ std::string Model::first_bad_tensor() {
     double largest = 0;
     std::string name;
     for (size_t i = tensors.size(); i-- > 0;) {
-        const double size = tensors[i]->grad ? squares(tensors[i]->grad, tensors[i]->count) : 0;
+        const double size = squares(tensors[i]->grad, tensors[i]->count);
         if (!std::isfinite(size)) return "gradient of " + tensors[i]->name;
         if (size > largest) largest = size, name = tensors[i]->name;
     }

@@ -1343,7 +1343,7 @@ TEST_CASE("20 training steps: the same losses and the same text on every device"
             INFO(devices()[d]->device);
             for (int i = 0; i < steps; ++i) {
                 INFO("step " << i + 1 << ": " << losses[d][i] << ", " << losses[0][i] << " in plain loops");
-                CHECK(std::fabs(losses[d][i] - losses[0][i]) <= by_precision(1e-11, 1e-5, 3e-2));
+                CHECK(std::fabs(losses[d][i] - losses[0][i]) <= by_precision(1e-11, 3e-5, 3e-2));  // float: plain sums lose digits
             }
             if (!kMixedPrecision) CHECK(texts[d] == texts[0]);
         }
