@@ -22,6 +22,7 @@
 
 #include "formats/files.h"
 #include "formats/options.h"
+#include "formats/random.h"
 #include "formats/tokenizer.h"
 
 namespace fs = std::filesystem;
@@ -109,15 +110,6 @@ struct ShardWriter {
 };
 
 // ------------------------------------------------------------------------------------------------------------------
-// The k-th of a series of random numbers in [0, 1): splitmix64 (Steele, Lea, Flood 2014). The seed is part of the format: the same text is
-// always split the same way, so that what one model was validated on, no later one is trained on.
-static double random_number(int64_t k) {
-    uint64_t x = 0xb382a305f4414f5eu + uint64_t(k) * 0x9e3779b97f4a7c15u;
-    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
-    x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
-    return double((x ^ (x >> 31)) >> 11) * 0x1p-53;
-}
-
 // Deals text to the two splits in units: documents, but of one that is too long its beginning and then pieces. Too long is what exceeds
 // the share of all text that validation is to get; where there are documents enough for a whole one in validation, four times that.
 // A unit that is cut ends at the first end of a line after its size, half a piece later at the latest. Where a document is cut between
@@ -191,8 +183,8 @@ struct Splitter {
         ++documents;
     }
     void open_unit() {
-        // Stratified: the k-th validation unit lies somewhere in the k-th run of 1 / fraction units.
-        bool validation = fraction > 0 && double(units + 1) > (chosen + random_number(chosen)) / fraction;
+        // Stratified: the k-th validation unit lies somewhere in the k-th run of 1 / fraction units. The seed is part of the format.
+        bool validation = fraction > 0 && double(units + 1) > (chosen + random_uniform(0, kShuffleStream, chosen)) / fraction;
         ShardWriter* next = validation ? &val : &train;
         if (document_open && next != writer) writer->append(&tokenizer.end_of_text, 1);
         writer = next;

@@ -9,6 +9,7 @@
 //  - Long dimensions lie in gridDim.x; offsets into tensors are 64-bit.
 // The Model, after it, is host code only: it calls the layers of whichever device it was given.
 #include "moemamba.h"
+#include "formats/options.h"
 
 #include <algorithm>
 #include <cerrno>
@@ -2169,7 +2170,7 @@ const Layers layers = {
 }  // namespace gpu
 
 // ------------------------------------------------------------------------------------------------------------------
-// Host code only from here on: random numbers, Config, the kinds of layers, the Model. It calls kernels through a table of Layers and
+// Host code only from here on: Config, the kinds of layers, the Model. It calls kernels through a table of Layers and
 // does not know which device it has.
 using Json = nlohmann::ordered_json;
 
@@ -2233,29 +2234,6 @@ double measure_read_bandwidth(const Layers& layers, size_t bytes) {
     layers.zero(in, count * sizeof(real), stream);
     layers.zero(out, sizeof(real), stream);
     return double(count * sizeof(real)) / median_seconds(layers, stream, 7, [&] { layers.sum(out, in, scratch, count, stream); });
-}
-
-// ---- random numbers: the finaliser of splitmix64 (Steele, Lea, Flood 2014), applied to each of the three words in turn
-
-static uint64_t mix(uint64_t x) {
-    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
-    x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
-    return x ^ (x >> 31);
-}
-
-uint64_t random_bits(uint64_t seed, uint64_t stream, uint64_t counter) {
-    constexpr uint64_t kStep = 0x9e3779b97f4a7c15u;  // 2^64 / golden ratio: keeps small words apart
-    return mix(mix(mix(seed + kStep) + stream * kStep) + counter * kStep);
-}
-
-double random_uniform(uint64_t seed, uint64_t stream, uint64_t counter) {
-    return double(random_bits(seed, stream, counter) >> 11) * 0x1p-53;
-}
-
-double random_normal(uint64_t seed, uint64_t stream, uint64_t counter) {
-    const uint64_t bits = random_bits(seed, stream, counter);
-    const double u = double((bits >> 32) + 1) * 0x1p-32, v = double(bits & 0xffffffffu) * 0x1p-32;  // u in (0, 1], so that log is finite
-    return std::sqrt(-2 * std::log(u)) * std::cos(2 * M_PI * v);
 }
 
 // ------------------------------------------------------------------------------------------------------------------
@@ -2331,10 +2309,7 @@ int Config::count(char letter) const {
 
 void Config::resolve() {
     parse_layers(layers);
-    each_field(*this, [](const char* flag, const auto& field, const char*, double least, double most) {
-        if constexpr (std::is_arithmetic_v<std::decay_t<decltype(field)>>)
-            if (!(field >= least && field <= most)) fail("--%s %g: must be between %g and %g", flag, double(field), least, most);
-    });
+    check_ranges(*this);
     if (!d_inner) d_inner = 2 * d_model;
     if (!dt_rank) dt_rank = (d_model + 15) / 16;
     if (!d_ff) d_ff = 2 * d_model;

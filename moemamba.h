@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "formats/files.h"
+#include "formats/random.h"
 #include "formats/safetensors.h"
 #include "formats/tokenizer.h"
 
@@ -65,13 +66,6 @@ inline int64_t scan_chunks(int T) { return (T + kScanChunk - 1) / kScanChunk; }
 
 // The largest that every implementation of the layers serves.
 inline constexpr int kMaxStates = 64, kMaxConv = 8, kMaxExperts = 256;
-
-// ------------------------------------------------------------------------------------------------------------------
-// Random numbers: a hash of (seed, stream, counter), so that any draw can be repeated in any order on any device.
-enum RandomStream : uint64_t { kInitStream = 1, kShuffleStream, kSampleStream };
-uint64_t random_bits(uint64_t seed, uint64_t stream, uint64_t counter);
-double random_uniform(uint64_t seed, uint64_t stream, uint64_t counter);  // [0, 1), 53 bits
-double random_normal(uint64_t seed, uint64_t stream, uint64_t counter);   // Box-Muller; uses one counter
 
 // ------------------------------------------------------------------------------------------------------------------
 // Config: what defines a model. One list of fields serves flags, presets, checkpoints and --help.
@@ -215,7 +209,8 @@ struct AdamW {
 // Argument order: outputs, inputs, scratch, sizes, stream. Pointers are device pointers of that table's device.
 //  - d_x is the gradient of x. Gradients of parameters (real) are added to, gradients of activations are overwritten, unless the
 //    function has a flag: `accumulate` for its output, `add_weight` for a matrix's gradient.
-//  - "or null" arguments may be nullptr; outputs never overlap inputs unless it says so. With B, T or rows of 0 nothing happens.
+//  - "or null" arguments may be nullptr; outputs never overlap inputs unless it says so. With B, T, rows or a count of 0 nothing is written,
+//    not even a gradient that would be overwritten; but there is a dispatch_plan of no rows.
 //  - scratch: contents undefined before and after, shared by all calls on one stream. X_scratch() says how many bytes X_forward and
 //    X_backward need at most, for these sizes and for any smaller B, T or rows.
 //  - Every function is deterministic: same inputs, same sizes, same device: same bits.

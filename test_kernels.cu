@@ -1331,7 +1331,7 @@ TEST_CASE("20 training steps: the same losses and the same text on every device"
         std::vector<std::vector<int>> texts;
         for (const Layers* on : devices()) {
             Model model(f.config, *on);
-            model.initialize(seed + 1);  // of these weights, none has two experts so close that rounding decides in float
+            model.initialize(seed + 5);  // with these weights no two experts come so close that rounding chooses
             model.allocate_training(B, T);
             losses.push_back(train(model, batches, steps, {.lr = 0.01}));
             DecodeState state;
@@ -1340,10 +1340,13 @@ TEST_CASE("20 training steps: the same losses and the same text on every device"
             while (text.size() < 15) text.push_back(sample_token(model.decode(state, &text.back(), 1, 0), V, true, 0, 1, 0));
         }
         for (size_t d = 1; d < losses.size(); ++d) {
-            INFO(devices()[d]->device);
-            for (int i = 0; i < steps; ++i) {
-                INFO("step " << i + 1 << ": " << losses[d][i] << ", " << losses[0][i] << " in plain loops");
-                CHECK(std::fabs(losses[d][i] - losses[0][i]) <= by_precision(1e-11, 3e-5, 3e-2));  // float: plain sums lose digits
+            for (size_t of = 0; of < d; ++of) {
+                INFO(devices()[d]->device << " against " << devices()[of]->device);
+                const double in_float = of == 0 ? 3e-5 : 1e-5;  // plain sums lose more digits than the others'
+                for (int i = 0; i < steps; ++i) {
+                    INFO("step " << i + 1 << ": " << losses[d][i] << ", " << losses[of][i]);
+                    CHECK(std::fabs(losses[d][i] - losses[of][i]) <= by_precision(1e-11, in_float, 3e-2));
+                }
             }
             if (!kMixedPrecision) CHECK(texts[d] == texts[0]);
         }

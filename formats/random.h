@@ -1,0 +1,29 @@
+// Random numbers: a hash of (seed, stream, counter), so that any draw can be repeated in any order on any device. Which documents are for
+// validation, the order of the data and the first weights all hang on it: it is a part of the formats.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+enum RandomStream : uint64_t { kInitStream = 1, kShuffleStream, kSampleStream };
+
+// The finaliser of splitmix64 (Steele, Lea, Flood 2014), applied to each of the three words in turn.
+inline uint64_t random_bits(uint64_t seed, uint64_t stream, uint64_t counter) {
+    constexpr uint64_t kStep = 0x9e3779b97f4a7c15u;  // 2^64 / golden ratio: keeps small words apart
+    const auto mix = [](uint64_t x) {
+        x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
+        x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
+        return x ^ (x >> 31);
+    };
+    return mix(mix(mix(seed + kStep) + stream * kStep) + counter * kStep);
+}
+
+inline double random_uniform(uint64_t seed, uint64_t stream, uint64_t counter) {  // [0, 1), 53 bits
+    return double(random_bits(seed, stream, counter) >> 11) * 0x1p-53;
+}
+
+inline double random_normal(uint64_t seed, uint64_t stream, uint64_t counter) {  // Box-Muller; uses one counter
+    const uint64_t bits = random_bits(seed, stream, counter);
+    const double u = double((bits >> 32) + 1) * 0x1p-32, v = double(bits & 0xffffffffu) * 0x1p-32;  // u in (0, 1], so that log is finite
+    return std::sqrt(-2 * std::log(u)) * std::cos(2 * M_PI * v);
+}
