@@ -92,7 +92,8 @@ endif
 
 # So that the accesses which simt.h sees and counts are those of the source: at -O3 g++ reads some of them twice.
 $(BUILD)/moemamba.o: OPTIMIZE := -O1
-$(BUILD)/train.o $(BUILD)/infer.o $(SHARED)/data_prep.o: OPTIMIZE := -O1  # no loop in them takes time, but compiling them would
+# No loop in them takes time, but compiling them would.
+$(BUILD)/train.o $(BUILD)/infer.o $(SHARED)/data_prep.o: OPTIMIZE := $(if $(filter 1,$(SANITIZE)),-O0,-O1)
 $(BUILD)/moemamba.o $(SHARED)/test_simt.o: CXXFLAGS += $(CHECKED)
 ifeq ($(CUDA),1)
 # The only file with kernels: g++ compiles the others.
@@ -143,7 +144,7 @@ TESTS := $(BUILD)/test_kernels $(BUILD)/test_programs $(if $(filter 0,$(CUDA)),$
 CATCH := build/any/catch.o
 $(TESTS): LDLIBS += $(if $(wildcard /usr/include/catch2/catch_all.hpp),-lCatch2Main -lCatch2)
 $(BUILD)/test_kernels.o $(BUILD)/test_programs.o: OPTIMIZE := -O0
-$(SHARED)/test_simt.o: OPTIMIZE := -O1
+$(SHARED)/test_simt.o: OPTIMIZE := $(if $(filter 1,$(SANITIZE)),-O0,-O1)
 $(BUILD)/test_programs.o: DEFINES += -DPROGRAMS_DIR='"$(BUILD)"'
 $(CATCH): tests/catch.cpp | $(BUILD)
 	@mkdir -p $(@D)

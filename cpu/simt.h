@@ -4,13 +4,13 @@
 //   g++ kernels.o ... -fopenmp -lboost_context -lopenblas                             sanitizers' runtime, so it sees every memory access
 //
 // The threads of a block are fibers that take turns on one OS thread; a thread that never waits runs as a plain call. What is caught:
-//   in every build       the host touching device memory, a kernel running off the pages of an allocation or using one after cudaFree;
+//   in every build       a kernel running off the pages of an allocation or using one after cudaFree; the host touching device memory;
 //                        writes between an allocation's end and its page's; barriers and warp operations that some threads never
 //                        reach; stack overflow; launches that a GPU refuses. Fresh memory is NaN.
 //   -fsanitize=thread    each access against the exact bytes of allocations and shared arrays, whether they have been written, whether
 //                        they are the device's at all, are aligned, and whether another thread touched them with no barrier between
 //                        (a data race)
-//   -fsanitize=address   the exact bytes of allocations and shared arrays; with ",undefined" alignment too
+//   -fsanitize=address   the exact bytes of allocations and shared arrays; with ",undefined" alignment too; not what the host touches
 // A fault is reported on stderr (kernel, block, thread, memory, what to do) and ends the process with exit code 1.
 //
 // Stricter than CUDA on purpose: every thread of a block must come to each __syncthreads(), and those that meet must stand at the same
@@ -229,6 +229,11 @@ inline constinit thread_local Thread* self = nullptr;         // the kernel thre
 
 inline constexpr size_t range_bytes = size_t(4) << 30, begin_again = 16 << 20;
 inline bool watched = false;                                  // some code is compiled with -fsanitize=thread
+#ifdef __SANITIZE_ADDRESS__
+inline constexpr bool poisoned = true;                        // all but the live bytes; and these are open to the host too, which saves time
+#else
+inline constexpr bool poisoned = false;
+#endif
 
 struct Allocation { size_t bytes; bool live; std::map<uintptr_t, std::string> names; };
 struct Device {
@@ -361,6 +366,7 @@ struct Open {
         d.open += change;
         if (d.open == 1 && change == 1) catch_faults();
         if (d.open != (change > 0)) return;                   // the first one opens, the last one closes
+        if (poisoned) return;
         if (watched) {                                        // every byte is checked as it is touched: the whole range at once is faster
             mprotect(reinterpret_cast<void*>(d.base), range_bytes, protection);
             return;
@@ -444,7 +450,7 @@ inline void* allocate(size_t bytes, const char* name) {
     memset(reinterpret_cast<void*>(fresh), 0xff, d.next - d.page - fresh);     // NaN
     ASAN_POISON_MEMORY_REGION(reinterpret_cast<void*>(page), d.next - d.page - page);
     ASAN_UNPOISON_MEMORY_REGION(reinterpret_cast<void*>(start), bytes);
-    if (!d.open) mprotect(reinterpret_cast<void*>(page), d.next - d.page - page, PROT_NONE);
+    if (!d.open && !poisoned) mprotect(reinterpret_cast<void*>(page), d.next - d.page - page, PROT_NONE);
     d.allocations[start] = {bytes, true, {}};
     d.live[start] = bytes;
     if (name) d.allocations[start].names[start] = name;
@@ -1045,9 +1051,10 @@ inline cudaError_t cudaFree(void* p) {
     if (it == d.allocations.end()) simt::stop("cudaFree of %p, which cudaMalloc never returned.\n  Free the pointer that it did.", p);
     auto& [start, a] = *it;
     if (!a.live) simt::stop("cudaFree of %s.\n  Free it once.", simt::describe(start).c_str());
-    { simt::Open open; simt::check_tail("the host", start, a); }
     void* pages = reinterpret_cast<void*>(d.page_start(start));
     size_t bytes = d.page_end(start + a.bytes) - d.page_start(start);
+    mprotect(pages, bytes, PROT_READ | PROT_WRITE);
+    simt::check_tail("the host", start, a);
     madvise(pages, bytes, MADV_DONTNEED);
     mprotect(pages, bytes, PROT_NONE);
     simt::set_state(start, a.bytes, false);
