@@ -123,7 +123,7 @@ def main():
               f"{column('stack'):>5}  {column('occupancy')}")
 
     programs = [f"build/nvcc/{name}" for name in ("bench", "kernels")]
-    if not make(nvcc, "bf16", ["tests", *programs], "ARCHS=90", "BUILD=build/nvcc", "OPTIMIZE=-O1"):
+    if not make(nvcc, "bf16", ["tests", *programs], "ARCHS=90", "BUILD=build/nvcc", "OPTIMIZE=-O0"):
         faults.append("nvcc does not build the programs")
     kernels = len({name for name, _ in table})
     for fault in faults:
