@@ -2090,7 +2090,7 @@ std::string machine() {
 }  // namespace
 
 // Why no GPU can be used here: "" if one can. `absent`: there is none, or nothing to drive one with.
-static std::string problem(bool& absent) {
+std::string problem(bool& absent) {
     int count = 0, driver = 0, runtime = 0, device = 0, shared = 0;
     cudaFuncAttributes attributes;
     const cudaError_t status = cudaGetDeviceCount(&count), versions = cudaDriverGetVersion(&driver);

@@ -540,7 +540,7 @@ class Base:
         includes = "\n".join(line for line in before.splitlines() if line.startswith("#include"))
         host = f"{self.directory}/host.o"
         with open(host[:-2] + ".cu", "w") as file:
-            file.write(f"{includes}\n{after}")
+            file.write(f"{includes}\nnamespace gpu {{ std::string problem(bool& absent); }}\n{after}")
         self.build(host[:-2] + ".cu", host)
         self.link = shlex.split(link)
         self.link.insert(self.link.index(f"{self.directory}/moemamba.o"), host)
