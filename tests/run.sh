@@ -56,7 +56,7 @@ echo "inputs: MOEMAMBA_TEST_SEED=$MOEMAMBA_TEST_SEED"
 
 # One make runs builds and tests side by side, a job for each core; what takes longest comes first.
 command -v nvidia-smi > /dev/null || without=gpu-check
-make -k -j "$(nproc 2>/dev/null || echo 2)" -f /dev/stdin all WITHOUT=$without << 'END'
+make --no-print-directory -k -j "$(nproc 2>/dev/null || echo 2)" -f /dev/stdin all WITHOUT=$without << 'END'
 build = +@tests/run.sh build "$@" $(MAKE) --no-print-directory -f Makefile CUDA=0 WERROR=1
 step = @tests/run.sh step
 cpu := build/cpu

@@ -3,9 +3,11 @@
 
 Each fault replaces a fragment, which must occur exactly once in the function that it is listed under. The kernels are compiled with it,
 linked with what the others share, and run through the tests of kernels under cpu/simt.h. Caught: a test fails, simt.h reports a fault, or
-nothing comes back in time. Logs stay in build/mutants/."""
+nothing comes back in time. Logs stay in build/mutants/, and what is known of a fault there is not tried again: a run that was stopped
+goes on where it was."""
 import argparse
 import concurrent.futures
+import hashlib
 import os
 import re
 import shlex
@@ -544,12 +546,14 @@ class Base:
         self.build(host[:-2] + ".cu", host)
         self.link = shlex.split(link)
         self.link.insert(self.link.index(f"{self.directory}/moemamba.o"), host)
-        directory = f"{self.directory}/none"
-        os.makedirs(directory, exist_ok=True)
-        result, what = self.test(directory, before + kernel_part(source)[1], 1200)
+        # What the result depends on besides the kernels.
+        files = ["moemamba.h", "test_kernels.cu", "cpu/plain.cpp", "cpu/layers.cpp", "cpu/simt.h"]
+        self.rest = after + "".join(open(name).read() for name in files)
+        self.limit = 1200
+        result, seconds = self.known(f"{self.directory}/none", before + kernel_part(source)[1])
         if result != "alive":
-            sys.exit(f"the tests fail without any fault: {what}")
-        self.limit = 30 + 5 * self.seconds
+            sys.exit(f"the tests fail without any fault: {seconds}")
+        self.limit = 30 + 5 * float(seconds)
 
     def build(self, source, object, language="c++"):
         replaced = {"moemamba.cu": source, f"{self.directory}/moemamba.o": object, "c++": language}
@@ -557,8 +561,22 @@ class Base:
         if compiled.returncode:
             raise RuntimeError(compiled.stdout)
 
-    def test(self, directory, kernels, limit, function=""):
-        """caught, alive or broken; and by what"""
+    def known(self, directory, kernels, function=""):
+        """The result of test(), from an earlier run if there was one."""
+        os.makedirs(directory, exist_ok=True)
+        key = hashlib.sha256((kernels + self.rest).encode()).hexdigest()
+        file = f"{directory}/result"
+        known = open(file).read().split("\n", 2) if os.path.exists(file) else [""]
+        if known[0] == key:
+            return known[1], known[2]
+        result, what = self.test(directory, kernels, function)
+        with open(file + ".tmp", "w") as out:
+            out.write(f"{key}\n{result}\n{what}")
+        os.replace(file + ".tmp", file)
+        return result, what
+
+    def test(self, directory, kernels, function):
+        """caught, alive or broken; and by what, or how long the tests took"""
         with open(f"{directory}/moemamba.cu", "w") as file:
             file.write(kernels)
         object, program = f"{directory}/moemamba.o", f"{directory}/test_kernels"
@@ -574,18 +592,18 @@ class Base:
         own = [("[layers][gpu]", {"MOEMAMBA_TEST_LAYER": layer}) for names, layer in LAYERS.items() if re.match(names, function)]
         try:
             for which, layer in own + [(TESTS, {})]:
-                tests = run([program, which, "--abort"], timeout=limit, env={**os.environ, "OMP_NUM_THREADS": "1", **layer})
+                tests = run([program, which, "--abort"], timeout=self.limit, env={**os.environ, "OMP_NUM_THREADS": "1", **layer})
                 if tests.returncode:
                     break
         except subprocess.TimeoutExpired:
-            return "caught", f"not done in {limit:.0f} s"
+            return "caught", f"not done in {self.limit:.0f} s"
         finally:
             os.remove(program)
             os.remove(object)
-        self.seconds = time.monotonic() - start
+        seconds = time.monotonic() - start
         with open(f"{directory}/log", "w") as file:
             file.write(tests.stdout)
-        return ("alive", "") if tests.returncode == 0 else ("caught", first_failure(tests.stdout))
+        return ("alive", f"{seconds:.0f}") if tests.returncode == 0 else ("caught", first_failure(tests.stdout))
 
 
 def first_failure(log):
@@ -628,13 +646,13 @@ def main():
     results = {}
 
     def examine(fault):
-        directory = f"{BUILD}/{fault.number}"
-        os.makedirs(directory, exist_ok=True)
-        base = bases[fault.precision]
-        return fault, base.test(directory, before + planted[fault], base.limit, fault.function)
+        return fault, bases[fault.precision].known(f"{BUILD}/{fault.number}", before + planted[fault], fault.function)
 
     with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
-        for fault, (result, what) in pool.map(examine, planted):
+        for done in concurrent.futures.as_completed([pool.submit(examine, fault) for fault in planted]):
+            fault, (result, what) = done.result()
+            if result == "alive":
+                what = ""
             if result == "alive" and fault.harmless:
                 result, what = "harmless", fault.harmless
             elif fault.harmless:
