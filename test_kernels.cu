@@ -600,7 +600,7 @@ const std::vector<Case>& cases() {
         // Few rows, as in decoding: of the router, of the experts.
         moe({.rows = 1, .C = 40, .F = 24, .E = 5, .K = 2, .capacity = 0, .swiglu = true, .few = true}),
         moe({.rows = 2, .C = 33, .F = 9, .E = 42, .K = 1, .capacity = 0, .add_weight = false, .few = true}),
-        moe({.rows = 8, .C = 136, .F = 5, .E = 9, .K = 3, .capacity = 0, .accumulate = true, .few = true}),
+        moe({.rows = 8, .C = 136, .F = 5, .E = 9, .K = 3, .capacity = 0, .renormalize = true, .accumulate = true, .few = true}),
         moe({.rows = 9, .C = 24, .F = 5 * kWidth / 2, .E = 4, .K = 4, .capacity = 0, .swiglu = true, .few = true}),
         moe({.rows = kFewSlots, .C = 8, .F = 4, .E = 3, .K = 1, .capacity = 0, .few = true}),
         feed_forward(1, 1, 1), feed_forward(37, 24, 21), feed_forward(16, 8, 64), feed_forward(5, 8, 5 * kWidth / 2),
