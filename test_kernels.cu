@@ -818,7 +818,7 @@ std::vector<Case> empty_calls(int B, int T, int capacity) {
     add("adamw", [](const Layers& l, A a, S s) { l.adamw(a, a, a, a, a, 0, {}, 1, 1, s); });
     return all;
 }
-TEST_CASE("of nothing, nothing is made", "[layers]") {
+TEST_CASE("of nothing, nothing is made", "[layers][gpu]") {
     for (const Layers* on : devices())
         for (const int capacity : {0, 2}) {
             for (const auto& [B, T] : {std::pair(0, 3), {3, 0}, {0, 0}})

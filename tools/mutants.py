@@ -57,7 +57,7 @@ FAULTS = {
     ],
     "reduce_partials": [("too few blocks", "blocks_for(longest, kWarp)", "unsigned((longest + kWarp - 2) / kWarp)"),
                         ("one sum less", "unsigned(list.size())", "unsigned(std::max<size_t>(1, list.size() - 1))"),
-                        ("the first is the longest", "std::max(longest, s.count)", "list.begin()->count")],
+                        ("the first is the longest", "std::max(longest, s.count)", "list.begin()->count", "every caller names its longest sum first")],
 
     # ---- counting sort
     "bucket_of": [("no shift", ">> s.shift", ">> 0"), ("no order", "s.items ? s.items[i] : int(i)", "int(i)")],
