@@ -2170,8 +2170,8 @@ const Layers layers = {
 }  // namespace gpu
 
 // ------------------------------------------------------------------------------------------------------------------
-// Host code only from here on: Config, the kinds of layers, the Model. It calls kernels through a table of Layers and
-// does not know which device it has.
+// Host code only from here on: Config, the kinds of layers, the Model. It calls kernels through a table of Layers and does not know which
+// device it has.
 using Json = nlohmann::ordered_json;
 
 const Layers& find_device(const std::string& name) {

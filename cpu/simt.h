@@ -365,8 +365,7 @@ struct Open {
         std::lock_guard lock(d.mutex);
         d.open += change;
         if (d.open == 1 && change == 1) catch_faults();
-        if (d.open != (change > 0)) return;                   // the first one opens, the last one closes
-        if (poisoned) return;
+        if (poisoned || d.open != (change > 0)) return;       // the first one opens, the last one closes
         if (watched) {                                        // every byte is checked as it is touched: the whole range at once is faster
             mprotect(reinterpret_cast<void*>(d.base), range_bytes, protection);
             return;

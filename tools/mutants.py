@@ -564,7 +564,7 @@ class Base:
     def known(self, directory, kernels, function=""):
         """The result of test(), from an earlier run if there was one."""
         os.makedirs(directory, exist_ok=True)
-        key = hashlib.sha256((kernels + self.rest).encode()).hexdigest()
+        key = hashlib.sha256((self.directory + kernels + self.rest).encode()).hexdigest()
         file = f"{directory}/result"
         known = open(file).read().split("\n", 2) if os.path.exists(file) else [""]
         if known[0] == key:
