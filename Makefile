@@ -139,7 +139,8 @@ $(BUILD):
 	@mkdir -p $@
 
 # ---- tests
-TESTS := $(BUILD)/test_kernels $(BUILD)/test_programs $(if $(filter 0,$(CUDA)),$(SHARED)/test_simt)
+# Programs under sanitizers are run by the test program that is not: tests/run.sh.
+TESTS := $(BUILD)/test_kernels $(if $(filter 1,$(SANITIZE)),,$(BUILD)/test_programs) $(if $(filter 0,$(CUDA)),$(SHARED)/test_simt)
 # Catch2 version 3 is a library. Version 2 is a header, which takes longer to compile than the tests do: once, for all of them.
 CATCH := build/any/catch.o
 $(TESTS): LDLIBS += $(if $(wildcard /usr/include/catch2/catch_all.hpp),-lCatch2Main -lCatch2)

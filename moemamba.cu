@@ -2031,7 +2031,9 @@ void sum_of_squares(real* out, const real* in, void* scratch, int64_t count, cud
 }
 
 struct AdamWFactors {
-    real lr, beta1, beta2, eps, weight_decay, grad_scale, m_scale, v_scale;  // the scales correct for moments that started at zero
+    real lr, beta1, beta2, eps, weight_decay, grad_scale;
+    real new1, new2;        // 1 - beta, of which 1 - real(beta) has only four digits
+    real m_scale, v_scale;  // correct for moments that started at zero
 };
 template <int width>
 __global__ void adamw_kernel(real* master, floatX* weight, real* m, real* v, const real* grad, int64_t count, AdamWFactors f) {
@@ -2041,8 +2043,8 @@ __global__ void adamw_kernel(real* master, floatX* weight, real* m, real* v, con
     const auto g_i = load<width>(grad + i);
     UNROLL for (int j = 0; j < width; j++) {
         const real g = f.grad_scale * g_i.v[j];
-        m_i.v[j] = f.beta1 * m_i.v[j] + (1 - f.beta1) * g;
-        v_i.v[j] = f.beta2 * v_i.v[j] + (1 - f.beta2) * g * g;
+        m_i.v[j] = f.beta1 * m_i.v[j] + f.new1 * g;
+        v_i.v[j] = f.beta2 * v_i.v[j] + f.new2 * g * g;
         w.v[j] -= f.lr * (m_i.v[j] * f.m_scale / (sqrt_(v_i.v[j] * f.v_scale) + f.eps) + f.weight_decay * w.v[j]);
     }
     store(m + i, m_i);
@@ -2054,6 +2056,7 @@ void adamw(real* master, floatX* weight, real* m, real* v, const real* grad, int
            cudaStream_t stream) {
     if (count == 0) return;
     const AdamWFactors factors = {real(o.lr), real(o.beta1), real(o.beta2), real(o.eps), real(o.weight_decay), grad_scale,
+                                  real(1 - o.beta1), real(1 - o.beta2),
                                   real(1 / (1 - std::pow(o.beta1, step))), real(1 / (1 - std::pow(o.beta2, step)))};
     with_width({count}, {master, weight, m, v, grad}, [&](auto width) {
         LAUNCH(adamw_kernel<width>, blocks_for(count, kThreads * width), kThreads, 0, stream)(master, weight, m, v, grad, count, factors);

@@ -1281,12 +1281,13 @@ void sum_of_squares(real* out, const real* in, void* scratch, int64_t count, cud
 void adamw(real* master, floatX* weight, real* m, real* v, const real* grad, int64_t count, const AdamW& o, real grad_scale, int step,
            cudaStream_t) {
     const real lr = o.lr, beta1 = o.beta1, beta2 = o.beta2, eps = o.eps, weight_decay = o.weight_decay;
-    const real m_scale = real(1 / (1 - std::pow(double(beta1), step))), v_scale = real(1 / (1 - std::pow(double(beta2), step)));
+    const real new1 = 1 - o.beta1, new2 = 1 - o.beta2;  // 1 - real(beta) has only four digits of them
+    const real m_scale = 1 / (1 - std::pow(o.beta1, step)), v_scale = 1 / (1 - std::pow(o.beta2, step));
 #pragma omp parallel for simd if (parallel : worth_threads(count))
     for (int64_t i = 0; i < count; i++) {
         const real g = grad_scale * grad[i];
-        m[i] = beta1 * m[i] + (1 - beta1) * g;
-        v[i] = beta2 * v[i] + (1 - beta2) * g * g;
+        m[i] = beta1 * m[i] + new1 * g;
+        v[i] = beta2 * v[i] + new2 * g * g;
         master[i] -= lr * (m[i] * m_scale / (std::sqrt(v[i] * v_scale) + eps) + weight_decay * master[i]);
         if (weight) store(weight[i], master[i]);
     }

@@ -10,7 +10,8 @@
 //   -fsanitize=thread    each access against the exact bytes of allocations and shared arrays, whether they have been written, whether
 //                        they are the device's at all, are aligned, and whether another thread touched them with no barrier between
 //                        (a data race)
-//   -fsanitize=address   the exact bytes of allocations and shared arrays; with ",undefined" alignment too; not what the host touches
+//   -fsanitize=address   the exact bytes of allocations and shared arrays; with ",undefined" alignment too; what the host touches only with
+//                        options.closed, because to open and to close memory is slow there
 // A fault is reported on stderr (kernel, block, thread, memory, what to do) and ends the process with exit code 1.
 //
 // Stricter than CUDA on purpose: every thread of a block must come to each __syncthreads(), and those that meet must stand at the same
@@ -126,6 +127,11 @@ struct Options {
     cudaError_t device_status = cudaSuccess;                  // of cudaGetDeviceCount
     int device_count = 1, driver_version = 13000, runtime_version = 13000;
     cudaError_t code_status = cudaSuccess;                    // of cudaFuncGetAttributes: has the program code for this device?
+#ifdef __SANITIZE_ADDRESS__
+    bool closed = false;                                      // device memory is closed to the host; to be set before there is any
+#else
+    bool closed = true;
+#endif
 };
 inline Options options;
 
@@ -229,11 +235,6 @@ inline constinit thread_local Thread* self = nullptr;         // the kernel thre
 
 inline constexpr size_t range_bytes = size_t(4) << 30, begin_again = 16 << 20;
 inline bool watched = false;                                  // some code is compiled with -fsanitize=thread
-#ifdef __SANITIZE_ADDRESS__
-inline constexpr bool poisoned = true;                        // all but the live bytes; and these are open to the host too, which saves time
-#else
-inline constexpr bool poisoned = false;
-#endif
 
 struct Allocation { size_t bytes; bool live; std::map<uintptr_t, std::string> names; };
 struct Device {
@@ -365,7 +366,7 @@ struct Open {
         std::lock_guard lock(d.mutex);
         d.open += change;
         if (d.open == 1 && change == 1) catch_faults();
-        if (poisoned || d.open != (change > 0)) return;       // the first one opens, the last one closes
+        if (!options.closed || d.open != (change > 0)) return;   // the first one opens, the last one closes
         if (watched) {                                        // every byte is checked as it is touched: the whole range at once is faster
             mprotect(reinterpret_cast<void*>(d.base), range_bytes, protection);
             return;
@@ -449,7 +450,7 @@ inline void* allocate(size_t bytes, const char* name) {
     memset(reinterpret_cast<void*>(fresh), 0xff, d.next - d.page - fresh);     // NaN
     ASAN_POISON_MEMORY_REGION(reinterpret_cast<void*>(page), d.next - d.page - page);
     ASAN_UNPOISON_MEMORY_REGION(reinterpret_cast<void*>(start), bytes);
-    if (!d.open && !poisoned) mprotect(reinterpret_cast<void*>(page), d.next - d.page - page, PROT_NONE);
+    if (!d.open && options.closed) mprotect(reinterpret_cast<void*>(page), d.next - d.page - page, PROT_NONE);
     d.allocations[start] = {bytes, true, {}};
     d.live[start] = bytes;
     if (name) d.allocations[start].names[start] = name;

@@ -60,7 +60,6 @@ make --no-print-directory -k -j "$(nproc 2>/dev/null || echo 2)" -f /dev/stdin a
 build = +@tests/run.sh build "$@" $(MAKE) --no-print-directory -f Makefile CUDA=0 WERROR=1
 step = @tests/run.sh step
 cpu := build/cpu
-programs := train infer data_prep
 
 all: kernels-sanitizers kernels-double nvcc kernels-bf16 kernels-float programs programs-sanitizers simt simt-sanitizers makefile $(WITHOUT)
 
@@ -72,7 +71,7 @@ float: shared
 double bf16: shared
 	$(build) PRECISION=$@ $(cpu)-$@/test_kernels
 sanitizers: shared
-	$(build) PRECISION=float SANITIZE=1 $(programs:%=$(cpu)-float-sanitize/%) $(cpu)-float-sanitize/test_kernels build/any-sanitize/test_simt
+	$(build) PRECISION=float SANITIZE=1 tests
 
 kernels-float kernels-double kernels-bf16: kernels-%: %
 	$(step) "kernels, layers, model: $*" $(cpu)-$*/test_kernels
@@ -80,7 +79,7 @@ kernels-sanitizers: sanitizers
 	$(step) "kernels, layers, model: sanitizers" $(cpu)-float-sanitize/test_kernels
 programs: float
 	$(step) "programs" $(cpu)-float/test_programs
-programs-sanitizers: sanitizers float  # the programs are under sanitizers, what runs them is not
+programs-sanitizers: sanitizers float
 	$(step) "programs: sanitizers" env PROGRAMS_DIR=$(cpu)-float-sanitize $(cpu)-float/test_programs
 simt: float
 	$(step) "simt.h" build/any/test_simt
