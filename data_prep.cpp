@@ -3,8 +3,6 @@
 //
 //   DIR/train_000000.bin, DIR/val_000000.bin, ...   256 int32 {20240520, 1, count}, then count tokens, uint16 each
 //   DIR/dataset.json                                 {"tokenizer": {...}, "train_tokens", "val_tokens", "documents", "split"}
-#include <CLI/CLI.hpp>
-#include <nlohmann/json.hpp>
 #include <unistd.h>
 #include <zlib.h>
 
@@ -21,6 +19,7 @@
 #include <vector>
 
 #include "formats/files.h"
+#include "formats/json.h"
 #include "formats/options.h"
 #include "formats/random.h"
 #include "formats/tokenizer.h"
@@ -336,22 +335,19 @@ static int data_prep(int argc, char** argv) {
     std::string output, tokenizer_kind = "bytes";
     double fraction = 0.01;
     int shard_tokens = 100'000'000;
-    CLI::App app("Turns text into token files for train. A file is one document, or several if it has lines that read <|endoftext|>; "
+    CommandLine command("Turns text into token files for train. A file is one document, or several if it has lines that read <|endoftext|>; "
                  "every document is followed by the end-of-text token.");
-    app.option_defaults()->always_capture_default();
-    app.add_option("--input", paths, "text files, directories of them, or - for standard input; each may be gzipped")->required();
-    app.add_option("--output", output, "directory for train_*.bin, val_*.bin and dataset.json; created if need be")->required();
-    app.add_option("--tokenizer", tokenizer_kind, "bytes: a token is a byte, 256 is end-of-text")->check(CLI::IsMember({"bytes"}));
-    add_option(app, "--val-fraction", fraction,
+    command.add("--input", paths, "text files, directories of them, or - for standard input; each may be gzipped");
+    command.add("--output", output, "directory for train_*.bin, val_*.bin and dataset.json; created if need be");
+    command.add("--tokenizer", tokenizer_kind, "bytes: a token is a byte, 256 is end-of-text");
+    command.add("--val-fraction", fraction,
                "share for validation, 0 to 0.5: of every 1/share documents one, chosen at random but always the same; a document "
                "longer than the share of all text (4 times that if there are at least 1/share documents) is dealt in pieces of about "
                "1/4 of the share, 128 KiB at most, cut at the ends of lines");
-    add_option(app, "--shard-tokens", shard_tokens, "most tokens in one file");
-    try {
-        app.parse(argc, argv);
-    } catch (const CLI::Success& help) {
-        return app.exit(help);
-    }
+    command.add("--shard-tokens", shard_tokens, "most tokens in one file");
+    if (!command.parse(argc, argv)) return 0;
+    if (paths.empty() || output.empty()) fail("--input and --output are required");
+    if (tokenizer_kind != "bytes") fail("--tokenizer %s: there is bytes", tokenizer_kind.c_str());
     if (!(fraction >= 0 && fraction <= 0.5)) fail("--val-fraction %g: must be from 0 to 0.5", fraction);
     if (shard_tokens < 1) fail("--shard-tokens %d: must be at least 1", shard_tokens);
 
@@ -386,12 +382,10 @@ static int data_prep(int argc, char** argv) {
     fs::remove(json_path);
     train.commit();
     val.commit();
-    nlohmann::ordered_json json = {{"tokenizer", nlohmann::ordered_json::parse(tokenizer.to_json())},
-                                   {"train_tokens", train.total},
-                                   {"val_tokens", val.total},
-                                   {"documents", splitter.documents},
-                                   {"split", fraction == 0 ? "none" : splitter.cuts == 0 ? "documents" : "pieces"}};
-    write_atomically(json_path, [&](FILE* file) { fprintf(file, "%s\n", json.dump(2).c_str()); });
+    JsonObject json;
+    json.set("tokenizer", JsonObject(tokenizer.to_json(), "the tokenizer")).set("train_tokens", train.total).set("val_tokens", val.total);
+    json.set("documents", splitter.documents).set("split", fraction == 0 ? "none" : splitter.cuts == 0 ? "documents" : "pieces");
+    write_atomically(json_path, [&](FILE* file) { fprintf(file, "%s\n", json.text(2).c_str()); });
     printf("%s: %lld training and %lld validation tokens (%.2f %%) from %lld document%s%s\n", output.c_str(), (long long)train.total,
            (long long)val.total, 100.0 * val.total / (train.total + val.total), (long long)splitter.documents,
            splitter.documents == 1 ? "" : "s", skipped ? (", not text and skipped: " + std::to_string(skipped)).c_str() : "");

@@ -2,7 +2,6 @@
 // does not grow with the text. --bench times both and holds decoding against the machine's read bandwidth.
 #include "moemamba.h"
 
-#include <CLI/CLI.hpp>
 #include <omp.h>
 
 #include <algorithm>
@@ -120,25 +119,20 @@ static void bench(Model& model, std::vector<int> prompt) {
 
 static int infer(int argc, char** argv) {
     Options options;
-    CLI::App app("Samples text from a checkpoint of train. Ctrl-C ends it cleanly.");
-    app.option_defaults()->always_capture_default();
-    add_option(app, "--checkpoint", options.checkpoint, "model.safetensors, or the directory that it is in");
-    add_option(app, "--prompt", options.prompt, "text to continue; empty: a new document");
-    add_option(app, "--prompt-file", options.prompt_file, "file with the text to continue; - = standard input");
-    add_option(app, "--tokens", options.tokens, "most tokens to draw; end-of-text ends a sample before");
-    add_option(app, "--temperature", options.sampling.temperature, "below 1 favours probable tokens; 0 takes the most probable one");
-    add_option(app, "--top-k", options.sampling.top_k, "draw from the k most probable tokens; 0 = all");
-    add_option(app, "--top-p", options.sampling.top_p, "of those, from the fewest that have this share of the probability");
-    add_option(app, "--seed", options.sampling.seed, "same seed, same text");
-    add_option(app, "--samples", options.samples, "texts to draw");
-    add_option(app, "--device", options.device, "auto, cpu, simt, plain or cuda; auto is the fastest there is");
-    app.add_flag("--bench", options.bench, "time a prompt (the one given, or 512 tokens; 64 on simt and plain) and decoding");
-    add_option(app, "--preset", options.preset, "with --bench, instead of --checkpoint: a model of train --list-presets, random weights");
-    try {
-        app.parse(argc, argv);
-    } catch (const CLI::Success& help) {
-        return app.exit(help);
-    }
+    CommandLine command("Samples text from a checkpoint of train. Ctrl-C ends it cleanly.");
+    command.add("--checkpoint", options.checkpoint, "model.safetensors, or the directory that it is in");
+    command.add("--prompt", options.prompt, "text to continue; empty: a new document");
+    command.add("--prompt-file", options.prompt_file, "file with the text to continue; - = standard input");
+    command.add("--tokens", options.tokens, "most tokens to draw; end-of-text ends a sample before");
+    command.add("--temperature", options.sampling.temperature, "below 1 favours probable tokens; 0 takes the most probable one");
+    command.add("--top-k", options.sampling.top_k, "draw from the k most probable tokens; 0 = all");
+    command.add("--top-p", options.sampling.top_p, "of those, from the fewest that have this share of the probability");
+    command.add("--seed", options.sampling.seed, "same seed, same text");
+    command.add("--samples", options.samples, "texts to draw");
+    command.add("--device", options.device, "auto, cpu, simt, plain or cuda; auto is the fastest there is");
+    command.add("--bench", options.bench, "time a prompt (the one given, or 512 tokens; 64 on simt and plain) and decoding");
+    command.add("--preset", options.preset, "with --bench, instead of --checkpoint: a model of train --list-presets, random weights");
+    if (!command.parse(argc, argv)) return 0;
     options.check();
     const Layers& layers = find_device(options.device);
     Config config;

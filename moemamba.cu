@@ -9,6 +9,7 @@
 //  - Long dimensions lie in gridDim.x; offsets into tensors are 64-bit.
 // The Model, after it, is host code only: it calls the layers of whichever device it was given.
 #include "moemamba.h"
+#include "formats/json.h"
 #include "formats/options.h"
 
 #include <algorithm>
@@ -17,7 +18,6 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <nlohmann/json.hpp>
 #include <numeric>
 #include <span>
 #include <type_traits>
@@ -2175,7 +2175,6 @@ const Layers layers = {
 // ------------------------------------------------------------------------------------------------------------------
 // Host code only from here on: Config, the kinds of layers, the Model. It calls kernels through a table of Layers and does not know which
 // device it has.
-using Json = nlohmann::ordered_json;
 
 const Layers& find_device(const std::string& name) {
     const std::string gpu_name = gpu::layers.device;
@@ -2325,20 +2324,11 @@ int Config::capacity_rows(int rows) const {
     return int(std::clamp(std::floor(capacity * choices / experts), 1.0, std::min(choices, largest)));
 }
 
-std::string Config::to_json() const {
-    Json json;
-    each_field(*this, [&](const char* flag, const auto& field, auto...) { json[flag] = field; });
-    return json.dump();
-}
+std::string Config::to_json() const { return fields_to_json(*this).text(); }
 
 Config Config::from_json(const std::string& text, const std::string& where) {
     Config config;
-    try {
-        const Json json = Json::parse(text);
-        each_field(config, [&](const char* flag, auto& field, auto...) { json.at(flag).get_to(field); });
-    } catch (const Json::exception& e) {
-        fail("%s: the model's config cannot be read (%s)", where.c_str(), e.what());
-    }
+    fields_from_json(config, JsonObject(text, where + ": the model's config"));
     try {
         config.resolve();
     } catch (const Error& e) {

@@ -5,9 +5,7 @@
 //   OUT/log.jsonl                  one object a line: the run, then "train" and "val" lines with their step
 #include "moemamba.h"
 
-#include <CLI/CLI.hpp>
 #include <fcntl.h>
-#include <nlohmann/json.hpp>
 #include <omp.h>
 #include <sys/file.h>
 #include <sys/mman.h>
@@ -22,10 +20,10 @@
 #include <filesystem>
 #include <sstream>
 
+#include "formats/json.h"
 #include "formats/options.h"
 
 namespace fs = std::filesystem;
-using Json = nlohmann::ordered_json;
 
 // ------------------------------------------------------------------------------------------------------------------
 // What defines a run besides the model: on the same data, device, build and number of threads, the same values give the same bits.
@@ -144,17 +142,15 @@ struct Dataset {
     explicit Dataset(const std::string& directory) {
         const std::string path = (fs::path(directory) / "dataset.json").string();
         const std::string text = read_file(path, "--data: dataset (made by data_prep)");
-        int64_t counts[2];
-        try {
-            const Json json = Json::parse(text);
-            tokenizer = Tokenizer::from_json(json.at("tokenizer").dump(), path);
-            json.at("train_tokens").get_to(counts[0]);
-            json.at("val_tokens").get_to(counts[1]);
-        } catch (const Json::exception& e) {
-            fail("%s: not a dataset.json of data_prep (%s)", path.c_str(), e.what());
-        }
-        train = std::make_unique<TokenStream>(directory, "train", counts[0], tokenizer.vocab);
-        val = std::make_unique<TokenStream>(directory, "val", counts[1], tokenizer.vocab);
+        const JsonObject json(text, path);
+        JsonObject named;
+        int64_t train_tokens, val_tokens;
+        json.get("tokenizer", named);
+        json.get("train_tokens", train_tokens);
+        json.get("val_tokens", val_tokens);
+        tokenizer = Tokenizer::from_json(named.text(), path);
+        train = std::make_unique<TokenStream>(directory, "train", train_tokens, tokenizer.vocab);
+        val = std::make_unique<TokenStream>(directory, "val", val_tokens, tokenizer.vocab);
     }
 };
 
@@ -202,19 +198,13 @@ struct Loader {
 // both become the checkpoint; then older optimizers go. Wherever a run is killed, one whole checkpoint is there.
 static const char* const kModelFile = "model.safetensors";
 
-static Json to_json(const Run& run) {
-    Json json;
-    Run::each_field(run, [&](const char* flag, const auto& field, auto...) { json[flag] = field; });
-    return json;
-}
-
 static void save_checkpoint(const Model& model, const fs::path& out, int step, const Run& run, const Dataset& data) {
     const std::string optimizer = "optimizer-" + std::to_string(step) + ".safetensors";
     try {
         model.save_optimizer((out / optimizer).string(), {});
         model.save((out / kModelFile).string(), {{"step", std::to_string(step)},
                                                  {"tokenizer", data.tokenizer.to_json()},
-                                                 {"training", to_json(run).dump()},
+                                                 {"training", fields_to_json(run).text()},
                                                  {"train_tokens", std::to_string(data.train->count)},
                                                  {"machine", model.layers.machine()},
                                                  {"optimizer", optimizer}});
@@ -246,7 +236,6 @@ struct Checkpoint {
         config = Config::from_json(file.meta("config"), model);
         optimizer = (out / fs::path(file.meta("optimizer")).filename()).string();
         machine = file.meta("machine", "");
-        const std::string training = file.meta("training");
         const auto number = [&](const char* key) {
             const std::string text = file.meta(key);
             int64_t value = 0;
@@ -254,12 +243,7 @@ struct Checkpoint {
                 fail("%s: its metadata has \"%s\": \"%s\", where a count belongs", model.c_str(), key, text.c_str());
             return value;
         };
-        try {
-            const Json json = Json::parse(training);
-            Run::each_field(run, [&](const char* flag, auto& field, auto...) { json.at(flag).get_to(field); });
-        } catch (const Json::exception& e) {
-            fail("%s: what it says of its training cannot be read (%s)", model.c_str(), e.what());
-        }
+        fields_from_json(run, JsonObject(file.meta("training"), model + ": what it says of its training"));
         run.resolve();
         train_tokens = number("train_tokens");
         const int64_t done = number("step");
@@ -270,13 +254,10 @@ struct Checkpoint {
 
 // Fields is Config or Run: `base`, changed by what the command line has.
 template <class Fields>
-static Fields overlay(Fields base, const Fields& flags, const CLI::App& app) {
-    Json given;
-    Fields::each_field(flags, [&](const char* flag, const auto& field, auto...) {
-        if (app.count(std::string("--") + flag)) given[flag] = field;
-    });
+static Fields overlay(Fields base, const Fields& flags, const CommandLine& command) {
+    const JsonObject given = fields_to_json(flags);
     Fields::each_field(base, [&](const char* flag, auto& field, auto...) {
-        if (given.contains(flag)) given[flag].get_to(field);
+        if (command.has(std::string("--") + flag)) given.get(flag, field);
     });
     base.resolve();
     return base;
@@ -285,11 +266,10 @@ static Fields overlay(Fields base, const Fields& flags, const CLI::App& app) {
 // A run is defined when it starts: what is given again to resume it must be the same.
 template <class Fields>
 static void check_same(const Fields& given, const Fields& saved) {
-    Json values;
-    Fields::each_field(saved, [&](const char* flag, const auto& field, auto...) { values[flag] = field; });
-    Fields::each_field(given, [&](const char* flag, const auto& field, auto...) {
-        if (values[flag] != Json(field))
-            fail("--resume: --%s is %s here, %s in the checkpoint", flag, Json(field).dump().c_str(), values[flag].dump().c_str());
+    const JsonObject here = fields_to_json(given), there = fields_to_json(saved);
+    Fields::each_field(given, [&](const char* flag, auto...) {
+        if (here.text(flag) != there.text(flag))
+            fail("--resume: --%s is %s here, %s in the checkpoint", flag, here.text(flag).c_str(), there.text(flag).c_str());
     });
 }
 
@@ -319,10 +299,14 @@ struct Log {
             std::istringstream old(fs::exists(path) ? read_file(path, "log") : "");
             write_atomically(path, [&](FILE* kept) {
                 for (std::string line; std::getline(old, line);) {
-                    const Json json = Json::parse(line, nullptr, false);  // a kill can leave half a line
-                    if (!json.is_object()) continue;
-                    const auto step = json.find("step");  // the first line, of the run, has none
-                    if (step == json.end() || (step->is_number() && *step <= resumed_step)) fprintf(kept, "%s\n", line.c_str());
+                    int step = 0;  // the first line, of the run, has none
+                    try {
+                        const JsonObject json(line, path);
+                        if (json.has("step")) json.get("step", step);
+                    } catch (const Error&) {  // a kill can leave half a line
+                        continue;
+                    }
+                    if (step <= resumed_step) fprintf(kept, "%s\n", line.c_str());
                 }
             });
         }
@@ -331,8 +315,8 @@ struct Log {
     }
     Log(const Log&) = delete;
     ~Log() { fclose(file); }
-    void write(const Json& json) {
-        if (fprintf(file, "%s\n", json.dump().c_str()) < 0 || fflush(file) != 0) fail("cannot write %s: %s", path.c_str(), strerror(errno));
+    void write(const JsonObject& json) {
+        if (fprintf(file, "%s\n", json.text().c_str()) < 0 || fflush(file) != 0) fail("cannot write %s: %s", path.c_str(), strerror(errno));
     }
 };
 
@@ -367,9 +351,8 @@ static void dry_run(const Config& config, const Layers& layers, const Run& run) 
     const Config& c = model.config;
     print_model(model);
     printf("\nconfiguration\n");
-    Config::each_field(c, [](const char* flag, const auto& field, auto...) {
-        printf("  %-36s %14s\n", flag, Json(field).dump().c_str());
-    });
+    const JsonObject values = fields_to_json(c);
+    Config::each_field(c, [&](const char* flag, auto...) { printf("  %-36s %14s\n", flag, values.text(flag).c_str()); });
     printf("\nmemory for training, B = %d, T = %d\n", run.batch, run.seq_len);
     double total = 0;
     for (const Arena* arena : {&model.weights, &model.masters, &model.gradients, &model.moments, &model.activations}) {
@@ -462,14 +445,9 @@ static void train_steps(Model& model, const Options& options, const Run& run, co
 
     Log log(out, done);
     if (done == 0)
-        log.write({{"kind", "run"},
-                   {"config", Json::parse(config.to_json())},
-                   {"training", to_json(run)},
-                   {"device", model.layers.device},
-                   {"precision", kPrecision},
-                   {"parameters", model.parameter_count()},
-                   {"active_parameters", model.active_parameter_count()},
-                   {"peak_flops", peak}});
+        log.write(JsonObject().set("kind", "run").set("config", fields_to_json(config)).set("training", fields_to_json(run))
+                      .set("device", model.layers.device).set("precision", kPrecision).set("parameters", model.parameter_count())
+                      .set("active_parameters", model.active_parameter_count()).set("peak_flops", peak));
     std::vector<int> tokens(int64_t(B) * T), targets(tokens.size());
     AdamW optimizer{.lr = 0, .beta1 = run.beta1, .beta2 = run.beta2, .weight_decay = run.weight_decay, .grad_clip = run.grad_clip};
     int saved = done;
@@ -501,10 +479,10 @@ static void train_steps(Model& model, const Options& options, const Run& run, co
         if (config.count('E')) printf("  aux %.4f  load %.2f  dropped %4.1f %%", aux, losses.expert_load, 100 * losses.dropped);
         printf("  norm %7.3f  lr %.2e  %6.0f ms  %7.0f tokens/s  %4.1f %% of peak  %ld:%02ld left\n", losses.grad_norm, optimizer.lr,
                1e3 * seconds, rate, 100 * share, left / 60, left % 60);
-        log.write({{"kind", "train"}, {"step", step}, {"loss", losses.cross_entropy}, {"aux", aux}, {"balance", losses.balance},
-                   {"z", losses.z}, {"grad_norm", losses.grad_norm}, {"lr", optimizer.lr}, {"ms", 1e3 * seconds},
-                   {"tokens_per_second", rate}, {"peak_share", share}, {"expert_load", losses.expert_load}, {"dropped", losses.dropped},
-                   {"seconds_left", left}});
+        log.write(JsonObject().set("kind", "train").set("step", step).set("loss", losses.cross_entropy).set("aux", aux)
+                      .set("balance", losses.balance).set("z", losses.z).set("grad_norm", losses.grad_norm).set("lr", optimizer.lr)
+                      .set("ms", 1e3 * seconds).set("tokens_per_second", rate).set("peak_share", share)
+                      .set("expert_load", losses.expert_load).set("dropped", losses.dropped).set("seconds_left", left));
 
         const bool last = step == run.steps;
         auto due = [&](int every) { return every > 0 && step % every == 0; };
@@ -513,7 +491,7 @@ static void train_steps(Model& model, const Options& options, const Run& run, co
             printf("validation after step %d: %.4f nats a token", step, loss);
             if (data.tokenizer.kind == "bytes") printf(", %.4f bits a byte", bits);
             printf("\n");
-            log.write({{"kind", "val"}, {"step", step}, {"loss", loss}, {"bits_per_token", bits}});
+            log.write(JsonObject().set("kind", "val").set("step", step).set("loss", loss).set("bits_per_token", bits));
         }
         if (due(options.sample_every)) {
             printf("sample after step %d: %s", step, options.sample_prompt.c_str());
@@ -545,46 +523,41 @@ static int train(int argc, char** argv) {
     Options options;
     Run run_flags;
     Config model_flags;
-    CLI::App app("Trains a model on token files of data_prep. Needs --preset or --layers, or --resume. Ctrl-C: finish the step, save, "
+    CommandLine command("Trains a model on token files of data_prep. Needs --preset or --layers, or --resume. Ctrl-C: finish the step, save, "
                  "stop.");
-    app.option_defaults()->always_capture_default();
-    add_option(app, "--data", options.data, "directory that data_prep wrote");
-    add_option(app, "--out", options.out, "directory for checkpoint and log; created if need be");
-    add_option(app, "--device", options.device, "auto, cpu, simt, plain or cuda; auto is the fastest there is");
-    add_option(app, "--save-every", options.save_every, "steps from one checkpoint to the next, beside the last; 0 = only the last");
-    add_option(app, "--eval-every", options.eval_every, "steps from one validation to the next, beside the last; 0 = none");
-    add_option(app, "--eval-tokens", options.eval_tokens,
+    command.add("--data", options.data, "directory that data_prep wrote");
+    command.add("--out", options.out, "directory for checkpoint and log; created if need be");
+    command.add("--device", options.device, "auto, cpu, simt, plain or cuda; auto is the fastest there is");
+    command.add("--save-every", options.save_every, "steps from one checkpoint to the next, beside the last; 0 = only the last");
+    command.add("--eval-every", options.eval_every, "steps from one validation to the next, beside the last; 0 = none");
+    command.add("--eval-tokens", options.eval_tokens,
                "tokens in a validation: whole sequences from the start of the validation split, or all there are, whatever --batch is");
-    add_option(app, "--sample-every", options.sample_every, "steps from one sample to the next; 0 = none");
-    add_option(app, "--sample-tokens", options.sample_tokens, "most tokens in a sample");
-    add_option(app, "--sample-prompt", options.sample_prompt, "what a sample continues; empty: a new document");
-    add_option(app, "--max-minutes", options.max_minutes, "stop and save, as on Ctrl-C, after so long; 0 = no limit");
-    add_option(app, "--peak-flops", options.peak_flops, "operations/s of matrix products that count as the peak; 0 = measure them now");
-    app.add_flag("--resume", options.resume,
+    command.add("--sample-every", options.sample_every, "steps from one sample to the next; 0 = none");
+    command.add("--sample-tokens", options.sample_tokens, "most tokens in a sample");
+    command.add("--sample-prompt", options.sample_prompt, "what a sample continues; empty: a new document");
+    command.add("--max-minutes", options.max_minutes, "stop and save, as on Ctrl-C, after so long; 0 = no limit");
+    command.add("--peak-flops", options.peak_flops, "operations/s of matrix products that count as the peak; 0 = measure them now");
+    command.add("--resume", options.resume,
                  "continue the run in --out, bit for bit on the same device with as many threads; it knows its model and its run: "
                  "only --steps can grow, with a constant schedule");
-    app.add_flag("--dry-run", options.dry_run, "print parameters, memory and compute, take none of them; needs no --data or --out");
-    app.add_flag("--list-presets", options.list_presets, "print the presets");
+    command.add("--dry-run", options.dry_run, "print parameters, memory and compute, take none of them; needs no --data or --out");
+    command.add("--list-presets", options.list_presets, "print the presets");
     Run::each_field(run_flags, [&](const char* flag, auto& field, const char* help, auto...) {
-        add_option(app, std::string("--") + flag, field, help)->group("The run");
+        command.add(std::string("--") + flag, field, help, "The run");
     });
-    add_option(app, "--preset", options.preset, "a model by name (see --list-presets); the flags below change it")->group("The model");
+    command.add("--preset", options.preset, "a model by name (see --list-presets); the flags below change it", "The model");
     Config::each_field(model_flags, [&](const char* flag, auto& field, const char* help, auto...) {
-        add_option(app, std::string("--") + flag, field, help)->group("The model");
+        command.add(std::string("--") + flag, field, help, "The model");
     });
-    try {
-        app.parse(argc, argv);
-    } catch (const CLI::Success& help) {
-        return app.exit(help);
-    }
+    if (!command.parse(argc, argv)) return 0;
     if (options.list_presets) return list_presets(), 0;
     options.check();
     const Layers& layers = find_device(options.device);
-    if (!options.resume && options.preset.empty() && !app.count("--layers"))
+    if (!options.resume && options.preset.empty() && !command.has("--layers"))
         fail("which model? Give --preset (see --list-presets) or --layers");
     const Config base = options.preset.empty() ? Config() : find_preset(options.preset).config;
     if (options.dry_run) {
-        dry_run(overlay(base, model_flags, app), layers, overlay(Run(), run_flags, app));
+        dry_run(overlay(base, model_flags, command), layers, overlay(Run(), run_flags, command));
         return 0;
     }
 
@@ -592,8 +565,8 @@ static int train(int argc, char** argv) {
     Config config;
     Run run;
     if (!options.resume) {
-        config = overlay(base, model_flags, app);
-        run = overlay(Run(), run_flags, app);
+        config = overlay(base, model_flags, command);
+        run = overlay(Run(), run_flags, command);
     }
     const Dataset data(options.data);
     std::error_code error;
@@ -606,13 +579,13 @@ static int train(int argc, char** argv) {
     std::unique_ptr<Checkpoint> checkpoint;
     if (options.resume) {
         checkpoint = std::make_unique<Checkpoint>(options.out);
-        config = overlay(options.preset.empty() ? checkpoint->config : base, model_flags, app);
-        if (!app.count("--vocab")) config.vocab = checkpoint->config.vocab;
+        config = overlay(options.preset.empty() ? checkpoint->config : base, model_flags, command);
+        if (!command.has("--vocab")) config.vocab = checkpoint->config.vocab;
         check_same(config, checkpoint->config);
-        run = overlay(checkpoint->run, run_flags, app);
+        run = overlay(checkpoint->run, run_flags, command);
         if (run.schedule == "constant" && run.steps > checkpoint->run.steps) checkpoint->run.steps = run.steps;
         check_same(run, checkpoint->run);
-    } else if (!app.count("--vocab")) {
+    } else if (!command.has("--vocab")) {
         config.vocab = data.tokenizer.vocab;
     }
     if (config.vocab < data.tokenizer.vocab) fail("--vocab %d: the data's tokenizer has %d tokens", config.vocab, data.tokenizer.vocab);

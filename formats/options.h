@@ -1,26 +1,29 @@
-// Options of a program's command line.
+// A program's command line. Numbers are read strictly: the whole text, decimal, in range.
 #pragma once
 
+#include <memory>
 #include <string>
 #include <type_traits>
 
 #include "files.h"
 
-// Numbers are read strictly: CLI11 itself takes 010 for 8, nothing for 0, and what is out of range for its end.
-template <class App, class T>
-auto* add_option(App& app, const std::string& flag, T& field, const std::string& help) {
-    auto* option = app.add_option(flag, field, help);
-    if constexpr (std::is_arithmetic_v<T>)
-        option->transform([flag](const std::string& text) {
-            T value{};
-            if (const std::errc error = parse_number(text, value); error != std::errc())
-                fail("%s: '%s' is not a %snumber%s", flag.c_str(), text.c_str(), std::is_integral_v<T> ? "whole " : "",
-                     error == std::errc::result_out_of_range ? " in range" : std::is_unsigned_v<T> ? " from 0 on" : "");
-            if constexpr (std::is_integral_v<T>) return std::to_string(value);
-            else return text;
-        });
-    return option;
+namespace CLI {
+class App;
 }
+
+class CommandLine {
+   public:
+    explicit CommandLine(const std::string& about);
+    ~CommandLine();
+    // A field that a flag sets; help shows what it holds now. T is bool (the flag takes no value), int, int64_t, uint64_t, double,
+    // std::string or std::vector<std::string>.
+    template <class T> void add(const std::string& flag, T& field, const std::string& help, const std::string& group = "Options");
+    bool parse(int argc, char** argv);  // fails on what it does not know; false: help was asked for, and printed
+    bool has(const std::string& flag) const;
+
+   private:
+    std::unique_ptr<CLI::App> app;
+};
 
 // Fields has each_field(fields, f), which calls f(flag name, field, help, least, most): fails at the first number beyond its range.
 template <class Fields>

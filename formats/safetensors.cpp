@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "files.h"
+#include "json.h"
 
 using Json = nlohmann::ordered_json;
 
@@ -36,7 +37,7 @@ Safetensors::Safetensors(const std::string& path) : path(path) {
             fail("%s: not a safetensors file: it claims a header of %llu bytes", p, (unsigned long long)header_bytes);
         std::string header(header_bytes, 0);
         if (fread(header.data(), 1, header.size(), file) != header.size()) fail("%s: cannot be read (%s)", p, strerror(errno));
-        const Json json = Json::parse(header);
+        const Json json = parse_json(header);
         const int64_t data = 8 + int64_t(header_bytes);
         for (const auto& [name, value] : json.items()) {
             if (name == "__metadata__") {

@@ -1,0 +1,77 @@
+#include "json.h"
+
+#include <cstdint>
+#include <nlohmann/json.hpp>
+#include <type_traits>
+
+#include "files.h"
+
+using Json = nlohmann::ordered_json;
+
+Json parse_json(const std::string& text) {
+    constexpr int kDeepest = 32;
+    return Json::parse(text, [](int depth, Json::parse_event_t, Json&) {
+        if (depth > kDeepest) fail("JSON nested deeper than %d", kDeepest);
+        return true;
+    });
+}
+
+JsonObject::JsonObject() : json(std::make_unique<Json>(Json::object())) {}
+JsonObject::JsonObject(JsonObject&&) noexcept = default;
+JsonObject::~JsonObject() = default;
+
+JsonObject::JsonObject(const std::string& text, const std::string& where) : where(where) {
+    try {
+        json = std::make_unique<Json>(parse_json(text));
+    } catch (const std::exception& e) {
+        fail("%s: cannot be read (%s)", where.c_str(), e.what());
+    }
+    if (!json->is_object()) fail("%s: not a JSON object", where.c_str());
+}
+
+bool JsonObject::has(const std::string& name) const { return json->contains(name); }
+std::string JsonObject::text(const std::string& name) const { return json->at(name).dump(); }
+std::string JsonObject::text(int indent) const { return json->dump(indent); }
+
+template <class T>
+JsonObject& JsonObject::set(const std::string& name, const T& value) {
+    if constexpr (std::is_same_v<T, JsonObject>) (*json)[name] = *value.json;
+    else (*json)[name] = value;
+    return *this;
+}
+
+template <class T>
+void JsonObject::get(const std::string& name, T& value) const {
+    const auto found = json->find(name);
+    if (found == json->end()) fail("%s: has no \"%s\"", where.c_str(), name.c_str());
+    const auto wrong = [&](const char* wanted) {
+        fail("%s: \"%s\" is %.100s, not %s", where.c_str(), name.c_str(), found->dump().c_str(), wanted);
+    };
+    if constexpr (std::is_same_v<T, JsonObject>) {
+        if (!found->is_object()) wrong("an object");
+        *value.json = *found;
+        value.where = where + ": \"" + name + "\"";
+    } else {
+        if constexpr (std::is_same_v<T, std::string>) {
+            if (!found->is_string()) wrong("a text");
+        } else if constexpr (std::is_same_v<T, double>) {
+            if (!found->is_number()) wrong("a number");
+        } else {  // a whole number is read as uint64_t, a negative one as int64_t, and what fits neither, like what has a point, as double
+            const bool fits = found->is_number_unsigned() ? std::in_range<T>(found->template get<uint64_t>())
+                                                          : found->is_number_integer() && std::in_range<T>(found->template get<int64_t>());
+            if (!fits) wrong("a whole number in range");
+        }
+        found->get_to(value);
+    }
+}
+
+#define INSTANTIATE(T)                                                         \
+    template JsonObject& JsonObject::set<T>(const std::string&, const T&);     \
+    template void JsonObject::get<T>(const std::string&, T&) const;
+INSTANTIATE(int)
+INSTANTIATE(int64_t)
+INSTANTIATE(uint64_t)
+INSTANTIATE(double)
+INSTANTIATE(std::string)
+INSTANTIATE(JsonObject)
+#undef INSTANTIATE
