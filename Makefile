@@ -191,7 +191,7 @@ gpu-check:
 	@tools/gpu_check.sh
 
 deps:
-	$(if $(filter 0,$(shell id -u)),,sudo )sh -c 'apt-get update && apt-get install -y g++ make python3 libopenblas-openmp-dev \
+	$(if $(filter 0,$(shell id -u)),,sudo )sh -c 'apt-get update && apt-get install -y g++ make python3 libopenblas-openmp-dev strace \
 	  libboost-context-dev nlohmann-json3-dev libcli11-dev zlib1g-dev catch2 bible-kjv'
 
 clean:

@@ -1,8 +1,6 @@
 // Text to tokens: text files, directories or stdin become llm.c's .bin shards and a dataset.json that names the tokenizer.
 // One pass in blocks: memory does not grow with the input.
-//
-//   DIR/train_000000.bin, DIR/val_000000.bin, ...   256 int32 {20240520, 1, count}, then count tokens, uint16 each
-//   DIR/dataset.json                                 {"tokenizer": {...}, "train_tokens", "val_tokens", "documents", "split"}
+#include <fcntl.h>
 #include <unistd.h>
 #include <zlib.h>
 
@@ -18,11 +16,11 @@
 #include <utility>
 #include <vector>
 
+#include "formats/dataset.h"
 #include "formats/files.h"
 #include "formats/json.h"
 #include "formats/options.h"
 #include "formats/random.h"
-#include "formats/tokenizer.h"
 
 namespace fs = std::filesystem;
 
@@ -30,81 +28,74 @@ constexpr size_t kBlock = 1 << 16;
 constexpr std::string_view kSeparator = "<|endoftext|>";
 
 // ------------------------------------------------------------------------------------------------------------------
-// Shards of one split, written under temporary names. commit() renames them once the last is complete, so that a run that fails
-// (on a full disk, say) removes its own files and leaves those of an earlier run as they were.
+static bool is_dataset_file(const std::string& name) {
+    std::string form = name;
+    std::replace_if(form.begin(), form.end(), [](char c) { return c >= '0' && c <= '9'; }, '0');
+    return name == kDatasetFile || form == "train_000000.bin" || form == "val_000000.bin";
+}
+// Those in a directory whose name is followed by this suffix, without it.
+static std::vector<std::string> dataset_files(const fs::path& directory, const std::string& suffix) {
+    std::vector<std::string> paths;
+    for (const std::string& name : list_directory(directory.string()))
+        if (name.ends_with(suffix) && is_dataset_file(name.substr(0, name.size() - suffix.size())))
+            paths.push_back((directory / name.substr(0, name.size() - suffix.size())).string());
+    return paths;
+}
+
+// What runs that were killed have left. One that was killed while its files got their names (see replace_files) had written all of them: the
+// rest follows. They are the dataset that is there until this run has a new one.
+static void recover(const fs::path& directory) {
+    const fs::path json = directory / kDatasetFile;
+    if (!fs::exists(json) && fs::exists(json.string() + ".old")) {
+        for (const std::string& path : dataset_files(directory, ".tmp"))
+            if (path != json) fs::rename(path + ".tmp", path);
+        fs::rename(json.string() + ".tmp", json);
+    }
+    for (const std::string suffix : {".tmp", ".old"})
+        for (const std::string& path : dataset_files(directory, suffix)) remove_file(path + suffix);
+}
+
+// Shards of one split. They get their names when the whole dataset is there: see replace_files.
 struct ShardWriter {
     const fs::path directory;
     const std::string split;
     const int64_t shard_tokens;
     int64_t total = 0;
-
-    ShardWriter(const fs::path& directory, const std::string& split, int64_t shard_tokens)
-        : directory(directory), split(split), shard_tokens(shard_tokens) {
-        remove_shards(0, ".tmp");  // of a run that was killed
-    }
-    ShardWriter(const ShardWriter&) = delete;
-    ~ShardWriter() {
-        if (file) fclose(file);
-        remove_shards(0, ".tmp");
-    }
+    std::vector<std::unique_ptr<NewFile>> shards = {};
 
     void append(const int* tokens, size_t count) {
         while (count > 0) {
-            if (!file) open();
-            size_t n = std::min(count, size_t(shard_tokens - in_shard));
+            if (!open) begin();
+            const size_t n = std::min(count, size_t(shard_tokens - in_shard));
             buffer.assign(tokens, tokens + n);
-            write(buffer.data(), n * sizeof(uint16_t));
+            shards.back()->write(buffer.data(), n * sizeof(uint16_t));
             tokens += n, count -= n, in_shard += n, total += n;
             if (in_shard == shard_tokens) close();
         }
     }
     void close() {
-        if (!file) return;
+        if (!open) return;
         // The header goes last: until then the file has no magic number, and nothing can take it for a shard.
-        int32_t header[kTokenHeaderInts] = {kTokenMagic, 1, int32_t(in_shard)};
-        if (fseek(file, 0, SEEK_SET) != 0) fail_write();
-        write(header, sizeof(header));
-        if (fflush(file) != 0 || fsync(fileno(file)) != 0) fail_write();
-        if (fclose(std::exchange(file, nullptr)) != 0) fail_write();
-        ++shards;
-    }
-    void commit() {
-        remove_shards(shards, "");  // what an earlier run had beyond ours
-        for (int i = 0; i < shards; ++i) fs::rename(name(i) + ".tmp", name(i));
-        shards = 0;
+        const int32_t header[kTokenHeaderInts] = {kTokenMagic, 1, int32_t(in_shard)};
+        shards.back()->write_at(0, header, sizeof(header));
+        shards.back()->close();
+        open = false;
     }
 
    private:
-    FILE* file = nullptr;
-    int shards = 0;        // complete ones
-    int64_t in_shard = 0;  // tokens in the open one
-    std::vector<uint16_t> buffer;
+    bool open = false;     // the last one
+    int64_t in_shard = 0;  // tokens in it
+    std::vector<uint16_t> buffer = {};
 
-    std::string name(int shard) const {
+    void begin() {
+        if (shards.size() > 999999) fail("more than a million shards: raise --shard-tokens");
         char digits[16];
-        snprintf(digits, sizeof(digits), "_%06d", shard);
-        return (directory / (split + digits + ".bin")).string();
-    }
-    [[noreturn]] void fail_write() { fail("cannot write %s.tmp: %s", name(shards).c_str(), strerror(errno)); }
-    void write(const void* data, size_t bytes) {
-        if (fwrite(data, 1, bytes, file) != bytes) fail_write();
-    }
-    void open() {
-        if (shards > 999999) fail("more than a million shards: raise --shard-tokens");
-        file = fopen((name(shards) + ".tmp").c_str(), "wb");
-        if (!file) fail_write();
+        snprintf(digits, sizeof(digits), "_%06d", int(shards.size()));
+        shards.push_back(std::make_unique<NewFile>((directory / (split + digits + ".bin")).string()));
         const char no_header[kTokenHeaderInts * sizeof(int32_t)] = {};
-        write(no_header, sizeof(no_header));
+        shards.back()->write(no_header, sizeof(no_header));
         in_shard = 0;
-    }
-    void remove_shards(int from, const std::string& suffix) {
-        std::error_code ignored;
-        for (const fs::directory_entry& entry : fs::directory_iterator(directory, ignored)) {
-            int shard = 0, length = 0;
-            std::string found = entry.path().filename().string();
-            bool ours = sscanf(found.c_str(), (split + "_%6d.bin" + suffix + "%n").c_str(), &shard, &length) == 1;
-            if (ours && size_t(length) == found.size() && shard >= from) fs::remove(entry.path(), ignored);
-        }
+        open = true;
     }
 };
 
@@ -222,7 +213,8 @@ struct Splitter {
 struct Input {
     std::string path;
     bool named;    // by the user; others were found in a directory
-    int64_t size;  // on disk; 0 = a stream
+    int64_t size;  // on disk
+    bool stream = false;
 };
 
 struct Progress {
@@ -256,16 +248,17 @@ static std::vector<Input> list_inputs(const std::vector<std::string>& paths, con
     std::error_code error;
     for (const std::string& path : paths) {
         if (path == "-") {
-            inputs.push_back({path, true, 0});
+            inputs.push_back({path, true, 0, true});
             continue;
         }
         fs::file_status status = fs::status(path, error);
         if (!fs::exists(status)) fail("cannot read %s: %s", path.c_str(), error ? error.message().c_str() : "no such file");
         if (!fs::is_directory(status)) {
-            bool regular = fs::is_regular_file(status);
-            int64_t size = regular ? int64_t(fs::file_size(path)) : 0;
-            if (regular && size == 0) fail("%s is empty", path.c_str());
-            inputs.push_back({path, true, size});
+            // A pipe that is open already, like the shell's <(...), has somebody who writes.
+            const bool stream = fs::is_fifo(status) && (path.starts_with("/dev/fd/") || path == "/dev/stdin");
+            const int64_t size = fs::is_regular_file(status) ? int64_t(fs::file_size(path)) : 0;
+            if (fs::is_regular_file(status) && size == 0) fail("%s is empty", path.c_str());
+            inputs.push_back({path, true, size, stream});
             continue;
         }
         std::vector<Input> found;
@@ -274,7 +267,9 @@ static std::vector<Input> list_inputs(const std::vector<std::string>& paths, con
             bool hidden = entry->path().filename().string().starts_with('.');
             if (entry->is_directory() && (hidden || fs::equivalent(entry->path(), output, error))) entry.disable_recursion_pending();
             error.clear();  // the output need not exist yet
-            if (!hidden && entry->is_regular_file() && entry->file_size() > 0)
+            const bool ours = is_dataset_file(entry->path().filename().string()) && fs::equivalent(entry->path().parent_path(), output, error);
+            error.clear();
+            if (!hidden && !ours && entry->is_regular_file() && entry->file_size() > 0)
                 found.push_back({entry->path().string(), false, int64_t(entry->file_size())});
         }
         if (error) fail("cannot list %s: %s", path.c_str(), error.message().c_str());
@@ -288,7 +283,9 @@ static std::vector<Input> list_inputs(const std::vector<std::string>& paths, con
 // Reads one file, gzipped or not, and passes its documents on. False: it is not text.
 static bool read_documents(const Input& input, Splitter& splitter, Progress& progress, int64_t done) {
     const char* name = input.path == "-" ? "standard input" : input.path.c_str();
-    gzFile file = input.path == "-" ? gzdopen(dup(STDIN_FILENO), "rb") : gzopen(name, "rb");
+    const int descriptor = input.path == "-" ? dup(STDIN_FILENO) : input.stream ? open(name, O_RDONLY | O_CLOEXEC)
+                                                   : InputFile(name, "cannot read").release();
+    gzFile file = descriptor < 0 ? nullptr : gzdopen(descriptor, "rb");
     if (!file) fail("cannot read %s: %s", name, strerror(errno));
     std::unique_ptr<gzFile_s, int (*)(gzFile)> closer(file, gzclose);
     gzbuffer(file, kBlock);
@@ -324,7 +321,7 @@ static bool read_documents(const Input& input, Splitter& splitter, Progress& pro
         splitter.text(text.data() + from, ready - from);
         if (ready > 0) line_start = text[ready - 1] == '\n';
         text.erase(0, ready);
-        progress.show(done + gzoffset(file));
+        progress.show(done + std::max<int64_t>(gzoffset(file), 0));  // -1: of a pipe
     }
     splitter.end_document();
     return true;
@@ -354,15 +351,16 @@ static int data_prep(int argc, char** argv) {
     std::vector<Input> inputs = list_inputs(paths, output);
     Progress progress;
     bool streams = false;
-    for (const Input& input : inputs) progress.total += input.size, streams |= input.size == 0;
+    for (const Input& input : inputs) progress.total += input.size, streams |= input.stream;
     if (streams) progress.total = 0;
     std::error_code error;
     fs::create_directories(output, error);
     if (error) fail("cannot create directory %s: %s", output.c_str(), error.message().c_str());
+    recover(output);
 
     Tokenizer tokenizer;
     tokenizer.kind = tokenizer_kind;
-    ShardWriter train(output, "train", shard_tokens), val(output, "val", shard_tokens);
+    ShardWriter train{output, "train", shard_tokens}, val{output, "val", shard_tokens};
     Splitter splitter{tokenizer, train, val, fraction, progress.total, int64_t(inputs.size())};
     int64_t done = 0, skipped = 0;
     for (const Input& input : inputs) {
@@ -377,15 +375,19 @@ static int data_prep(int argc, char** argv) {
     train.close();
     val.close();
 
-    // dataset.json goes first and comes back last: whoever finds it finds all shards of one run.
-    const std::string json_path = (fs::path(output) / "dataset.json").string();
-    fs::remove(json_path);
-    train.commit();
-    val.commit();
     JsonObject json;
     json.set("tokenizer", JsonObject(tokenizer.to_json(), "the tokenizer")).set("train_tokens", train.total).set("val_tokens", val.total);
     json.set("documents", splitter.documents).set("split", fraction == 0 ? "none" : splitter.cuts == 0 ? "documents" : "pieces");
-    write_atomically(json_path, [&](FILE* file) { fprintf(file, "%s\n", json.text(2).c_str()); });
+    std::vector<std::unique_ptr<NewFile>> files = std::move(train.shards);
+    std::move(val.shards.begin(), val.shards.end(), std::back_inserter(files));
+    files.push_back(std::make_unique<NewFile>((fs::path(output) / kDatasetFile).string()));  // the last: who finds it finds all
+    files.back()->write(json.text(2) + "\n");
+    files.back()->close();
+    std::vector<std::string> gone = dataset_files(output, "");  // shards of an earlier run that this one has no other for
+    std::erase_if(gone, [&](const std::string& path) {
+        return std::any_of(files.begin(), files.end(), [&](const auto& file) { return file->path == path; });
+    });
+    replace_files(files, gone);
     printf("%s: %lld training and %lld validation tokens (%.2f %%) from %lld document%s%s\n", output.c_str(), (long long)train.total,
            (long long)val.total, 100.0 * val.total / (train.total + val.total), (long long)splitter.documents,
            splitter.documents == 1 ? "" : "s", skipped ? (", not text and skipped: " + std::to_string(skipped)).c_str() : "");

@@ -10,8 +10,6 @@
 #include <csignal>
 #include <cstring>
 #include <filesystem>
-#include <iostream>
-#include <iterator>
 
 #include "formats/options.h"
 
@@ -149,7 +147,7 @@ static int infer(int argc, char** argv) {
             fail("%s: its model has %d tokens, its tokenizer %d", path.c_str(), config.vocab, tokenizer.vocab);
     }
     std::string text = options.prompt;
-    if (options.prompt_file == "-") text.assign(std::istreambuf_iterator<char>(std::cin), {});
+    if (options.prompt_file == "-") text = read_standard_input();
     else if (!options.prompt_file.empty()) text = read_file(options.prompt_file, "--prompt-file");
     std::vector<int> prompt;
     tokenizer.encode(prompt, text.data(), text.size());

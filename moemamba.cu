@@ -2263,10 +2263,11 @@ static const Kind* find_kind(char letter) {
 // The steps of "ME(ME)*4", repeated.
 static std::vector<std::string> parse_layers(const std::string& text) {
     std::vector<std::string> unit;
-    const char* where = "--layers \"%s\", character %zu: %s";
-    auto bad = [&](size_t i, const std::string& what) { fail(where, text.c_str(), i + 1, what.c_str()); };
+    auto bad = [&](size_t i, const std::string& what) {
+        fail("--layers \"%.80s%s\", character %zu: %s", text.c_str(), text.size() > 80 ? "..." : "", i + 1, what.c_str());
+    };
     bool group = false;
-    long repeats = 1;
+    int repeats = 1;
     size_t i = 0;
     for (; i < text.size() && text[i] != '*'; i++) {
         const char letter = text[i];
@@ -2289,15 +2290,15 @@ static std::vector<std::string> parse_layers(const std::string& text) {
     }
     if (group) bad(text.size(), "a '(' is not closed");
     if (unit.empty()) bad(0, "no layer; for example \"ME*4\"");
+    constexpr int kMost = 4096;  // layers: a model takes memory for each, before it has read any weights
     if (i < text.size()) {
-        char* end = nullptr;
-        errno = 0;
-        repeats = strtol(text.c_str() + i + 1, &end, 10);
-        if (end == text.c_str() + i + 1 || *end || errno || repeats < 1 || repeats > 10000)
-            bad(i, "'*' needs a count of 1 to 10000 after it, at the end");
+        const std::string count = text.substr(i + 1);
+        if (parse_number(count, repeats) != std::errc() || repeats < 1 || repeats > kMost || count[0] == '0')
+            bad(i, "'*' needs a count of 1 to " + std::to_string(kMost) + " after it, at the end");
     }
+    if (i * size_t(repeats) > kMost) bad(i, "more than " + std::to_string(kMost) + " layers and parentheses in all");
     std::vector<std::string> steps;
-    for (long r = 0; r < repeats; r++) steps.insert(steps.end(), unit.begin(), unit.end());
+    for (int r = 0; r < repeats; r++) steps.insert(steps.end(), unit.begin(), unit.end());
     return steps;
 }
 

@@ -8,7 +8,6 @@
 #include <fcntl.h>
 #include <omp.h>
 #include <sys/file.h>
-#include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -20,6 +19,7 @@
 #include <filesystem>
 #include <sstream>
 
+#include "formats/dataset.h"
 #include "formats/json.h"
 #include "formats/options.h"
 
@@ -66,94 +66,6 @@ struct Run {
 };
 
 // ------------------------------------------------------------------------------------------------------------------
-// The token files of one split, mapped, as one long stream.
-struct TokenStream {
-    struct Shard {
-        std::string path;
-        const char* memory;
-        size_t mapped;
-        int width;             // bytes of a token
-        int64_t first, count;  // position of its first token in the stream, tokens
-    };
-    std::vector<Shard> shards;
-    int64_t count = 0;
-    const int vocab;
-
-    TokenStream(const fs::path& directory, const std::string& split, int64_t expected, int vocab) : vocab(vocab) {
-        std::vector<std::string> paths;
-        std::error_code error;
-        for (const fs::directory_entry& entry : fs::directory_iterator(directory, error)) {
-            const std::string name = entry.path().filename().string();
-            if (name.starts_with(split + "_") && name.ends_with(".bin")) paths.push_back(entry.path().string());
-        }
-        std::sort(paths.begin(), paths.end());
-        for (const std::string& path : paths) map(path);
-        if (count != expected)
-            fail("%s: its %s_*.bin hold %lld tokens, dataset.json says %lld; run data_prep again", directory.c_str(), split.c_str(),
-                 (long long)count, (long long)expected);
-    }
-    TokenStream(const TokenStream&) = delete;
-    ~TokenStream() {
-        for (const Shard& shard : shards) munmap(const_cast<char*>(shard.memory), shard.mapped);
-    }
-    void read(int* out, int64_t first, int64_t n) const {
-        auto shard = std::upper_bound(shards.begin(), shards.end(), first, [](int64_t at, const Shard& s) { return at < s.first; }) - 1;
-        for (int64_t i = 0; i < n; i++) {
-            while (first + i >= shard->first + shard->count) ++shard;
-            const int64_t at = first + i - shard->first;
-            uint32_t token = 0;  // little-endian, as the format and every machine this runs on
-            memcpy(&token, shard->memory + kTokenHeaderInts * sizeof(int32_t) + at * shard->width, shard->width);
-            if (token >= uint32_t(vocab))
-                fail("%s: token %lld is %u, beyond the vocabulary of %d", shard->path.c_str(), (long long)at, token, vocab);
-            out[i] = int(token);
-        }
-    }
-
-   private:
-    void map(const std::string& path) {
-        const char* p = path.c_str();
-        const int file = open(p, O_RDONLY);
-        struct stat info{};
-        if (file < 0 || fstat(file, &info) != 0) fail("%s: %s", p, strerror(errno));
-        const int64_t size = S_ISREG(info.st_mode) ? int64_t(info.st_size) : 0, header_bytes = kTokenHeaderInts * sizeof(int32_t);
-        void* memory = size >= header_bytes ? mmap(nullptr, size_t(size), PROT_READ, MAP_SHARED, file, 0) : nullptr;
-        close(file);
-        if (!memory) fail("%s: not a token file: %lld bytes, its header alone has %lld", p, (long long)size, (long long)header_bytes);
-        if (memory == MAP_FAILED) fail("%s: %s", p, strerror(errno));
-        shards.push_back({path, static_cast<const char*>(memory), size_t(size), 0, count, 0});
-        int32_t header[3];
-        memcpy(header, memory, sizeof(header));
-        if (header[0] != kTokenMagic) fail("%s: not a token file: it starts with %d, not %d", p, header[0], kTokenMagic);
-        if (header[1] != 1 && header[1] != 2) fail("%s: version %d of the token format is unknown; there are 1 and 2", p, header[1]);
-        Shard& shard = shards.back();
-        shard.width = header[1] == 1 ? 2 : 4;
-        shard.count = header[2];
-        if (shard.count < 1 || header_bytes + shard.count * shard.width != size)
-            fail("%s: damaged: its header claims %lld tokens, it holds %lld", p, (long long)shard.count,
-                 (long long)((size - header_bytes) / shard.width));
-        count += shard.count;
-    }
-};
-
-struct Dataset {
-    Tokenizer tokenizer;
-    std::unique_ptr<TokenStream> train, val;
-
-    explicit Dataset(const std::string& directory) {
-        const std::string path = (fs::path(directory) / "dataset.json").string();
-        const std::string text = read_file(path, "--data: dataset (made by data_prep)");
-        const JsonObject json(text, path);
-        JsonObject named;
-        int64_t train_tokens, val_tokens;
-        json.get("tokenizer", named);
-        json.get("train_tokens", train_tokens);
-        json.get("val_tokens", val_tokens);
-        tokenizer = Tokenizer::from_json(named.text(), path);
-        train = std::make_unique<TokenStream>(directory, "train", train_tokens, tokenizer.vocab);
-        val = std::make_unique<TokenStream>(directory, "val", val_tokens, tokenizer.vocab);
-    }
-};
-
 // Batches of windows of T + 1 tokens, T apart, so that every token but the first, and what does not fill a last window, is a target once
 // in an epoch. The order of an epoch is a pure function of seed and epoch, so a position is just the number of sequences drawn: to
 // resume, the step is enough.
@@ -208,18 +120,22 @@ static void save_checkpoint(const Model& model, const fs::path& out, int step, c
                                                  {"train_tokens", std::to_string(data.train->count)},
                                                  {"machine", model.layers.machine()},
                                                  {"optimizer", optimizer}});
+    } catch (const NotFlushed&) {
+        throw;  // both have their names
     } catch (...) {
         std::error_code ignored;
         fs::remove(out / optimizer, ignored);
         throw;
     }
-    std::error_code ignored;
-    for (const fs::directory_entry& entry : fs::directory_iterator(out, ignored)) {
-        const std::string name = entry.path().filename().string();
-        int of_step = 0, length = 0;  // optimizer-STEP.safetensors, or one that a kill left as .tmp
-        if (sscanf(name.c_str(), "optimizer-%d.safetensors%n", &of_step, &length) != 1 || length == 0) continue;
-        const std::string rest = name.substr(length);
-        if (name != optimizer && (rest.empty() || rest == ".tmp")) fs::remove(entry.path(), ignored);
+    try {
+        for (const std::string& name : list_directory(out.string())) {
+            int of_step = 0, length = 0;  // optimizer-STEP.safetensors, or one that a kill left as .tmp
+            if (sscanf(name.c_str(), "optimizer-%d.safetensors%n", &of_step, &length) != 1 || length == 0) continue;
+            const std::string rest = name.substr(length);
+            if (name != optimizer && (rest.empty() || rest == ".tmp")) remove_file((out / name).string());
+        }
+    } catch (const Error& e) {  // no reason to end a run
+        fprintf(stderr, "warning: %s; the checkpoint of step %d is saved\n", printable(e.what()).c_str(), step);
     }
 }
 
@@ -291,13 +207,13 @@ struct DirectoryLock {
 // ------------------------------------------------------------------------------------------------------------------
 // The log. On resume, lines of steps after the checkpoint go: they are about to be computed again.
 struct Log {
-    FILE* file;
     const std::string path;
+    int file;
 
     Log(const fs::path& out, int resumed_step) : path((out / "log.jsonl").string()) {
         if (resumed_step > 0) {
             std::istringstream old(fs::exists(path) ? read_file(path, "log") : "");
-            write_atomically(path, [&](FILE* kept) {
+            write_atomically(path, [&](NewFile& kept) {
                 for (std::string line; std::getline(old, line);) {
                     int step = 0;  // the first line, of the run, has none
                     try {
@@ -306,17 +222,26 @@ struct Log {
                     } catch (const Error&) {  // a kill can leave half a line
                         continue;
                     }
-                    if (step <= resumed_step) fprintf(kept, "%s\n", line.c_str());
+                    if (step <= resumed_step) kept.write(line + "\n");
                 }
             });
         }
-        file = fopen(path.c_str(), resumed_step > 0 ? "a" : "w");
-        if (!file) fail("cannot write %s: %s", path.c_str(), strerror(errno));
+        file = open(path.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_NONBLOCK | O_CLOEXEC, 0666);  // O_NONBLOCK: a pipe would wait for its reader
+        struct stat info;
+        if (file < 0 || fstat(file, &info) != 0) fail("cannot write %s: %s", path.c_str(), strerror(errno));
+        if (!S_ISREG(info.st_mode)) fail("%s: not a file", path.c_str());
+        if (resumed_step == 0 && ftruncate(file, 0) != 0) fail("cannot write %s: %s", path.c_str(), strerror(errno));
     }
     Log(const Log&) = delete;
-    ~Log() { fclose(file); }
+    ~Log() {
+        if (file >= 0) ::close(file);
+    }
     void write(const JsonObject& json) {
-        if (fprintf(file, "%s\n", json.text().c_str()) < 0 || fflush(file) != 0) fail("cannot write %s: %s", path.c_str(), strerror(errno));
+        const std::string line = json.text() + "\n";
+        write_all(file, path, line.data(), line.size());
+    }
+    void close() {
+        if (::close(std::exchange(file, -1)) != 0) fail("cannot write %s: %s", path.c_str(), strerror(errno));
     }
 };
 
@@ -514,9 +439,10 @@ static void train_steps(Model& model, const Options& options, const Run& run, co
         if (stop && !last) {
             printf("stopped after step %d and saved; continue with: train --data %s --out %s --resume\n", step, options.data.c_str(),
                    options.out.c_str());
-            return;
+            break;
         }
     }
+    log.close();
 }
 
 static int train(int argc, char** argv) {
@@ -617,7 +543,7 @@ static int train(int argc, char** argv) {
         printf("note: the checkpoint does not say on what it was written; unless that was %s, it goes on the same to rounding, not to the "
                "bit\n", machine.c_str());
     else if (checkpoint && checkpoint->machine != machine)
-        printf("note: the checkpoint was written on %s; here it is %s: the same to rounding, not to the bit\n", checkpoint->machine.c_str(),
+        printf("note: the checkpoint was written on %s; here it is %s: the same to rounding, not to the bit\n", printable(checkpoint->machine).c_str(),
                machine.c_str());
     train_steps(model, options, run, data, train, val.get(), checkpoint ? checkpoint->step : 0, peak);
     return 0;

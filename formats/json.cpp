@@ -8,24 +8,23 @@
 
 using Json = nlohmann::ordered_json;
 
-Json parse_json(const std::string& text) {
-    constexpr int kDeepest = 32;
-    return Json::parse(text, [](int depth, Json::parse_event_t, Json&) {
-        if (depth > kDeepest) fail("JSON nested deeper than %d", kDeepest);
-        return true;
-    });
+Json parse_json(const std::string& text, const std::string& where) {
+    constexpr int kDeepest = 32;  // printing it, or taking it apart, is recursive
+    try {
+        return Json::parse(text, [&](int depth, Json::parse_event_t, Json&) {
+            if (depth > kDeepest) fail("%s: JSON nested deeper than %d", where.c_str(), kDeepest);
+            return true;
+        });
+    } catch (const Json::exception& e) {
+        fail("%s: not readable as JSON (%s)", where.c_str(), e.what());
+    }
 }
 
 JsonObject::JsonObject() : json(std::make_unique<Json>(Json::object())) {}
 JsonObject::JsonObject(JsonObject&&) noexcept = default;
 JsonObject::~JsonObject() = default;
 
-JsonObject::JsonObject(const std::string& text, const std::string& where) : where(where) {
-    try {
-        json = std::make_unique<Json>(parse_json(text));
-    } catch (const std::exception& e) {
-        fail("%s: cannot be read (%s)", where.c_str(), e.what());
-    }
+JsonObject::JsonObject(const std::string& text, const std::string& where) : json(std::make_unique<Json>(parse_json(text, where))), where(where) {
     if (!json->is_object()) fail("%s: not a JSON object", where.c_str());
 }
 

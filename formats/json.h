@@ -6,12 +6,12 @@
 #include <nlohmann/json_fwd.hpp>
 #include <string>
 
-nlohmann::ordered_json parse_json(const std::string& text);  // throws nlohmann's exceptions; also where it is nested too deeply
+nlohmann::ordered_json parse_json(const std::string& text, const std::string& where);  // where: what errors call it
 
 class JsonObject {
    public:
     JsonObject();
-    JsonObject(const std::string& text, const std::string& where);  // fails unless it is one object; where: what errors call it
+    JsonObject(const std::string& text, const std::string& where);  // fails unless it is one object
     JsonObject(JsonObject&&) noexcept;
     ~JsonObject();
 

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <bit>
-#include <cerrno>
 #include <cstring>
 #include <nlohmann/json.hpp>
 #include <type_traits>
@@ -19,58 +18,62 @@ static int64_t dtype_bytes(const std::string& dtype) {
     return 0;
 }
 
-Safetensors::Safetensors(const std::string& path) : path(path) {
-    const char* p = path.c_str();
-    file = fopen(p, "rb");
-    if (!file) fail("%s: %s", p, strerror(errno));
-    try {
-        uint64_t header_bytes = 0;
-        if (fseek(file, 0, SEEK_END) != 0) fail("%s: not a regular file", p);
-        const int64_t size = ftell(file);
-        rewind(file);
-        if (size < 8 || fread(&header_bytes, 8, 1, file) != 1)
-            fail("%s: too short for a safetensors file (%lld bytes)", p, (long long)size);
-        if (header_bytes > uint64_t(size - 8))
-            fail("%s: not a safetensors file, or cut off: it claims a header of %llu bytes and has %lld in all", p,
-                 (unsigned long long)header_bytes, (long long)size);
-        if (header_bytes > 100'000'000)  // the format's own limit
-            fail("%s: not a safetensors file: it claims a header of %llu bytes", p, (unsigned long long)header_bytes);
-        std::string header(header_bytes, 0);
-        if (fread(header.data(), 1, header.size(), file) != header.size()) fail("%s: cannot be read (%s)", p, strerror(errno));
-        const Json json = parse_json(header);
-        const int64_t data = 8 + int64_t(header_bytes);
-        for (const auto& [name, value] : json.items()) {
-            if (name == "__metadata__") {
-                for (const auto& [key, text] : value.items()) metadata.emplace_back(key, text.get<std::string>());
-                continue;
-            }
-            Entry e;
-            value.at("dtype").get_to(e.dtype);
-            value.at("shape").get_to(e.shape);
-            const auto ends = value.at("data_offsets").get<std::vector<int64_t>>();
-            e.count = 1;
-            for (int64_t n : e.shape)
-                if (n < 0 || __builtin_mul_overflow(e.count, n, &e.count)) fail("%s: tensor %s has an impossible shape", p, name.c_str());
-            const int64_t width = dtype_bytes(e.dtype);
-            if (!width) fail("%s: tensor %s has dtype %s; F64, F32, BF16, I64 and I32 can be read", p, name.c_str(), e.dtype.c_str());
-            if (ends.size() != 2 || ends[0] < 0 || ends[1] < ends[0] || ends[1] > size - data)
-                fail("%s: cut off or damaged: tensor %s lies outside the file", p, name.c_str());
-            e.offset = data + ends[0];
-            e.bytes = ends[1] - ends[0];
-            if (e.count > e.bytes / width || e.bytes != e.count * width)
-                fail("%s: tensor %s has %lld bytes, its shape says otherwise", p, name.c_str(), (long long)e.bytes);
-            entries.emplace_back(name, e);
-        }
-    } catch (const Json::exception& e) {
-        fclose(file);
-        fail("%s: not a safetensors file: its header is no JSON of the right form", p);
-    } catch (...) {
-        fclose(file);
-        throw;
+static std::vector<int64_t> sizes(const Json& array, const std::string& of) {
+    if (!array.is_array()) fail("%s: %.100s where a list of sizes belongs", of.c_str(), array.dump().c_str());
+    std::vector<int64_t> numbers;
+    for (const Json& n : array) {
+        if (!n.is_number_unsigned() || n.get<uint64_t>() > uint64_t(INT64_MAX))
+            fail("%s: %.100s where a size belongs", of.c_str(), n.dump().c_str());
+        numbers.push_back(n.get<int64_t>());
     }
+    return numbers;
 }
 
-Safetensors::~Safetensors() { fclose(file); }
+// What the header says of a tensor, in a file of so many bytes whose tensors begin at `data`.
+static Safetensors::Entry read_entry(const Json& value, const std::string& name, int64_t data, int64_t size) {
+    const char* n = name.c_str();
+    Safetensors::Entry e;
+    value.at("dtype").get_to(e.dtype);
+    e.shape = sizes(value.at("shape"), name);
+    const std::vector<int64_t> ends = sizes(value.at("data_offsets"), name);
+    e.count = 1;
+    for (const int64_t d : e.shape)
+        if (__builtin_mul_overflow(e.count, d, &e.count)) fail("%s has an impossible shape", n);
+    const int64_t width = dtype_bytes(e.dtype);
+    if (!width) fail("%s has dtype %s; F64, F32, BF16, I64 and I32 can be read", n, e.dtype.c_str());
+    if (ends.size() != 2 || ends[1] < ends[0] || ends[1] > size - data) fail("%s lies outside the file, which is cut off or damaged", n);
+    e.offset = data + ends[0];
+    e.bytes = ends[1] - ends[0];
+    if (e.count > e.bytes / width || e.bytes != e.count * width)
+        fail("%s has %lld bytes, its shape says otherwise", n, (long long)e.bytes);
+    return e;
+}
+
+Safetensors::Safetensors(const std::string& path) : path(path), file(path) {
+    const char* p = path.c_str();
+    const int64_t size = file.size;
+    if (size < 8) fail("%s: too short for a safetensors file (%lld bytes)", p, (long long)size);
+    uint64_t header_bytes = 0;
+    file.read(0, &header_bytes, sizeof(header_bytes));
+    if (header_bytes > uint64_t(size - 8))
+        fail("%s: not a safetensors file, or cut off: it claims a header of %llu bytes and has %lld in all", p,
+             (unsigned long long)header_bytes, (long long)size);
+    if (header_bytes > 100'000'000)  // the format's own limit
+        fail("%s: not a safetensors file: it claims a header of %llu bytes", p, (unsigned long long)header_bytes);
+    std::string header(header_bytes, 0);
+    file.read(8, header.data(), header.size());
+    const Json json = parse_json(header, path + ": not a safetensors file: its header");
+    if (!json.is_object()) fail("%s: not a safetensors file: its header is no JSON object", p);
+    try {
+        for (const auto& [name, value] : json.items()) {
+            if (name != "__metadata__") entries.emplace_back(name, read_entry(value, path + ": tensor " + name, 8 + int64_t(header_bytes), size));
+            else
+                for (const auto& [key, text] : value.items()) metadata.emplace_back(key, text.get<std::string>());
+        }
+    } catch (const Json::exception& e) {
+        fail("%s: not a safetensors file: its header is no JSON of the right form (%s)", p, e.what());
+    }
+}
 
 bool Safetensors::has(const std::string& name) const {
     return std::any_of(entries.begin(), entries.end(), [&](const auto& e) { return e.first == name; });
@@ -109,10 +112,9 @@ static void convert(T* out, const std::vector<char>& raw) {
 }
 
 template <class T>
-static void read_tensor(std::FILE* file, const std::string& path, const std::string& name, const Safetensors::Entry& e, T* out) {
+static void read_tensor(const InputFile& file, const Safetensors::Entry& e, T* out) {
     std::vector<char> raw(e.bytes);
-    if (fseek(file, e.offset, SEEK_SET) != 0 || fread(raw.data(), 1, raw.size(), file) != raw.size())
-        fail("%s: tensor %s cannot be read (%s)", path.c_str(), name.c_str(), strerror(errno));
+    file.read(e.offset, raw.data(), raw.size());
     if (e.dtype == "F64") convert<double>(out, raw);
     else if (e.dtype == "F32") convert<float>(out, raw);
     else if (e.dtype == "BF16") convert<Bfloat16>(out, raw);
@@ -120,9 +122,9 @@ static void read_tensor(std::FILE* file, const std::string& path, const std::str
     else convert<int32_t>(out, raw);
 }
 
-void Safetensors::read(const std::string& name, double* out) const { read_tensor(file, path, name, find(name), out); }
-void Safetensors::read(const std::string& name, float* out) const { read_tensor(file, path, name, find(name), out); }
-void Safetensors::read(const std::string& name, int* out) const { read_tensor(file, path, name, find(name), out); }
+void Safetensors::read(const std::string& name, double* out) const { read_tensor(file, find(name), out); }
+void Safetensors::read(const std::string& name, float* out) const { read_tensor(file, find(name), out); }
+void Safetensors::read(const std::string& name, int* out) const { read_tensor(file, find(name), out); }
 
 void Safetensors::write(const std::string& path, const std::vector<NewEntry>& list, const Metadata& metadata,
                         const std::function<const void*(size_t i)>& data) {
@@ -135,11 +137,10 @@ void Safetensors::write(const std::string& path, const std::vector<NewEntry>& li
     }
     std::string text = header.dump();
     text.resize((text.size() + 7) / 8 * 8, ' ');  // so that the data is aligned
-    write_atomically(path, [&](std::FILE* file) {
+    write_atomically(path, [&](NewFile& file) {
         const uint64_t size = text.size();
-        fwrite(&size, 8, 1, file);
-        fwrite(text.data(), 1, text.size(), file);
-        for (size_t i = 0; i < list.size(); i++)
-            if (fwrite(data(i), 1, list[i].bytes, file) != size_t(list[i].bytes)) return;  // write_atomically reports it
+        file.write(&size, sizeof(size));
+        file.write(text);
+        for (size_t i = 0; i < list.size(); i++) file.write(data(i), size_t(list[i].bytes));
     });
 }

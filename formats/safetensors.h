@@ -2,11 +2,12 @@
 #pragma once
 
 #include <cstdint>
-#include <cstdio>
 #include <functional>
 #include <string>
 #include <utility>
 #include <vector>
+
+#include "files.h"
 
 struct Safetensors {  // a file, open for reading
     using Metadata = std::vector<std::pair<std::string, std::string>>;
@@ -15,12 +16,10 @@ struct Safetensors {  // a file, open for reading
         std::vector<int64_t> shape;
         int64_t offset, bytes, count;  // offset from the start of the file
     };
-    std::string path;
+    const std::string path;
     std::vector<std::pair<std::string, Entry>> entries;
     Metadata metadata;
     explicit Safetensors(const std::string& path);  // fails on anything malformed
-    ~Safetensors();
-    Safetensors(const Safetensors&) = delete;
     bool has(const std::string& name) const;
     const Entry& find(const std::string& name) const;  // fails if there is none
     std::string meta(const std::string& key) const;    // fails if there is none
@@ -39,5 +38,5 @@ struct Safetensors {  // a file, open for reading
                       const std::function<const void*(size_t i)>& data);
 
    private:
-    std::FILE* file = nullptr;
+    InputFile file;
 };

@@ -31,6 +31,10 @@
 namespace fs = std::filesystem;
 using Json = nlohmann::json;
 using Arguments = std::vector<std::string>;
+static Arguments operator+(Arguments all, const Arguments& more) {
+    all.insert(all.end(), more.begin(), more.end());
+    return all;
+}
 
 // ---- running programs
 
@@ -53,11 +57,14 @@ struct Result {
 };
 struct Limits {
     std::string input = "/dev/null";
-    rlim_t file_bytes = RLIM_INFINITY, memory_bytes = RLIM_INFINITY;
+    rlim_t file_bytes = RLIM_INFINITY, memory_bytes = RLIM_INFINITY, stack_bytes = RLIM_INFINITY;
     std::function<void(pid_t)> meanwhile = {};
     const char* threads = "2";
     // What the environment says of waiting threads. On a busy machine they must not take the cores from working ones.
     std::map<std::string, std::string> waiting = {{"OMP_WAIT_POLICY", "passive"}};
+    std::string output = "";       // instead of a file that is read back
+    std::vector<int> closed = {};  // streams that are not open
+    Arguments under = {};          // a program that runs it, and its arguments
 };
 
 // A directory of its own for each test, removed afterwards.
@@ -84,19 +91,25 @@ struct Workplace {
                 if (file < 0 || dup2(file, to) < 0) _exit(126);
             };
             redirect(limits.input, O_RDONLY, STDIN_FILENO);
-            redirect(out, O_WRONLY | O_CREAT | O_TRUNC, STDOUT_FILENO);
+            redirect(limits.output.empty() ? out : limits.output, O_WRONLY | O_CREAT | O_TRUNC, STDOUT_FILENO);
             redirect(err, O_WRONLY | O_CREAT | O_TRUNC, STDERR_FILENO);
-            signal(SIGXFSZ, SIG_IGN);  // a write past the limit then fails with EFBIG, as one to a full disk does with ENOSPC
-            const rlimit file_limit{limits.file_bytes, limits.file_bytes}, memory_limit{limits.memory_bytes, limits.memory_bytes};
-            setrlimit(RLIMIT_FSIZE, &file_limit);
-            setrlimit(RLIMIT_AS, &memory_limit);
+            const auto limit = [](auto resource, rlim_t bytes) {
+                rlimit of{};
+                getrlimit(resource, &of);
+                of.rlim_cur = of.rlim_max = std::min(of.rlim_max, bytes);
+                if (bytes != RLIM_INFINITY) setrlimit(resource, &of);
+            };
+            limit(RLIMIT_FSIZE, limits.file_bytes);
+            limit(RLIMIT_AS, limits.memory_bytes);
+            limit(RLIMIT_STACK, limits.stack_bytes);
             setenv("OMP_NUM_THREADS", limits.threads, 1);
             for (const char* name : {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}) unsetenv(name);
             for (const auto& [name, value] : limits.waiting) setenv(name.c_str(), value.c_str(), 1);
-            std::vector<char*> argv = {const_cast<char*>(executable.c_str())};
-            for (const std::string& argument : arguments) argv.push_back(const_cast<char*>(argument.c_str()));
+            std::vector<char*> argv;
+            for (const std::string& argument : limits.under + Arguments{executable} + arguments) argv.push_back(strdup(argument.c_str()));
             argv.push_back(nullptr);
-            execv(executable.c_str(), argv.data());
+            for (const int stream : limits.closed) close(stream);
+            execvp(argv[0], argv.data());
             _exit(127);
         }
         if (limits.meanwhile) limits.meanwhile(child);
@@ -127,11 +140,6 @@ struct Workplace {
         }
     }
 };
-
-static Arguments operator+(Arguments all, const Arguments& more) {
-    all.insert(all.end(), more.begin(), more.end());
-    return all;
-}
 
 // ---- what they work on
 
@@ -1259,4 +1267,360 @@ TEST_CASE("infer stops cleanly on Ctrl-C, and benchmarks random weights") {
     for (const char* part : {"prompt", "decode", "tokens/s", "GB/s"}) CHECK(bench.find(part) != std::string::npos);
     const std::string plain = at.succeed("infer", {"--bench", "--checkpoint", at / "run", "--device", "plain"}).out;
     for (const char* part : {"on plain", "(64 tokens)", "decode", "GB/s"}) CHECK(plain.find(part) != std::string::npos);
+}
+
+// ---- streams, names and numbers that somebody else made
+
+TEST_CASE("standard output that cannot be written is an error") {
+    const Workplace at;
+    make_data(at);
+    at.succeed("train", train_flags(at, "run", 1));
+    write_text(at / "text.txt", prose(5000));
+    const Limits full{.output = "/dev/full"};
+    const std::vector<std::string> phrases = {"standard output cannot be written"};
+    for (const char* name : {"train", "infer", "data_prep"}) at.refuse(name, {"--help"}, phrases, full);
+    at.refuse("train", {"--list-presets"}, phrases, full);
+    at.refuse("train", {"--dry-run", "--preset", "mamba-tiny"}, phrases, full);
+    at.refuse("infer", {"--checkpoint", at / "run", "--tokens", "3"}, {"cannot write the text"}, full);
+    at.refuse("infer", {"--bench", "--preset", "mamba-tiny", "--prompt", "and"}, phrases, full);
+    at.refuse("data_prep", {"--input", at / "text.txt", "--output", at / "more"}, phrases, full);
+    CHECK(files(at / "more").size() == 3);
+    // A run goes on, and says so in the end.
+    at.refuse("train", train_flags(at, "other", 3), phrases, full);
+    at.succeed("train", train_flags(at, "same", 3));
+    check_same_checkpoint(at / "other", at / "same", 3);
+}
+
+TEST_CASE("streams that are not open get nothing that is written elsewhere, and are not read as empty ones") {
+    const Workplace at;
+    make_data(at);
+    at.succeed("train", train_flags(at, "run", 2));
+    for (const Arguments::size_type which : {0, 1, 2, 3}) {
+        const std::vector<int> closed = which < 3 ? std::vector<int>{int(which)} : std::vector<int>{0, 1, 2};
+        const std::string out = "closed" + std::to_string(which);
+        at.succeed("train", train_flags(at, out, 2), {.closed = closed});
+        check_same_checkpoint(at / out, at / "run", 2);
+        at.succeed("data_prep", {"--input", at / "text.txt", "--output", at / out + "/data", "--val-fraction", "0.1"}, {.closed = closed});
+        for (const std::string& name : files(at / "data")) CHECK(read_text(at / "data/" + name) == read_text(at / out + "/data/" + name));
+    }
+    const Arguments from_stdin = {"--checkpoint", at / "run", "--tokens", "1", "--prompt-file", "-"};
+    at.refuse("infer", from_stdin, {"standard input", "cannot be read"}, {.closed = {0}});
+    at.refuse("infer", from_stdin, {"standard input", "directory"}, {.input = at.path});
+    at.refuse("data_prep", {"--input", "-", "--output", at / "none"}, {"standard input"}, {.closed = {0}});
+    at.refuse("data_prep", {"--input", "-", "--output", at / "none"}, {"standard input", "directory"}, {.input = at.path});
+}
+
+TEST_CASE("a pipe, device or directory where a file is read is refused, and not waited for") {
+    const Workplace at;
+    make_data(at);
+    at.succeed("train", train_flags(at, "run", 2) + Arguments{"--schedule", "constant"});
+    const std::string pipe = at / "pipe";
+    REQUIRE(mkfifo(pipe.c_str(), 0600) == 0);
+    const Arguments infer = {"--checkpoint", at / "run", "--tokens", "1"};
+    at.refuse("infer", {"--checkpoint", pipe}, {pipe, "is a pipe"});
+    at.refuse("infer", {"--checkpoint", "/dev/null"}, {"/dev/null", "is a device"});
+    at.refuse("infer", infer + Arguments{"--prompt-file", pipe}, {pipe, "is a pipe"});
+    at.refuse("data_prep", {"--input", pipe, "--output", at / "none"}, {pipe, "is a pipe"});
+    at.refuse("data_prep", {"--input", "/dev/zero", "--output", at / "none"}, {"/dev/zero", "is a device"});
+    const Arguments resume = {"--data", at / "data", "--out", at / "run", "--resume", "--steps", "3", "--peak-flops", "1e11"};
+    for (const char* name : {"data/dataset.json", "data/train_000000.bin", "run/model.safetensors", "run/optimizer-2.safetensors",
+                             "run/log.jsonl"}) {
+        const std::string whole = read_text(at / name);
+        for (const bool directory : {false, true}) {
+            fs::remove(at / name);
+            if (directory) fs::create_directory(at / name);
+            else REQUIRE(mkfifo((at / name).c_str(), 0600) == 0);
+            at.refuse("train", resume, {at / name, directory ? "is a directory" : "is a pipe"});
+        }
+        fs::remove(at / name);
+        write_text(at / name, whole);
+    }
+    at.succeed("train", resume);
+}
+
+TEST_CASE("under a temporary name nothing of anybody else's is followed, waited for or written") {
+    const Workplace at;
+    make_data(at);
+    const std::string precious = at / "precious";
+    write_text(precious, "precious");
+    at.succeed("train", train_flags(at, "whole", 2) + Arguments{"--save-every", "1"});
+    for (const bool link : {true, false}) {
+        const std::string out = link ? "link" : "pipe";
+        fs::create_directory(at / out);
+        auto occupy = [&](const std::string& name) {
+            if (link) fs::create_symlink(precious, at / name + ".tmp");
+            else REQUIRE(mkfifo((at / name + ".tmp").c_str(), 0600) == 0);
+        };
+        for (const char* name : {"/model.safetensors", "/optimizer-1.safetensors", "/optimizer-2.safetensors", "/train_000000.bin",
+                                 "/val_000000.bin", "/dataset.json"})
+            occupy(out + name);
+        at.succeed("train", train_flags(at, out, 2) + Arguments{"--save-every", "1"});
+        check_same_checkpoint(at / out, at / "whole", 2);
+        occupy(out + "/log.jsonl");
+        at.succeed("train", {"--data", at / "data", "--out", at / out, "--resume", "--peak-flops", "1e11"});
+        at.succeed("data_prep", {"--input", at / "text.txt", "--output", at / out, "--val-fraction", "0.1"});
+        CHECK(read_tokens(at / out, "train") == read_tokens(at / "data", "train"));
+        CHECK(read_text(precious) == "precious");
+    }
+    // A directory there is named.
+    fs::create_directories(at / "taken/model.safetensors.tmp");
+    at.refuse("train", train_flags(at, "taken", 1), {"model.safetensors.tmp", "directory"});
+    CHECK(files(at / "taken") == std::vector<std::string>{"log.jsonl", "model.safetensors.tmp"});
+}
+
+TEST_CASE("small input, large cost") {
+    const Workplace at;
+    make_data(at);
+    at.succeed("train", train_flags(at, "run", 1));
+    const bool sanitized = program("train").find("-sanitize/") != std::string::npos;
+    const Limits limits{.memory_bytes = sanitized ? RLIM_INFINITY : rlim_t(2) << 30};
+    const std::string many(300, 'M'), path = at / "run/model.safetensors", good = read_text(path);
+    for (const std::string& layers : {many + "*10000", many + "*14", std::string(5000, 'M'), "(" + std::string(5000, 'M') + ")"}) {
+        at.refuse("train", {"--dry-run", "--layers", layers}, {"--layers", "4096"}, limits);
+        change_header(path, good, [&](Json& h) {
+            Json config = Json::parse(h["__metadata__"]["config"].get<std::string>());
+            config["layers"] = layers;
+            h["__metadata__"]["config"] = config.dump();
+        });
+        at.refuse("infer", {"--checkpoint", at / "run"}, {path, "4096"}, limits);
+    }
+    const std::string deep = std::string(1000000, '['), deeper = std::string(1000000, ' ') + deep;
+    for (const char* key : {"config", "tokenizer"}) {
+        change_header(path, good, [&](Json& h) { h["__metadata__"][key] = deep; });
+        at.refuse("infer", {"--checkpoint", at / "run"}, {path, "nested deeper"}, limits);
+    }
+    const uint64_t bytes = deeper.size();
+    write_text(path, std::string(reinterpret_cast<const char*>(&bytes), 8) + deeper);
+    at.refuse("infer", {"--checkpoint", at / "run"}, {path, "nested deeper"}, limits);
+    write_text(at / "data/dataset.json", "{\"tokenizer\":" + deep);
+    at.refuse("train", train_flags(at, "other", 1), {"dataset.json", "nested deeper"}, limits);
+}
+
+TEST_CASE("numbers in files are read as strictly as on the command line") {
+    const Workplace at;
+    make_data(at);
+    at.succeed("train", train_flags(at, "run", 2) + Arguments{"--schedule", "constant"});
+    const std::string path = at / "run/model.safetensors", good = read_text(path);
+    const Arguments resume = {"--data", at / "data", "--out", at / "run", "--resume", "--steps", "3", "--peak-flops", "1e11"};
+    auto change = [&](const char* where, const char* name, const std::string& value) {
+        change_header(path, good, [&](Json& h) {
+            std::string text = h["__metadata__"][where];
+            const size_t from = text.find(std::string("\"") + name + "\":") + strlen(name) + 3;
+            REQUIRE(from > strlen(name) + 3);
+            text.replace(from, text.find_first_of(",}", from) - from, value);
+            h["__metadata__"][where] = text;
+        });
+    };
+    for (const char* value : {"8.9", "16.0", "4294967312", "1e300", "-1", "\"16\"", "null", "true", "[16]"}) {
+        change("config", "d-model", value);
+        at.refuse("infer", {"--checkpoint", at / "run"}, {path, "d-model"});
+        at.refuse("train", resume, {path, "d-model"});
+    }
+    for (const char* value : {"2.5", "4294967300", "1e300", "-4", "\"4\""}) {
+        change("training", "batch", value);
+        at.refuse("train", resume, {path, "batch"});
+    }
+    for (const char* value : {"-1", "1.5", "18446744073709551616", "1e300"}) {
+        change("training", "seed", value);
+        at.refuse("train", resume, {path, "seed"});
+    }
+    for (const char* value : {"1e999", "\"0.1\"", "true"}) {
+        change("training", "lr", value);
+        at.refuse("train", resume, {path});
+    }
+    for (const char* value : {"16.5", "\"16\"", "1e300", "[[16]]"}) {
+        change_header(path, good, [&](Json& h) { h["backbone.embeddings.weight"]["shape"][1] = Json::parse(value); });
+        at.refuse("infer", {"--checkpoint", at / "run"}, {path, "backbone.embeddings.weight", "size"});
+    }
+    write_text(path, good);
+    at.succeed("train", resume);
+    const std::string json = at / "data/dataset.json", whole = read_text(json);
+    for (const char* value : {"38974.5", "1e300", "-1", "null"}) {
+        Json changed = Json::parse(whole);
+        changed["train_tokens"] = Json::parse(value);
+        write_text(json, changed.dump());
+        at.refuse("train", train_flags(at, "other", 1), {json, "train_tokens"});
+    }
+    write_text(json, whole);
+    for (const char* layers : {"M* 4", "M*+4", "M*0004", "M*4 ", "M*", "M*4*4"})
+        at.refuse("train", {"--dry-run", "--layers", layers}, {"--layers"});
+}
+
+TEST_CASE("what others wrote is quoted, and each thing has its name") {
+    const Workplace at;
+    make_data(at);
+    at.succeed("train", train_flags(at, "run", 2) + Arguments{"--schedule", "constant"});
+    const std::string path = at / "run/model.safetensors", good = read_text(path);
+    change_header(path, good, [&](Json& h) {
+        Json config = Json::parse(h["__metadata__"]["config"].get<std::string>());
+        config["layers"] = "M\nerror: \033[31mred";
+        h["__metadata__"]["config"] = config.dump();
+    });
+    at.refuse("infer", {"--checkpoint", at / "run"}, {path, "M\\nerror: \\x1b[31mred"});
+    change_header(path, good, [&](Json& h) { h["__metadata__"]["machine"] = "a\033[31m\nb"; });
+    const std::string out = at.succeed("train", {"--data", at / "data", "--out", at / "run", "--resume", "--steps", "3", "--peak-flops", "1e11"}).out;
+    CHECK(out.find("written on a\\x1b[31m\\nb;") != std::string::npos);
+    fs::remove_all(at / "dir");
+    fs::create_directories(at / "dir/model.safetensors");
+    at.refuse("infer", {"--checkpoint", at / "dir"}, {at / "dir/model.safetensors", "is a directory"});
+    if (geteuid() != 0) {
+        fs::permissions(at / "data", fs::perms::owner_exec);
+        at.refuse("train", train_flags(at, "other", 1), {at / "data", "Permission denied"});
+        fs::permissions(at / "data", fs::perms::owner_all);
+    }
+    // A directory that is input and output: what is written there is no text of the next run.
+    fs::create_directory(at / "both");
+    write_text(at / "both/a.txt", prose(5000));
+    for (int run = 0; run < 2; run++) {
+        at.succeed("data_prep", {"--input", at / "both", "--output", at / "both", "--val-fraction", "0.1"});
+        CHECK(Json::parse(read_text(at / "both/dataset.json")).at("documents") == 1);
+    }
+}
+
+// ---- system calls that fail, and moments at which a program is killed: each of them once
+
+struct Call {
+    std::string name, line;
+    int index;  // among those of its name, from 1
+};
+// Those of a program's first thread on files in the workplace.
+static std::vector<Call> calls_on_files(const Workplace& at, const std::string& program, const Arguments& arguments) {
+    const std::string log = at / "strace", names = "write,pwrite64,fsync,close,openat,getdents64,ftruncate,read,pread64,lseek,?rename,"
+                                                  "?renameat,?renameat2,?unlink,?unlinkat,?mkdir,?mkdirat,flock";
+    at.succeed(program, arguments, {.under = {"strace", "-f", "-qq", "-y", "-o", log, "-e", "trace=" + names}});
+    std::vector<Call> calls;
+    std::map<std::string, int> seen;
+    std::istringstream lines(read_text(log));
+    std::string first;
+    for (std::string line; std::getline(lines, line);) {
+        std::istringstream words(line);
+        std::string process, call;
+        words >> process >> call;
+        if (first.empty()) first = process;
+        if (process != first || !isalpha(call[0]) || call.find('(') == std::string::npos) continue;
+        const std::string name = call.substr(0, call.find('('));
+        const int index = ++seen[name];
+        const bool stream = line.find("/stdout>") != std::string::npos || line.find("/stderr>") != std::string::npos;
+        if (line.find(at / "") != std::string::npos && !stream) calls.push_back({name, line, index});
+    }
+    CHECK(calls.size() > 5);
+    return calls;
+}
+static Limits with_fault(const Call& call, const std::string& fault) {
+    return {.under = {"strace", "-f", "-qq", "-o", "/dev/null", "-e", "trace=" + call.name, "-e",
+                      "inject=" + call.name + ":" + fault + ":when=" + std::to_string(call.index)}};
+}
+static bool can_inject() {
+    const char* why = nullptr;
+    if (system("strace -o /dev/null true 2> /dev/null") != 0) why = "no strace, or it may not trace here";
+    else if (program("train").find("-sanitize/") != std::string::npos) why = "under AddressSanitizer it takes too long";
+    if (why) printf("skipped: failing system calls: %s\n", why);
+    return !why;
+}
+// Begins as `begin` leaves things, and fails at each of the program's calls. Then `check` is told the result: it is right with exit code 0
+// if all is done, or with 1 and one line of error.
+static void fail_at_each_call(const Workplace& at, const std::string& program, const Arguments& arguments, const std::function<void()>& begin,
+                              const std::function<void(const Result&)>& check) {
+    begin();
+    int faults = 0;
+    for (const Call& call : calls_on_files(at, program, arguments)) {
+        const bool space = call.name == "write" || call.name == "pwrite64" || call.name == "ftruncate";
+        for (const std::string fault : {space ? "error=ENOSPC" : "error=EIO", "signal=KILL"}) {
+            INFO(program << ", " << fault << " at call " << call.index << " of " << call.name << ": " << call.line);
+            begin();
+            const Result result = at.run(program, arguments, with_fault(call, fault));
+            INFO("exit code " << result.code << ", " << result.err);
+            if (fault == "signal=KILL") CHECK(result.code == -SIGKILL);
+            else CHECK((result.code == 0 || result.code == 1));
+            if (result.code == 1) CHECK((result.err.starts_with("error: ") && std::count(result.err.begin(), result.err.end(), '\n') == 1));
+            check(result);
+            faults++;
+        }
+    }
+    printf("%s %s: %d failing system calls and kills\n", program.c_str(), arguments[0].c_str(), faults);
+}
+static std::map<std::string, std::string> contents(const fs::path& directory) {
+    std::map<std::string, std::string> all;
+    if (fs::exists(directory))
+        for (const std::string& name : files(directory)) all[name] = read_text(directory / name);
+    return all;
+}
+
+TEST_CASE("data_prep, failing or killed at any system call, leaves the dataset that was there, or the new one") {
+    const Workplace at;
+    if (!can_inject()) return;
+    write_text(at / "old.txt", prose(9000));
+    write_text(at / "new.txt", prose(5000) + kSeparatorLine + prose(1000));
+    const auto flags = [&](const char* text, const char* out) {
+        return Arguments{"--input", at / text, "--output", at / out, "--val-fraction", "0.1", "--shard-tokens", "2000"};
+    };
+    at.succeed("data_prep", flags("old.txt", "before"));
+    at.succeed("data_prep", flags("new.txt", "after"));
+    const auto before = contents(at / "before"), after = contents(at / "after");
+    CHECK(before.size() > after.size());
+    fail_at_each_call(
+        at, "data_prep", flags("new.txt", "data"),
+        [&] {
+            fs::remove_all(at / "data");
+            fs::copy(at / "before", at / "data");
+        },
+        [&](const Result& result) {
+            const auto now = contents(at / "data");
+            const bool whole = now == before || now == after;
+            if (result.code == 0) CHECK((now == after));
+            if (result.code == 1) {
+                CHECK(whole);
+                CHECK((result.err.find("unharmed") == std::string::npos || now == before));
+                CHECK((result.err.find("is written") == std::string::npos || now == after));
+            }
+            // Killed, it can leave files behind; but who reads a dataset there reads a whole one.
+            const Arguments train = {"--data", at / "data", "--out", at / "run", "--layers", "M", "--d-model", "16", "--batch", "1",
+                                     "--seq-len", "8", "--steps", "1", "--peak-flops", "1e11", "--eval-every", "0"};
+            fs::remove_all(at / "run");
+            if (fs::exists(at / "data/dataset.json")) at.succeed("train", train);
+            at.succeed("data_prep", flags("new.txt", "data"));
+            CHECK((contents(at / "data") == after));
+        });
+}
+
+TEST_CASE("train, failing or killed at any system call, leaves a checkpoint that resumes to the same bits") {
+    const Workplace at;
+    if (!can_inject()) return;
+    make_data(at, 3000);
+    const Arguments more = {"--save-every", "1", "--schedule", "constant", "--eval-tokens", "64"};
+    at.succeed("train", train_flags(at, "begun", 1) + more);
+    at.succeed("train", train_flags(at, "whole", 3) + more);
+    const auto check = [&](const Result& result, int steps) {
+        if (result.code == 0) CHECK(fs::exists(at / "run/optimizer-" + std::to_string(steps) + ".safetensors"));
+        const bool saved = fs::exists(at / "run/model.safetensors");
+        if (saved) at.succeed("infer", {"--checkpoint", at / "run", "--tokens", "1"});
+        at.succeed("train", train_flags(at, "run", 3) + more + (saved ? Arguments{"--resume"} : Arguments{}));
+        check_same_checkpoint(at / "whole", at / "run", 3);
+        CHECK(files(at / "run") == files(at / "whole"));
+    };
+    fail_at_each_call(
+        at, "train", train_flags(at, "run", 2) + more, [&] { fs::remove_all(at / "run"); }, [&](const Result& result) { check(result, 2); });
+    fail_at_each_call(
+        at, "train", train_flags(at, "run", 3) + more + Arguments{"--resume"},
+        [&] {
+            fs::remove_all(at / "run");
+            fs::copy(at / "begun", at / "run");
+        },
+        [&](const Result& result) {
+            CHECK(fs::exists(at / "run/model.safetensors"));
+            check(result, 3);
+        });
+}
+
+TEST_CASE("infer, failing at any system call, says so") {
+    const Workplace at;
+    if (!can_inject()) return;
+    make_data(at, 3000);
+    at.succeed("train", train_flags(at, "run", 1));
+    write_text(at / "prompt", "and the");
+    const Arguments arguments = {"--checkpoint", at / "run", "--prompt-file", at / "prompt", "--tokens", "5"};
+    const std::string text = at.succeed("infer", arguments).out;
+    fail_at_each_call(at, "infer", arguments, [] {}, [&](const Result& result) {
+        if (result.code == 0) CHECK(result.out == text);
+    });
 }

@@ -1,0 +1,37 @@
+// Datasets, as data_prep writes them: a directory of token files (.bin, llm.c's format) and a dataset.json that names their tokenizer.
+//   train_000000.bin, val_000000.bin, ...   256 int32 {kTokenMagic, version, count, 0...}, then count tokens: uint16 (version 1) or uint32 (2)
+//   dataset.json                            {"tokenizer": {...}, "train_tokens", "val_tokens", "documents", "split"}
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "files.h"
+#include "tokenizer.h"
+
+inline constexpr int kTokenMagic = 20240520, kTokenHeaderInts = 256;
+inline constexpr int64_t kTokenHeaderBytes = kTokenHeaderInts * sizeof(int32_t);
+inline const std::string kDatasetFile = "dataset.json";
+
+// The token files of one split as one long stream. They are read as they are needed, from what was there when it was opened: neither a new
+// dataset in their place nor a file cut short is taken for the old one.
+struct TokenStream {
+    struct Shard {
+        InputFile file;
+        int width;             // bytes of a token
+        int64_t first, count;  // position of its first token in the stream, tokens
+    };
+    std::vector<Shard> shards;
+    int64_t count = 0;
+    const int vocab;
+    TokenStream(const std::string& directory, const std::string& split, int64_t expected, int vocab);  // fails unless it holds so many
+    void read(int* out, int64_t first, int64_t n) const;                                               // fails at a token beyond vocab
+};
+
+struct Dataset {
+    Tokenizer tokenizer;
+    std::unique_ptr<TokenStream> train, val;
+    explicit Dataset(const std::string& directory);
+};
