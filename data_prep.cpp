@@ -61,8 +61,10 @@ struct ShardWriter {
     const std::string split;
     const int64_t shard_tokens;
     int64_t total = 0;
-    std::vector<std::unique_ptr<NewFile>> shards = {};
+    std::vector<std::unique_ptr<NewFile>> shards;
 
+    ShardWriter(const fs::path& directory, const std::string& split, int64_t shard_tokens)
+        : directory(directory), split(split), shard_tokens(shard_tokens) {}
     void append(const int* tokens, size_t count) {
         while (count > 0) {
             if (!open) begin();
@@ -85,7 +87,7 @@ struct ShardWriter {
    private:
     bool open = false;     // the last one
     int64_t in_shard = 0;  // tokens in it
-    std::vector<uint16_t> buffer = {};
+    std::vector<uint16_t> buffer;
 
     void begin() {
         if (shards.size() > 999999) fail("more than a million shards: raise --shard-tokens");
@@ -360,7 +362,7 @@ static int data_prep(int argc, char** argv) {
 
     Tokenizer tokenizer;
     tokenizer.kind = tokenizer_kind;
-    ShardWriter train{output, "train", shard_tokens}, val{output, "val", shard_tokens};
+    ShardWriter train(output, "train", shard_tokens), val(output, "val", shard_tokens);
     Splitter splitter{tokenizer, train, val, fraction, progress.total, int64_t(inputs.size())};
     int64_t done = 0, skipped = 0;
     for (const Input& input : inputs) {
