@@ -110,6 +110,20 @@ struct Loader {
 // both become the checkpoint; then older optimizers go. Wherever a run is killed, one whole checkpoint is there.
 static const char* const kModelFile = "model.safetensors";
 
+// Optimizers of other steps, and what a kill left half written. What cannot be removed is no reason to end a run.
+static void remove_others(const fs::path& out, const std::string& optimizer) {
+    try {
+        for (const std::string& name : list_directory(out.string())) {
+            int step = 0, length = 0;  // optimizer-STEP.safetensors
+            if (sscanf(name.c_str(), "optimizer-%d.safetensors%n", &step, &length) != 1 || length == 0) continue;
+            const std::string rest = name.substr(length);
+            if (name != optimizer && (rest.empty() || rest == ".tmp")) remove_file((out / name).string());
+        }
+    } catch (const Error& e) {
+        fprintf(stderr, "warning: %s; the checkpoint is whole\n", printable(e.what()).c_str());
+    }
+}
+
 static void save_checkpoint(const Model& model, const fs::path& out, int step, const Run& run, const Dataset& data) {
     const std::string optimizer = "optimizer-" + std::to_string(step) + ".safetensors";
     try {
@@ -127,16 +141,7 @@ static void save_checkpoint(const Model& model, const fs::path& out, int step, c
         fs::remove(out / optimizer, ignored);
         throw;
     }
-    try {
-        for (const std::string& name : list_directory(out.string())) {
-            int of_step = 0, length = 0;  // optimizer-STEP.safetensors, or one that a kill left as .tmp
-            if (sscanf(name.c_str(), "optimizer-%d.safetensors%n", &of_step, &length) != 1 || length == 0) continue;
-            const std::string rest = name.substr(length);
-            if (name != optimizer && (rest.empty() || rest == ".tmp")) remove_file((out / name).string());
-        }
-    } catch (const Error& e) {  // no reason to end a run
-        fprintf(stderr, "warning: %s; the checkpoint of step %d is saved\n", printable(e.what()).c_str(), step);
-    }
+    remove_others(out, optimizer);
 }
 
 struct Checkpoint {
@@ -160,7 +165,11 @@ struct Checkpoint {
             return value;
         };
         fields_from_json(run, JsonObject(file.meta("training"), model + ": what it says of its training"));
-        run.resolve();
+        try {
+            run.resolve();
+        } catch (const Error& e) {
+            fail("%s: what it says of its training is damaged: %s", model.c_str(), e.what());
+        }
         train_tokens = number("train_tokens");
         const int64_t done = number("step");
         if (done > run.steps) fail("%s: it is of step %lld of %d", model.c_str(), (long long)done, run.steps);
@@ -505,6 +514,7 @@ static int train(int argc, char** argv) {
     std::unique_ptr<Checkpoint> checkpoint;
     if (options.resume) {
         checkpoint = std::make_unique<Checkpoint>(options.out);
+        remove_others(options.out, fs::path(checkpoint->optimizer).filename().string());
         config = overlay(options.preset.empty() ? checkpoint->config : base, model_flags, command);
         if (!command.has("--vocab")) config.vocab = checkpoint->config.vocab;
         check_same(config, checkpoint->config);

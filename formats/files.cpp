@@ -150,8 +150,7 @@ void write_all(int file, const std::string& name, const void* data, size_t bytes
 NewFile::NewFile(const std::string& path) : path(path) {
     const std::string temporary = path + ".tmp";
     // A link or a pipe that somebody made under this name is not followed, not waited for, and not kept.
-    remove_file(temporary);
-    file = open(temporary.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+    file = unlink(temporary.c_str()) != 0 && errno != ENOENT ? -1 : open(temporary.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
     if (file < 0) fail("cannot write %s: %s", temporary.c_str(), strerror(errno));
 }
 NewFile::~NewFile() {
