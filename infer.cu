@@ -166,6 +166,6 @@ static int infer(int argc, char** argv) {
 }
 
 int main(int argc, char** argv) {
-    spin_briefly(argv);
+    set_up_threads(argv);
     return run_main(infer, argc, argv);
 }

@@ -560,6 +560,6 @@ static int train(int argc, char** argv) {
 }
 
 int main(int argc, char** argv) {
-    spin_briefly(argv);
+    set_up_threads(argv);
     return run_main(train, argc, argv);
 }

@@ -2,6 +2,7 @@
 
 #include <dirent.h>
 #include <fcntl.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -41,11 +42,25 @@ static void open_streams() {
         if (fcntl(stream, F_GETFD) < 0) open("/dev/null", stream == STDIN_FILENO ? O_WRONLY : O_RDWR);  // takes the lowest free number
 }
 
+// Of loops that have their arrays on the stack, with room to spare. Returns whether it had to be raised.
+static bool raise_stack_limit() {
+    constexpr rlim_t kStack = 8 << 20;
+    rlimit limit{};
+    getrlimit(RLIMIT_STACK, &limit);
+    if (limit.rlim_cur >= kStack) return false;
+    if (limit.rlim_max < kStack)
+        fail("the stack is limited to %llu KB, and cannot be raised: run it after ulimit -s 8192", (unsigned long long)(limit.rlim_max >> 10));
+    limit.rlim_cur = kStack;
+    setrlimit(RLIMIT_STACK, &limit);
+    return true;
+}
+
 int run_main(int (*body)(int, char**), int argc, char** argv) {
     open_streams();
     signal(SIGXFSZ, SIG_IGN);  // a file beyond the size limit is an error of write()
     int code = 1;
     try {
+        raise_stack_limit();
         code = body(argc, argv);
     } catch (const std::bad_alloc&) {
         fprintf(stderr, "error: out of memory on the host; use a smaller model, --batch or --seq-len\n");
@@ -64,9 +79,19 @@ int run_main(int (*body)(int, char**), int argc, char** argv) {
 // wait for. Spinning for a small part of that loses nothing on an idle machine, and little on a busy one. libgomp reads how long from the
 // environment as it is loaded, before main: so the program sets it and starts anew as itself, in the same process. Whoever
 // has said in the environment how threads should wait is left alone, and so is the second start. Where it fails, all is as before.
-void spin_briefly(char** argv) {
-    if (getenv("GOMP_SPINCOUNT") || getenv("OMP_WAIT_POLICY")) return;
-    setenv("GOMP_SPINCOUNT", "10000", 1);
+// The size of the threads' stacks is settled as early, by the limit of the first one's.
+void set_up_threads(char** argv) {
+    bool anew = false;
+    try {
+        anew = raise_stack_limit();
+    } catch (const Error&) {
+        return;  // run_main will say so
+    }
+    if (!getenv("GOMP_SPINCOUNT") && !getenv("OMP_WAIT_POLICY")) {
+        setenv("GOMP_SPINCOUNT", "10000", 1);
+        anew = true;
+    }
+    if (!anew) return;
     char path[PATH_MAX];  // its own, not /proc/self/exe: as that, the process would be called "exe"
     const ssize_t length = readlink("/proc/self/exe", path, sizeof(path) - 1);
     if (length <= 0) return;

@@ -1476,6 +1476,37 @@ TEST_CASE("what others wrote is quoted, and each thing has its name") {
     }
 }
 
+TEST_CASE("limits are errors, not signals, and nothing waits for ever") {
+    const Workplace at;
+    make_data(at);
+    at.succeed("train", train_flags(at, "run", 2));
+    // The first thread's stack, and with it the others', is raised where that is allowed.
+    const Arguments small = {"bash", "-c", "ulimit -S -s 64 && exec \"$0\" \"$@\""};
+    at.succeed("train", train_flags(at, "small", 2), {.under = small});
+    check_same_checkpoint(at / "small", at / "run", 2);
+    at.succeed("infer", {"--checkpoint", at / "run", "--tokens", "3"}, {.under = small});
+    at.succeed("data_prep", {"--input", at / "text.txt", "--output", at / "small"}, {.under = small});
+    const Limits smaller{.stack_bytes = 256 << 10};
+    at.refuse("train", train_flags(at, "other", 2), {"stack is limited to 256 KB", "ulimit -s"}, smaller);
+    at.refuse("infer", {"--checkpoint", at / "run"}, {"stack is limited to 256 KB"}, smaller);
+    at.refuse("data_prep", {"--input", at / "text.txt", "--output", at / "small"}, {"stack is limited to 256 KB"}, smaller);
+    // A shard that somebody cuts short during training, and a log beyond the file size limit.
+    const Limits meanwhile{.meanwhile = [&](pid_t) {
+        for (int i = 0; i < 4000 && read_text(at / "cut/log.jsonl").find("\"step\":2,") == std::string::npos; i++)
+            std::this_thread::sleep_for(std::chrono::milliseconds(5));
+        CHECK(truncate((at / "data/train_000000.bin").c_str(), 2000) == 0);
+    }};
+    at.refuse("train", train_flags(at, "cut", 1000000) + Arguments{"--save-every", "0"}, {at / "data/train_000000.bin", "cut short"}, meanwhile);
+    make_data(at);
+    at.refuse("train", train_flags(at, "long", 1000000) + Arguments{"--save-every", "0"}, {"log.jsonl", "File too large"}, {.file_bytes = 3000});
+    if (program("train").find("-sanitize/") != std::string::npos) return;  // AddressSanitizer itself reserves terabytes
+    for (const rlim_t megabytes : {40, 150, 200, 300, 350, 400, 450, 600})
+        at.refuse("train", train_flags(at, "other", 2), {"memory is limited", "OMP_NUM_THREADS"}, {.memory_bytes = megabytes << 20});
+    at.succeed("train", train_flags(at, "enough", 2), {.memory_bytes = rlim_t(800) << 20});
+    at.succeed("train", train_flags(at, "single", 2), {.memory_bytes = rlim_t(500) << 20, .threads = "1"});
+    at.succeed("data_prep", {"--input", at / "text.txt", "--output", at / "small"}, {.memory_bytes = rlim_t(100) << 20});
+}
+
 // ---- system calls that fail, and moments at which a program is killed: each of them once
 
 struct Call {
