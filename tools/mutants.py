@@ -356,7 +356,7 @@ FAULTS = {
         ("barrier", "__syncthreads();", ""),
         ("sum over lanes", "dot = warp_sum(dot);", ""),
     ],
-    "RouterScratch": [("logits", "take<real>(int64_t(rows) * ld_logits)", "take<real>(rows)"), ("ld", "ceil_div(E, 8) * 8);", "E / 8 * 8);")],
+    "RouterScratch": [("logits", "take<real>(int64_t(rows) * ld_logits)", "take<real>(rows)", None, "bf16"), ("ld", "ceil_div(E, 8) * 8);", "E / 8 * 8);")],
     "router_forward": [("blocks", "blocks_for(r.rows, kRouterWarps)", "blocks_for(r.rows, 2 * kRouterWarps)"),
                        ("rows of a few", "router_few_kernel, r.rows,", "router_few_kernel, 1,")],
     "router_losses_kernel": [
