@@ -97,6 +97,7 @@ endif
 $(BUILD)/moemamba.o: OPTIMIZE := -O1
 # No loop in them takes time, but compiling them would.
 $(BUILD)/train.o $(BUILD)/infer.o $(SHARED)/data_prep.o $(FORMATS): OPTIMIZE := $(if $(filter 1,$(SANITIZE)),-O0,-O1)
+$(SHARED)/json.o $(SHARED)/options.o: OPTIMIZE := -O0
 $(BUILD)/moemamba.o $(SHARED)/test_simt.o: CXXFLAGS += $(CHECKED)
 ifeq ($(CUDA),1)
 # The only file with kernels: g++ compiles the others.

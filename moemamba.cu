@@ -588,8 +588,7 @@ __global__ void sort_place_kernel(Sort s) { sort_place(s); }
 __global__ void sort_kernel(Sort s) {
     sort_count(s);
     sort_scan(s, 1);
-    __syncthreads();  // offset
-    sort_place(s);
+    sort_place(s);  // has barriers before it reads the offset
 }
 void counting_sort(const Sort& s, cudaStream_t stream) {
     const int tiles = sort_tiles(s.count);

@@ -61,7 +61,7 @@ build = +@tests/run.sh build "$@" $(MAKE) --no-print-directory -f Makefile CUDA=
 step = @tests/run.sh step
 cpu := build/cpu
 
-all: kernels-sanitizers kernels-double nvcc kernels-bf16 kernels-float programs programs-sanitizers simt simt-sanitizers makefile $(WITHOUT)
+all: programs-sanitizers kernels-sanitizers nvcc kernels-double kernels-bf16 kernels-float programs simt simt-sanitizers makefile $(WITHOUT)
 
 # What builds share: no two of them may write one file.
 shared:

@@ -8,6 +8,7 @@ goes on where it was."""
 import argparse
 import concurrent.futures
 import hashlib
+import itertools
 import os
 import re
 import shlex
@@ -16,12 +17,16 @@ import sys
 import time
 
 TESTS = "[gpu],[traffic]"
+LAYER_TESTS = "a layer gives the same on the GPU*,*one that has few"  # and of those, the ones of a layer
 BUILD = "build/mutants"
 # A function whose name begins so is tested on its own layer first; most faults show there, and only the others need all tests.
 LAYERS = {"embedding|Embedding|sort_|bucket_of|counting_sort": "embedding", "rmsnorm": "rmsnorm", "linear|matmul": "linear", "conv|Conv|with_conv": "conv",
           "scan|Scan|exchange|load_states|store_states|load_decay|with_split|State": "scan",
           "route|Router|dispatch|Dispatch|gather|combine|expert": "moe", "swiglu": "feed-forward", "relu": "relu",
           "softmax_of_row|classifier": "classifier", "softmax_forward": "softmax", "sum_kernel|sum_all": "sum", "adamw": "adamw"}
+# Compiling takes the time. No test of a layer in one of these groups comes through a function of another group: three faults, one from
+# each, are compiled together, and tested each on its own layer.
+TOGETHER = [{"scan"}, {"moe", "embedding", "linear", "feed-forward", "relu"}, {"conv", "rmsnorm", "classifier", "softmax", "sum", "adamw"}]
 
 # function: [(name, fragment, replacement, why it is harmless if it is)]
 FAULTS = {
@@ -101,7 +106,7 @@ FAULTS = {
     "sort_count_kernel": [("nothing", "{ sort_count(s); }", "{}")],
     "sort_scan_kernel": [("one tile", "sort_scan(s, tiles)", "sort_scan(s, 1)")],
     "sort_place_kernel": [("nothing", "{ sort_place(s); }", "{}")],
-    "sort_kernel": [("barrier", "__syncthreads();", "")],
+    "sort_kernel": [("no offset", "sort_scan(s, 1);", "")],
     "counting_sort": [("always one tile", "if (tiles == 1)", "if (tiles >= 1)")],
 
     # ---- matrix products and memory
@@ -351,7 +356,7 @@ FAULTS = {
         ("barrier", "__syncthreads();", ""),
         ("sum over lanes", "dot = warp_sum(dot);", ""),
     ],
-    "RouterScratch": [("logits", "take<real>(int64_t(rows) * ld_logits)", "take<real>(rows)"), ("ld", "ceil_div(E, 8) * 8);", "E / 8 * 8);")],
+    "RouterScratch": [("logits", "take<real>(int64_t(rows) * ld_logits)", "take<real>(rows)", None, "bf16"), ("ld", "ceil_div(E, 8) * 8);", "E / 8 * 8);")],
     "router_forward": [("blocks", "blocks_for(r.rows, kRouterWarps)", "blocks_for(r.rows, 2 * kRouterWarps)"),
                        ("rows of a few", "router_few_kernel, r.rows,", "router_few_kernel, 1,")],
     "router_losses_kernel": [
@@ -480,6 +485,7 @@ FAULTS = {
 class Fault:
     def __init__(self, number, function, name, old, new, harmless=None, precision="float"):
         self.number, self.function, self.old, self.new, self.harmless, self.precision = number, function, old, new, harmless, precision
+        self.layer = next((layer for names, layer in LAYERS.items() if re.match(names, function)), None)
         self.name = f"{function}: {name}"
 
 
@@ -550,7 +556,8 @@ class Base:
         files = ["moemamba.h", "test_kernels.cu", "cpu/plain.cpp", "cpu/layers.cpp", "cpu/simt.h"]
         self.rest = after + "".join(open(name).read() for name in files)
         self.limit = 1200
-        result, seconds = self.known(f"{self.directory}/none", before + kernel_part(source)[1])
+        none, kernels = f"{self.directory}/none", before + kernel_part(source)[1]
+        result, seconds = self.known(none, kernels) or self.keep(none, kernels, *self.test(none, kernels))
         if result != "alive":
             sys.exit(f"the tests fail without any fault: {seconds}")
         self.limit = 30 + 5 * float(seconds)
@@ -561,49 +568,66 @@ class Base:
         if compiled.returncode:
             raise RuntimeError(compiled.stdout)
 
-    def known(self, directory, kernels, function=""):
-        """The result of test(), from an earlier run if there was one."""
-        os.makedirs(directory, exist_ok=True)
+    def known(self, directory, kernels):
+        """The result of an earlier test of these kernels, and what was told of it; None if there was none."""
         key = hashlib.sha256((self.directory + kernels + self.rest).encode()).hexdigest()
         file = f"{directory}/result"
-        known = open(file).read().split("\n", 2) if os.path.exists(file) else [""]
-        if known[0] == key:
-            return known[1], known[2]
-        result, what = self.test(directory, kernels, function)
-        with open(file + ".tmp", "w") as out:
+        said = open(file).read().split("\n", 2) if os.path.exists(file) else [""]
+        return (said[1], said[2]) if said[0] == key else None
+
+    def keep(self, directory, kernels, result, what):
+        key = hashlib.sha256((self.directory + kernels + self.rest).encode()).hexdigest()
+        os.makedirs(directory, exist_ok=True)
+        with open(f"{directory}/result.tmp", "w") as out:
             out.write(f"{key}\n{result}\n{what}")
-        os.replace(file + ".tmp", file)
+        os.replace(f"{directory}/result.tmp", f"{directory}/result")
         return result, what
 
-    def test(self, directory, kernels, function):
-        """caught, alive or broken; and by what, or how long the tests took"""
+    def program(self, directory, kernels):
+        """Their tests, compiled and linked."""
+        os.makedirs(directory, exist_ok=True)
         with open(f"{directory}/moemamba.cu", "w") as file:
             file.write(kernels)
         object, program = f"{directory}/moemamba.o", f"{directory}/test_kernels"
-        try:
-            self.build(f"{directory}/moemamba.cu", object)
-        except RuntimeError as error:
-            return "broken", next((line for line in str(error).splitlines() if "error" in line), str(error)[:200])
+        self.build(f"{directory}/moemamba.cu", object)
         replaced = {f"{self.directory}/moemamba.o": object, f"{self.directory}/test_kernels": program}
         linked = run([replaced.get(word, word) for word in self.link])
+        os.remove(object)
         if linked.returncode:
-            return "broken", linked.stdout[:200]
-        start = time.monotonic()
-        own = [("[layers][gpu]", {"MOEMAMBA_TEST_LAYER": layer}) for names, layer in LAYERS.items() if re.match(names, function)]
+            raise RuntimeError(linked.stdout)
+        return program
+
+    def failure(self, program, directory, layer):
+        """Of the tests of one layer, or if it is None of all: what the first failure says; None if there is none."""
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **({"MOEMAMBA_TEST_LAYER": layer} if layer else {})}
         try:
-            for which, layer in own + [(TESTS, {})]:
-                tests = run([program, which, "--abort"], timeout=self.limit, env={**os.environ, "OMP_NUM_THREADS": "1", **layer})
-                if tests.returncode:
-                    break
+            tests = run([program, LAYER_TESTS if layer else TESTS, "--abort"], timeout=self.limit, env=environment)
         except subprocess.TimeoutExpired:
-            return "caught", f"not done in {self.limit:.0f} s"
-        finally:
-            os.remove(program)
-            os.remove(object)
-        seconds = time.monotonic() - start
+            return f"not done in {self.limit:.0f} s"
         with open(f"{directory}/log", "w") as file:
             file.write(tests.stdout)
-        return ("alive", f"{seconds:.0f}") if tests.returncode == 0 else ("caught", first_failure(tests.stdout))
+        return first_failure(tests.stdout) if tests.returncode else None
+
+    def test(self, directory, kernels, layer=None):
+        """caught, alive or broken; and by what, or how long the tests took"""
+        try:
+            program = self.program(directory, kernels)
+        except RuntimeError as error:
+            return "broken", next((line for line in str(error).splitlines() if "error" in line), str(error)[:200])
+        start = time.monotonic()
+        what = (layer and self.failure(program, directory, layer)) or self.failure(program, directory, None)
+        os.remove(program)
+        return ("caught", what) if what else ("alive", f"{time.monotonic() - start:.0f}")
+
+    def screen(self, directory, kernels, faults):
+        """All of these faults in one program: which of them do their own layers' tests catch?"""
+        try:
+            program = self.program(directory, kernels)
+        except RuntimeError:
+            return {}  # each by itself shows which
+        caught = {fault: self.failure(program, directory, fault.layer) for fault in faults}
+        os.remove(program)
+        return {fault: what for fault, what in caught.items() if what}
 
 
 def first_failure(log):
@@ -645,20 +669,38 @@ def main():
     start = time.monotonic()
     results = {}
 
-    def examine(fault):
-        return fault, bases[fault.precision].known(f"{BUILD}/{fault.number}", before + planted[fault], fault.function)
+    def examine(faults):
+        """Those whose result is not known: together first, if they are several, then each that this did not catch."""
+        results = {}
+        for fault in faults:
+            results[fault] = bases[fault.precision].known(f"{BUILD}/{fault.number}", before + planted[fault])
+        unknown = [fault for fault in faults if not results[fault]]
+        caught = {}
+        if len(unknown) > 1:
+            together = kernels
+            for fault in unknown:
+                together = plant(together, fault)
+            caught = bases[unknown[0].precision].screen(f"{BUILD}/{unknown[0].number}", before + together, unknown)
+        for fault in unknown:
+            base, directory, source = bases[fault.precision], f"{BUILD}/{fault.number}", before + planted[fault]
+            result = ("caught", caught[fault]) if fault in caught else base.test(directory, source, fault.layer)
+            results[fault] = base.keep(directory, source, *result)
+        return results
 
+    lists = [[fault for fault in planted if fault.precision == "float" and fault.layer in layers] for layers in TOGETHER]
+    batches = [[fault for fault in batch if fault] for batch in itertools.zip_longest(*lists)]
+    batches += [[fault] for fault in planted if fault not in sum(lists, [])]
     with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
-        for done in concurrent.futures.as_completed([pool.submit(examine, fault) for fault in planted]):
-            fault, (result, what) = done.result()
-            if result == "alive":
-                what = ""
-            if result == "alive" and fault.harmless:
-                result, what = "harmless", fault.harmless
-            elif fault.harmless:
-                result, what = "broken", f"said to be harmless ({fault.harmless}), but {result}: {what}"
-            results[fault] = result, what
-            print(f"{len(results):3}/{len(planted)} {result:8} {fault.name}" + (f": {what}" if what else ""), flush=True)
+        for done in concurrent.futures.as_completed([pool.submit(examine, batch) for batch in batches]):
+            for fault, (result, what) in done.result().items():
+                if result == "alive":
+                    what = ""
+                if result == "alive" and fault.harmless:
+                    result, what = "harmless", fault.harmless
+                elif fault.harmless:
+                    result, what = "broken", f"said to be harmless ({fault.harmless}), but {result}: {what}"
+                results[fault] = result, what
+                print(f"{len(results):3}/{len(planted)} {result:8} {fault.name}" + (f": {what}" if what else ""), flush=True)
 
     count = {kind: sum(result == kind for result, _ in results.values()) for kind in ("caught", "harmless", "alive", "broken")}
     for kind in ("harmless", "broken", "alive"):

@@ -122,8 +122,8 @@ def main():
         print(f"{name:{width}} {precision:6} {column('threads'):>5} {column('registers'):>11} {column('shared'):>13} {column('spill'):>5} "
               f"{column('stack'):>5}  {column('occupancy')}")
 
-    programs = [f"build/nvcc/{name}" for name in ("bench", "kernels")]
-    if not make(nvcc, "bf16", ["tests", *programs], "ARCHS=90", "BUILD=build/nvcc", "OPTIMIZE=-O0"):
+    programs = [f"build/nvcc/{name}" for name in ("train", "infer", "test_kernels", "bench", "kernels")]  # all that knows CUDA
+    if not make(nvcc, "bf16", programs, "ARCHS=90", "BUILD=build/nvcc", "OPTIMIZE=-O0"):
         faults.append("nvcc does not build the programs")
     kernels = len({name for name, _ in table})
     for fault in faults:
