@@ -335,14 +335,14 @@ static int data_prep(int argc, char** argv) {
     double fraction = 0.01;
     int shard_tokens = 100'000'000;
     CommandLine command("Turns text into token files for train. A file is one document, or several if it has lines that read <|endoftext|>; "
-                 "every document is followed by the end-of-text token.");
+                        "every document is followed by the end-of-text token.");
     command.add("--input", paths, "text files, directories of them, or - for standard input; each may be gzipped");
     command.add("--output", output, "directory for train_*.bin, val_*.bin and dataset.json; created if need be");
     command.add("--tokenizer", tokenizer_kind, "bytes: a token is a byte, 256 is end-of-text");
     command.add("--val-fraction", fraction,
-               "share for validation, 0 to 0.5: of every 1/share documents one, chosen at random but always the same; a document "
-               "longer than the share of all text (4 times that if there are at least 1/share documents) is dealt in pieces of about "
-               "1/4 of the share, 128 KiB at most, cut at the ends of lines");
+                "share for validation, 0 to 0.5: of every 1/share documents one, chosen at random but always the same; a document "
+                "longer than the share of all text (4 times that if there are at least 1/share documents) is dealt in pieces of about "
+                "1/4 of the share, 128 KiB at most, cut at the ends of lines");
     command.add("--shard-tokens", shard_tokens, "most tokens in one file");
     if (!command.parse(argc, argv)) return 0;
     if (paths.empty() || output.empty()) fail("--input and --output are required");

@@ -592,6 +592,7 @@ const std::vector<Case>& cases() {
         scan(2, 1, 9, 50, true, true), scan(2, 3 * chunk + 3, 6, 50, true, true, 2, true),  // on simt: four segments
         scan(2, 41, 16, 16, false, true, 0, false, 16),
         scan(2, 7, 5 * kWidth / 2, 16, true, true, 0, true),  // rows of z allow the widest loads, those of u do not
+        scan(4, 3 * chunk + 5, 3, 16, true, true), scan(9, 2 * chunk + 3, 20, 4, true, true),  // on simt: two segments of two chunks; one of three
         moe({.rows = 1, .C = 3, .F = 5, .E = 1, .K = 1, .capacity = 0}),
         moe({.rows = 37, .C = 24, .F = 40, .E = 4, .K = 1, .capacity = 9, .skew = 0.5}),
         moe({.rows = 37, .C = 17, .F = 9, .E = 5, .K = 2, .capacity = 0, .swiglu = true, .renormalize = true, .accumulate = true}),
@@ -705,23 +706,16 @@ TEST_CASE("a layer gives the same on the GPU as in plain loops, and the same bit
 }
 
 #ifndef USE_CUDA
-struct Multiprocessors {
+struct ManyMultiprocessors {
     const simt::Options before = simt::options;
-    explicit Multiprocessors(int count) { simt::options.multiprocessors = count; }
-    ~Multiprocessors() { simt::options = before; }
+    ManyMultiprocessors() { simt::options.multiprocessors = 64; }
+    ~ManyMultiprocessors() { simt::options = before; }
 };
-TEST_CASE("what is cut by the GPU's multiprocessors gives the same on one that has few", "[layers][gpu]") {
-    const int chunk = kScanChunk;
-    const Multiprocessors few(1);
-    for (const Case& c : selected({scan(1, 3 * chunk + 5, 3, 16, true, true),       // two segments of two chunks
-                                   scan(3, 2 * chunk + 3, 20, 4, true, true)}))     // one of three
-        DYNAMIC_SECTION(c.name) { check_gpu(c); }
-}
 TEST_CASE("what is cut by the GPU's multiprocessors gives the same on one that has many", "[layers][gpu]") {
     const int chunk = kScanChunk;
     auto scratch = [&] { return gpu::layers.scan_scratch(2, 5 * chunk + 3, 40, 50); };
     const size_t with_few = scratch();
-    const Multiprocessors many(64);
+    const ManyMultiprocessors many;
     CHECK(scratch() > with_few);  // of segments, which it has now
     for (const Case& c : selected({scan(2, 5 * chunk + 3, 40, 50, true, true), scan(1, 4 * chunk + 1, 24, 33, false, true, 3, true),
                                    scan(2, 3 * chunk, 40, 17, true, false), scan(3, 5 * chunk + 3, 40, 16, true, true),
@@ -885,7 +879,7 @@ TEST_CASE("scratch for some sizes is enough for smaller ones", "[layers]") {
         check(cpu::layers);
     }
 #ifndef USE_CUDA
-    const Multiprocessors many(64);
+    const ManyMultiprocessors many;
     check(gpu::layers);
 #endif
 }

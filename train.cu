@@ -459,22 +459,22 @@ static int train(int argc, char** argv) {
     Run run_flags;
     Config model_flags;
     CommandLine command("Trains a model on token files of data_prep. Needs --preset or --layers, or --resume. Ctrl-C: finish the step, save, "
-                 "stop.");
+                        "stop.");
     command.add("--data", options.data, "directory that data_prep wrote");
     command.add("--out", options.out, "directory for checkpoint and log; created if need be");
     command.add("--device", options.device, "auto, cpu, simt, plain or cuda; auto is the fastest there is");
     command.add("--save-every", options.save_every, "steps from one checkpoint to the next, beside the last; 0 = only the last");
     command.add("--eval-every", options.eval_every, "steps from one validation to the next, beside the last; 0 = none");
     command.add("--eval-tokens", options.eval_tokens,
-               "tokens in a validation: whole sequences from the start of the validation split, or all there are, whatever --batch is");
+                "tokens in a validation: whole sequences from the start of the validation split, or all there are, whatever --batch is");
     command.add("--sample-every", options.sample_every, "steps from one sample to the next; 0 = none");
     command.add("--sample-tokens", options.sample_tokens, "most tokens in a sample");
     command.add("--sample-prompt", options.sample_prompt, "what a sample continues; empty: a new document");
     command.add("--max-minutes", options.max_minutes, "stop and save, as on Ctrl-C, after so long; 0 = no limit");
     command.add("--peak-flops", options.peak_flops, "operations/s of matrix products that count as the peak; 0 = measure them now");
     command.add("--resume", options.resume,
-                 "continue the run in --out, bit for bit on the same device with as many threads; it knows its model and its run: "
-                 "only --steps can grow, with a constant schedule");
+                "continue the run in --out, bit for bit on the same device with as many threads; it knows its model and its run: "
+                "only --steps can grow, with a constant schedule");
     command.add("--dry-run", options.dry_run, "print parameters, memory and compute, take none of them; needs no --data or --out");
     command.add("--list-presets", options.list_presets, "print the presets");
     Run::each_field(run_flags, [&](const char* flag, auto& field, const char* help, auto...) {
