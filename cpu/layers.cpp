@@ -15,6 +15,7 @@
 #include <cstring>
 #include <numeric>
 #include <omp.h>
+#include <string_view>
 #include <type_traits>
 #ifdef __linux__
 #include <sys/mman.h>
@@ -1296,20 +1297,22 @@ void adamw(real* master, floatX* weight, real* m, real* v, const real* grad, int
 }
 
 // OpenBLAS takes a buffer of 128 MiB for each thread, the first of them as it is loaded, and where there is no room for one it tries again for
-// ever, deaf to signals. So the limit on memory (ulimit -v) is looked at before any library begins: which is before there is an allocator.
+// ever, deaf to signals. So the limit on memory (ulimit -v) is looked at before any library begins: there is no allocator yet, and no getenv().
 constexpr rlim_t kBlasBytes = 256u << 20, kThreadBytes = 208u << 20;  // measured; a thread's are the buffer, its heap and its stack
-[[gnu::no_sanitize("address", "undefined")]] void check_memory_limit() {
+[[gnu::no_sanitize("address", "undefined")]] void check_memory_limit(int, char**, char** environment) {
     rlimit limit;
     if (getrlimit(RLIMIT_AS, &limit) != 0 || limit.rlim_cur == RLIM_INFINITY) return;
-    const char* const wanted = getenv("OMP_NUM_THREADS");
-    const int threads = std::max(1, wanted && *wanted ? atoi(wanted) : int(sysconf(_SC_NPROCESSORS_ONLN)));
-    const rlim_t needed = kBlasBytes + threads * kThreadBytes;
+    int threads = int(sysconf(_SC_NPROCESSORS_ONLN));
+    constexpr std::string_view kWanted = "OMP_NUM_THREADS=";
+    for (; *environment; environment++)
+        if (std::string_view(*environment).starts_with(kWanted)) threads = atoi(*environment + kWanted.size());
+    const rlim_t needed = kBlasBytes + std::max(1, threads) * kThreadBytes;
     if (limit.rlim_cur >= needed) return;
     dprintf(STDERR_FILENO, "error: memory is limited to %llu MiB (ulimit -v), and matrix products on %d threads need %llu: raise it, or set "
                            "OMP_NUM_THREADS=1\n", (unsigned long long)(limit.rlim_cur >> 20), threads, (unsigned long long)(needed >> 20));
     _exit(1);
 }
-[[gnu::section(".preinit_array"), gnu::used]] void (*const before_libraries)() = check_memory_limit;
+[[gnu::section(".preinit_array"), gnu::used]] void (*const before_libraries)(int, char**, char**) = check_memory_limit;
 
 }  // namespace
 

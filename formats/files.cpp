@@ -243,7 +243,10 @@ void replace_files(const std::vector<std::unique_ptr<NewFile>>& files, const std
     }
     for (const auto& file : files) file->renamed = true;
     flush_directory(files.back()->path);
-    for (const std::string& path : old) remove_file(path + ".old");
+    std::string left;
+    for (const std::string& path : old)
+        if (unlink((path + ".old").c_str()) != 0 && left.empty()) left = path + ".old: " + strerror(errno);
+    if (!left.empty()) fail("%s is written, but what was there before cannot be removed: %s", files.back()->path.c_str(), left.c_str());
 }
 
 void write_atomically(const std::string& path, const std::function<void(NewFile&)>& write) {

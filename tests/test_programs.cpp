@@ -1500,7 +1500,7 @@ TEST_CASE("limits are errors, not signals, and nothing waits for ever") {
     make_data(at);
     at.refuse("train", train_flags(at, "long", 1000000) + Arguments{"--save-every", "0"}, {"log.jsonl", "File too large"}, {.file_bytes = 3000});
     if (program("train").find("-sanitize/") != std::string::npos) return;  // AddressSanitizer itself reserves terabytes
-    for (const rlim_t megabytes : {40, 150, 200, 300, 350, 400, 450, 600})
+    for (const rlim_t megabytes : {150, 200, 300, 350, 400, 450, 600})
         at.refuse("train", train_flags(at, "other", 2), {"memory is limited", "OMP_NUM_THREADS"}, {.memory_bytes = megabytes << 20});
     at.succeed("train", train_flags(at, "enough", 2), {.memory_bytes = rlim_t(800) << 20});
     at.succeed("train", train_flags(at, "single", 2), {.memory_bytes = rlim_t(500) << 20, .threads = "1"});
@@ -1555,7 +1555,10 @@ static void fail_at_each_call(const Workplace& at, const std::string& program, c
     int faults = 0;
     for (const Call& call : calls_on_files(at, program, arguments)) {
         const bool space = call.name == "write" || call.name == "pwrite64" || call.name == "ftruncate";
+        const bool reads = call.name.find("read") != std::string::npos || call.name == "lseek" || call.name == "getdents64" ||
+                           (call.name == "openat" && call.line.find("O_CREAT") == std::string::npos);
         for (const std::string fault : {space ? "error=ENOSPC" : "error=EIO", "signal=KILL"}) {
+            if (reads && fault == "signal=KILL") continue;  // files are as they were at the call before
             INFO(program << ", " << fault << " at call " << call.index << " of " << call.name << ": " << call.line);
             begin();
             const Result result = at.run(program, arguments, with_fault(call, fault));
@@ -1595,7 +1598,9 @@ TEST_CASE("data_prep, failing or killed at any system call, leaves the dataset t
             fs::copy(at / "before", at / "data");
         },
         [&](const Result& result) {
-            const auto now = contents(at / "data");
+            auto now = contents(at / "data");
+            if (result.code == 1 && result.err.find("is written") != std::string::npos)  // what was there before may be left
+                std::erase_if(now, [](const auto& file) { return file.first.ends_with(".old"); });
             const bool whole = now == before || now == after;
             if (result.code == 0) CHECK((now == after));
             if (result.code == 1) {
@@ -1617,21 +1622,23 @@ TEST_CASE("train, failing or killed at any system call, leaves a checkpoint that
     const Workplace at;
     if (!can_inject()) return;
     make_data(at, 3000);
-    const Arguments more = {"--save-every", "1", "--schedule", "constant", "--eval-tokens", "64"};
-    at.succeed("train", train_flags(at, "begun", 1) + more);
-    at.succeed("train", train_flags(at, "whole", 3) + more);
+    const auto flags = [&](const char* out, int steps) {
+        return Arguments{"--data", at / "data", "--out", at / out, "--steps", std::to_string(steps), "--layers", "F", "--d-model", "16",
+                         "--save-every", "1", "--schedule", "constant", "--eval-tokens", "64"} + kSize;
+    };
+    at.succeed("train", flags("begun", 2));
+    at.succeed("train", flags("whole", 3));
     const auto check = [&](const Result& result, int steps) {
         if (result.code == 0) CHECK(fs::exists(at / "run/optimizer-" + std::to_string(steps) + ".safetensors"));
         const bool saved = fs::exists(at / "run/model.safetensors");
-        if (saved) at.succeed("infer", {"--checkpoint", at / "run", "--tokens", "1"});
-        at.succeed("train", train_flags(at, "run", 3) + more + (saved ? Arguments{"--resume"} : Arguments{}));
+        at.succeed("train", flags("run", 3) + (saved ? Arguments{"--resume"} : Arguments{}));
         check_same_checkpoint(at / "whole", at / "run", 3);
         CHECK(files(at / "run") == files(at / "whole"));
     };
     fail_at_each_call(
-        at, "train", train_flags(at, "run", 2) + more, [&] { fs::remove_all(at / "run"); }, [&](const Result& result) { check(result, 2); });
+        at, "train", flags("run", 2), [&] { fs::remove_all(at / "run"); }, [&](const Result& result) { check(result, 2); });
     fail_at_each_call(
-        at, "train", train_flags(at, "run", 3) + more + Arguments{"--resume"},
+        at, "train", flags("run", 3) + Arguments{"--resume"},
         [&] {
             fs::remove_all(at / "run");
             fs::copy(at / "begun", at / "run");
