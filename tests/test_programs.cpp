@@ -109,6 +109,7 @@ struct Workplace {
             for (const std::string& argument : limits.under + Arguments{executable} + arguments) argv.push_back(strdup(argument.c_str()));
             argv.push_back(nullptr);
             for (const int stream : limits.closed) close(stream);
+            alarm(100);  // seconds until a signal ends what waits for ever
             execvp(argv[0], argv.data());
             _exit(127);
         }
@@ -1520,6 +1521,7 @@ static std::vector<Call> calls_on_files(const Workplace& at, const std::string& 
     at.succeed(program, arguments, {.under = {"strace", "-f", "-qq", "-y", "-o", log, "-e", "trace=" + names}});
     std::vector<Call> calls;
     std::map<std::string, int> seen;
+    std::map<std::string, std::string> opened;  // how
     std::istringstream lines(read_text(log));
     std::string first;
     for (std::string line; std::getline(lines, line);) {
@@ -1531,7 +1533,10 @@ static std::vector<Call> calls_on_files(const Workplace& at, const std::string& 
         const std::string name = call.substr(0, call.find('('));
         const int index = ++seen[name];
         const bool stream = line.find("/stdout>") != std::string::npos || line.find("/stderr>") != std::string::npos;
-        if (line.find(at / "") != std::string::npos && !stream) calls.push_back({name, line, index});
+        if (line.find(at / "") == std::string::npos || stream) continue;
+        const std::string file = line.substr(line.rfind('<') + 1, line.rfind('>') - line.rfind('<') - 1);
+        if (name == "openat") opened[file] = line;
+        calls.push_back({name, name == "close" ? line + ", of " + opened[file] : line, index});
     }
     CHECK(calls.size() > 5);
     return calls;
@@ -1557,6 +1562,8 @@ static void fail_at_each_call(const Workplace& at, const std::string& program, c
         const bool space = call.name == "write" || call.name == "pwrite64" || call.name == "ftruncate";
         const bool reads = call.name.find("read") != std::string::npos || call.name == "lseek" || call.name == "getdents64" ||
                            (call.name == "openat" && call.line.find("O_CREAT") == std::string::npos);
+        const bool writes = space || call.name == "fsync" || call.name.starts_with("rename") ||
+                            (call.name == "close" && call.line.find("O_WRONLY") != std::string::npos);
         for (const std::string fault : {space ? "error=ENOSPC" : "error=EIO", "signal=KILL"}) {
             if (reads && fault == "signal=KILL") continue;  // files are as they were at the call before
             INFO(program << ", " << fault << " at call " << call.index << " of " << call.name << ": " << call.line);
@@ -1564,6 +1571,7 @@ static void fail_at_each_call(const Workplace& at, const std::string& program, c
             const Result result = at.run(program, arguments, with_fault(call, fault));
             INFO("exit code " << result.code << ", " << result.err);
             if (fault == "signal=KILL") CHECK(result.code == -SIGKILL);
+            else if (writes) CHECK((result.code == 1 || !result.err.empty()));
             else CHECK((result.code == 0 || result.code == 1));
             if (result.code == 1) CHECK((result.err.starts_with("error: ") && std::count(result.err.begin(), result.err.end(), '\n') == 1));
             check(result);
