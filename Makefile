@@ -179,19 +179,23 @@ demo: $(TEXT)
 	./infer --checkpoint build/demo/run --prompt "And it came to pass" --tokens 400 --temperature 0.7
 DEMO := --preset moe-mamba-tiny --batch 16 --seq-len 256 --steps 300 --lr 3e-3 --eval-every 100 --save-every 100
 
-# Any bytes for what reads files: libFuzzer, which clang has. SECONDS for each target; what it finds is in build/fuzz.
+# Any bytes for what reads files: libFuzzer, which clang has (16 or newer). SECONDS for each target; what it finds is in build/fuzz.
 SECONDS ?= 60
+CLANG ?= $(lastword clang++ $(sort $(wildcard /usr/bin/clang++-??)))
 FUZZ := safetensors tokens dataset config tokenizer layers
 build/fuzz/fuzz: tests/fuzz/fuzz.cpp $(wildcard formats/*) $(BUILD)/moemamba.o $(BUILD)/layers.o $(BUILD)/plain.o
-	@command -v clang++ > /dev/null || { echo "error: no clang++, which has libFuzzer: install clang"; exit 1; }
+	@command -v $(CLANG) > /dev/null || { echo "error: no clang++, which has libFuzzer: install clang-16"; exit 1; }
 	@mkdir -p $(@D)
-	clang++ -std=c++20 -O1 -g1 -I. $(DEFINES) -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all $(filter %.cpp %.o,$^) $(LDLIBS:-fopenmp=-lgomp) -o $@
+	$(CLANG) -std=c++20 -O1 -g1 -I. $(DEFINES) -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all $(filter %.cpp %.o,$^) \
+	  $(LDLIBS:-fopenmp=-lgomp) -o $@
 fuzz:
 	@$(MAKE) --no-print-directory -j $(JOBS) CUDA=0 PRECISION=float build/fuzz/fuzz
-	@for target in $(FUZZ); do mkdir -p build/fuzz/$$target; \
-	  FUZZ_TARGET=$$target build/fuzz/fuzz -max_total_time=$(SECONDS) -timeout=5 -malloc_limit_mb=64 -max_len=4096 -print_final_stats=1 \
-	    -artifact_prefix=build/fuzz/$$target- build/fuzz/$$target > build/fuzz/$$target.log 2>&1 || { tail -n 30 build/fuzz/$$target.log; exit 1; }; \
-	  echo "$$target: $$(sed -n 's/^stat::number_of_executed_units: *//p' build/fuzz/$$target.log) inputs, no fault"; done
+	@$(MAKE) --no-print-directory -j $(JOBS) SECONDS=$(SECONDS) $(FUZZ:%=fuzz-%)
+fuzz-%:
+	@mkdir -p build/fuzz/$*
+	@FUZZ_TARGET=$* build/fuzz/fuzz -max_total_time=$(SECONDS) -timeout=5 -malloc_limit_mb=8 -max_len=4096 -print_final_stats=1 \
+	  -artifact_prefix=build/fuzz/$*- build/fuzz/$* > build/fuzz/$*.log 2>&1 || { tail -n 30 build/fuzz/$*.log; exit 1; }
+	@echo "$*: $$(sed -n 's/^stat::number_of_executed_units: *//p' build/fuzz/$*.log) inputs, no fault"
 
 bench:
 	@$(MAKE) --no-print-directory -j $(JOBS) $(BUILD)/bench

@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <cstdlib>
+#include <filesystem>
 #include <map>
 #include <string>
 
@@ -11,11 +12,12 @@
 #include "formats/safetensors.h"
 #include "moemamba.h"
 
-static std::string directory() {
-    static const std::string name = [] {
-        std::string path = "/tmp/moemamba-fuzz.XXXXXX";
-        if (!mkdtemp(path.data())) abort();
-        atexit([] { system(("rm -r " + directory()).c_str()); });
+// In memory, where there is such a directory. Removed at the end; never destroyed, because that is later.
+static const std::string& directory() {
+    static const std::string& name = *[] {
+        auto* const path = new std::string(std::string(access("/dev/shm", W_OK) == 0 ? "/dev/shm" : "/tmp") + "/moemamba-fuzz.XXXXXX");
+        if (!mkdtemp(path->data())) abort();
+        atexit([] { std::filesystem::remove_all(directory()); });
         return path;
     }();
     return name;
@@ -62,12 +64,39 @@ static void layers(const std::string& bytes) {
     if (config.steps().empty()) abort();
 }
 
+struct Target {
+    void (*read)(const std::string&);
+    std::string whole;  // an input without fault, from which others are made
+};
+static const Target& target() {
+    const auto little_endian = [](auto number) { return std::string(reinterpret_cast<const char*>(&number), sizeof(number)); };
+    static const std::string header = R"({"__metadata__":{"format":"pt"},"a":{"dtype":"F32","shape":[2,1],"data_offsets":[0,8]},)"
+                                      R"("b":{"dtype":"BF16","shape":[3],"data_offsets":[8,14]}})";
+    static const std::string shard = little_endian(kTokenMagic) + little_endian(1) + little_endian(3) +
+                                     std::string(kTokenHeaderBytes - 12, 0) + std::string("a\0b\0\0\1", 6);
+    static const std::map<std::string, Target> targets = {
+        {"safetensors", {safetensors, little_endian(uint64_t(header.size())) + header + std::string(14, 'x')}},
+        {"tokens", {tokens, shard}},
+        {"dataset", {dataset, "{\"tokenizer\":" + Tokenizer().to_json() + R"(,"train_tokens":3,"val_tokens":3,"documents":1,"split":"pieces"})"}},
+        {"config", {config, Config().to_json()}},
+        {"tokenizer", {tokenizer, Tokenizer().to_json()}},
+        {"layers", {layers, "ME(ME)F*2"}}};
+    const char* const name = getenv("FUZZ_TARGET");
+    if (!name || !targets.count(name)) fprintf(stderr, "error: FUZZ_TARGET: none of those in the Makefile\n"), exit(1);
+    return targets.at(name);
+}
+
+// libFuzzer calls this once, with its flags and the directory of inputs that it keeps.
+extern "C" int LLVMFuzzerInitialize(int* argc, char*** argv) {
+    const std::string first = std::string((*argv)[*argc - 1]) + "/whole";
+    if (FILE* file = fopen(first.c_str(), "w")) fwrite(target().whole.data(), 1, target().whole.size(), file), fclose(file);
+    target().read(target().whole);  // throws, if it is not
+    return 0;
+}
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
-    static const std::map<std::string, void (*)(const std::string&)> targets = {
-        {"safetensors", safetensors}, {"tokens", tokens}, {"dataset", dataset}, {"config", config}, {"tokenizer", tokenizer}, {"layers", layers}};
-    static void (*const target)(const std::string&) = targets.at(getenv("FUZZ_TARGET"));
+    static const Target& fed = target();
     try {
-        target(std::string(reinterpret_cast<const char*>(data), size));
+        fed.read(std::string(reinterpret_cast<const char*>(data), size));
     } catch (const Error&) {
     }
     return 0;
