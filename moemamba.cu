@@ -486,6 +486,58 @@ void rmsnorm_backward(real* d_sum, floatX* d_branch, real* d_weight, const float
 }
 
 // ------------------------------------------------------------------------------------------------------------------
+// RMSNorm of slices: narrow ones, of a row's dt, B or C; a warp per row, element by element
+__device__ __forceinline__ real slice_rstd(const floatX* in, int C, real eps) {
+    real squares = 0;
+    for (int c = lane_id(); c < C; c += kWarp) squares += real(in[c]) * real(in[c]);
+    return 1 / sqrt_(warp_sum(squares) / C + eps);
+}
+__global__ void slice_norm_forward_kernel(floatX* out, int ld_out, SliceNorm n) {
+    const int64_t row = int64_t(blockIdx.x) * kNormWarps + warp_id();
+    if (row >= n.rows) return;
+    const floatX* const in = n.in + row * n.ld_in;
+    const real rstd = slice_rstd(in, n.C, n.eps);
+    for (int c = lane_id(); c < n.C; c += kWarp) out[row * ld_out + c] = floatX(real(in[c]) * rstd * n.weight[c]);
+}
+void slice_norm_forward(floatX* out, int ld_out, const SliceNorm& n, cudaStream_t stream) {
+    if (n.rows == 0) return;
+    LAUNCH(slice_norm_forward_kernel, blocks_for(n.rows, kNormWarps), kNormWarps * kWarp, 0, stream)(out, ld_out, n);
+    CHECK_LAUNCH();
+}
+// As rmsnorm_backward_kernel.   partials (blocks, C)
+__global__ void slice_norm_backward_kernel(floatX* d_in, real* partials, const floatX* d_out, int ld_d_out, SliceNorm n) {
+    DYNAMIC_SHARED(real, d_weight);  // (warps, C)
+    const int warps = blockDim.x / kWarp;
+    real* const mine = d_weight + warp_id() * n.C;
+    for (int c = lane_id(); c < n.C; c += kWarp) mine[c] = 0;
+    for (int64_t row = int64_t(blockIdx.x) * warps + warp_id(); row < n.rows; row += int64_t(gridDim.x) * warps) {
+        const floatX *const in = n.in + row * n.ld_in, *const d = d_out + row * ld_d_out;
+        const real rstd = slice_rstd(in, n.C, n.eps);
+        real dot = 0;
+        for (int c = lane_id(); c < n.C; c += kWarp) dot += real(d[c]) * n.weight[c] * real(in[c]);
+        const real pull = warp_sum(dot) / n.C * rstd * rstd;
+        for (int c = lane_id(); c < n.C; c += kWarp) {
+            mine[c] += real(d[c]) * real(in[c]) * rstd;
+            d_in[row * n.ld_in + c] = floatX(rstd * (real(d[c]) * n.weight[c] - real(in[c]) * pull));
+        }
+    }
+    __syncthreads();
+    for (int c = threadIdx.x; c < n.C; c += blockDim.x) {
+        real total = 0;
+        for (int w = 0; w < warps; w++) total += d_weight[w * n.C + c];
+        partials[int64_t(blockIdx.x) * n.C + c] = total;
+    }
+}
+void slice_norm_backward(floatX* d_in, real* d_weight, const floatX* d_out, int ld_d_out, const SliceNorm& n, void* scratch,
+                         cudaStream_t stream) {
+    if (n.rows == 0) return;
+    const NormScratch s(scratch, n.rows, n.C);
+    const int blocks = rmsnorm_backward_blocks(n.rows, n.C), warps = rmsnorm_backward_warps(n.C);
+    LAUNCH(slice_norm_backward_kernel, blocks, warps * kWarp, warps * n.C * sizeof(real), stream)(d_in, s.partials, d_out, ld_d_out, n);
+    reduce_partials(blocks, {{d_weight, s.partials, n.C}}, stream);
+}
+
+// ------------------------------------------------------------------------------------------------------------------
 // Stable counting sort into at most 256 buckets: embedding_backward sorts rows by token with it, 8 bits at a time, and dispatch_plan
 // choices by expert. Three parts: count per tile of items; first position of each tile in each bucket; place the items, each behind those
 // of its bucket that came before it. They are three kernels, or one where a single tile holds all.
@@ -1544,6 +1596,506 @@ void scan_backward(const ScanGradients& d, const floatX* d_out, const real* d_fi
 }
 
 // ------------------------------------------------------------------------------------------------------------------
+// Rotary positions
+//   A pair is a thread's for kRotateRows rows, so that its frequency is computed once for them. Angles are in turns, and in double until
+//   whole turns are gone: see plain.
+constexpr int kRotateRows = 16;
+__device__ __forceinline__ void sine_and_cosine(real turns, real& sine, real& cosine) {  // without the stack that sinf() takes
+    if constexpr (sizeof(real) == 8) sincospi(2 * turns, &sine, &cosine);
+    else sincospif(2 * turns, &sine, &cosine);
+}
+__global__ void rotate_kernel(floatX* out, int ld_out, int64_t stride_out, Rotary r, double log2_base, bool back, int row_blocks) {
+    const int half = r.S / 2, pair = int(blockIdx.x / row_blocks * blockDim.x + threadIdx.x);
+    if (pair >= r.heads * half) return;
+    const int i = pair % half, at = pair / half * r.S + i;
+    const double turns = exp2(-2.0 * i / r.S * log2_base) / 6.283185307179586;
+    const int64_t first = int64_t(blockIdx.x % row_blocks) * kRotateRows, rows = min(first + kRotateRows, int64_t(r.B) * r.T);
+    for (int64_t row = first; row < rows; row++) {
+        const int64_t b = row / r.T, t = row % r.T;
+        const floatX* const x = r.in + row * r.ld_in + at;
+        floatX* const y = out + b * stride_out + t * ld_out + at;
+        const floatX x0 = x[0], x1 = x[half];
+        if (r.base == 0) {
+            y[0] = x0, y[half] = x1;
+            continue;
+        }
+        const double angle = double(r.position + t) * turns;
+        real sine, cosine;
+        sine_and_cosine(real(angle - floor(angle)), sine, cosine);
+        if (back) sine = -sine;
+        y[0] = floatX(real(x0) * cosine - real(x1) * sine);
+        y[half] = floatX(real(x1) * cosine + real(x0) * sine);
+    }
+}
+void rotate(floatX* out, int ld_out, int64_t stride_out, const Rotary& r, bool back, cudaStream_t stream) {
+    const int64_t rows = int64_t(r.B) * r.T;
+    if (rows == 0) return;
+    const int row_blocks = int(ceil_div(rows, kRotateRows));
+    const int64_t blocks = ceil_div(int64_t(r.heads) * (r.S / 2), kThreads) * row_blocks;
+    LAUNCH(rotate_kernel, blocks_for(blocks, 1), kThreads, 0, stream)
+    (out, ld_out, stride_out, r, r.base == 0 ? 0 : std::log2(r.base), back, row_blocks);
+    CHECK_LAUNCH();
+}
+
+// ------------------------------------------------------------------------------------------------------------------
+// Attention, a tile of kTile queries and kTile keys at a time: no more scores than that exist at once.
+//
+//   forward     each block has a tile of queries of one head and passes over the tiles of keys that they see. Softmax over what has been seen
+//               so far (online, arXiv 2205.14135): where a larger score comes, the sums so far shrink by exp(old largest - new).
+//   backward    p is computed again from lse. One kernel has a block for each tile of keys, which passes over the queries of all heads in the
+//               group and sums d_k and d_v; another one for each tile of queries sums d_q. So there are no atomics, for 7 products, not 5.
+//   One query   (decoding): attention_step_kernel, further down.
+//
+// A pair of tiles costs 2 products forward and 7 backward, of 2 kTile^2 S operations each, and reads, from L2 mostly, 2 kTile S elements
+// forward (3, where S > kPart) and 10 backward: in bf16 64 operations a byte forward. Per head, device memory sees q and out once, and
+// k and v once for each tile of queries that runs at another time.
+//
+// Sums lie in registers, in pieces of 16 x 16 that a warp shares; a head is in shared memory kPart columns at a time, so that any S fits.
+constexpr int kTile = 128 / sizeof(floatX), kPart = 64, kPiece = 16;
+constexpr int kTilePieces = kTile / kPiece, kPartPieces = kPart / kPiece, kWarps = kThreads / kWarp;
+constexpr int kLdPart = kPart + 8, kLdScores = kTile + 8;  // in shared memory: so that rows begin in different banks
+constexpr int kScorePieces = int(ceil_div(kTilePieces * kTilePieces, kWarps));  // of a warp
+constexpr int kOutPieces = int(ceil_div(kTilePieces * kPartPieces, kWarps));
+constexpr int kRowThreads = kThreads / kTile;  // that share a row of scores
+
+// A 16 x 16 piece of sums, eight of them in each lane of a warp, and products of 16 x 16 matrices in shared memory that are added to it.
+// By plain arithmetic, or for bf16 by tensor cores. Places: where in the piece a lane's sums are.
+struct Places {
+    int row[8], column[8];
+};
+template <class T>
+struct PieceSum {
+    real sum[8];
+    __device__ __forceinline__ real& operator[](int i) { return sum[i]; }
+    __device__ __forceinline__ void clear() {
+        UNROLL for (int i = 0; i < 8; i++) sum[i] = 0;
+    }
+    template <bool a_transposed, bool b_transposed>
+    __device__ __forceinline__ void add_product(const T* a, int ld_a, const T* b, int ld_b) {
+        const int row = lane_id() / 2, column = lane_id() % 2 * 8;
+        for (int k = 0; k < kPiece; k++) {
+            const real x = real(a_transposed ? a[k * ld_a + row] : a[row * ld_a + k]);
+            UNROLL for (int i = 0; i < 8; i++) sum[i] += x * real(b_transposed ? b[(column + i) * ld_b + k] : b[k * ld_b + column + i]);
+        }
+    }
+    static __device__ __forceinline__ Places places() {
+        Places at;
+        UNROLL for (int i = 0; i < 8; i++) at.row[i] = lane_id() / 2, at.column[i] = lane_id() % 2 * 8 + i;
+        return at;
+    }
+};
+template <>
+struct PieceSum<__nv_bfloat16> {
+    template <class Use, class T, class... Layout>
+    using Fragment = nvcuda::wmma::fragment<Use, kPiece, kPiece, kPiece, T, Layout...>;
+    Fragment<nvcuda::wmma::accumulator, float> sum;
+    __device__ __forceinline__ float& operator[](int i) { return sum.x[i]; }
+    __device__ __forceinline__ void clear() { nvcuda::wmma::fill_fragment(sum, 0.0f); }
+    template <bool a_transposed, bool b_transposed>
+    __device__ __forceinline__ void add_product(const __nv_bfloat16* a, int ld_a, const __nv_bfloat16* b, int ld_b) {
+        using namespace nvcuda::wmma;
+        Fragment<matrix_a, __nv_bfloat16, std::conditional_t<a_transposed, col_major, row_major>> left;
+        Fragment<matrix_b, __nv_bfloat16, std::conditional_t<b_transposed, col_major, row_major>> right;
+        load_matrix_sync(left, a, ld_a);
+        load_matrix_sync(right, b, ld_b);
+        mma_sync(sum, left, right, sum);
+    }
+    // CUDA does not say. But what is loaded lies as sums do.
+    static __device__ __forceinline__ Places places() {
+        SHARED(float[kPiece * kPiece], numbers);
+        numbers[threadIdx.x] = float(threadIdx.x);
+        __syncthreads();
+        Fragment<nvcuda::wmma::accumulator, float> number;
+        nvcuda::wmma::load_matrix_sync(number, numbers, kPiece, nvcuda::wmma::mem_row_major);
+        Places at;
+        UNROLL for (int i = 0; i < 8; i++) at.row[i] = int(number.x[i]) / kPiece, at.column[i] = int(number.x[i]) % kPiece;
+        return at;
+    }
+};
+static_assert(kThreads == kPiece * kPiece, "a thread for every place");
+using Sum = PieceSum<floatX>;
+
+// A head's rows in memory, from the first of a tile on.
+struct HeadRows {
+    const floatX* from;
+    int64_t ld, rows;  // rows: that there are
+};
+// What all three kernels do. Every thread of the block comes to each function.
+struct AttentionTile {
+    floatX *left, *right;  // (kTile, kPart) with kLdPart
+    real* scores;          // (kTile, kTile) with kLdScores
+    floatX* p;             // the same
+    Places at;
+    int S;
+    real scale;
+    // The scores that a thread turns into probabilities: of one row, every kRowThreads-th.
+    int row, first;
+
+    __device__ __forceinline__ AttentionTile(const Attention& a, floatX* left, floatX* right, real* scores, floatX* p)
+        : left(left), right(right), scores(scores), p(p), at(Sum::places()), S(a.S), scale(1 / sqrt_(real(a.S))),
+          row(int(threadIdx.x) / kRowThreads), first(int(threadIdx.x) % kRowThreads) {}
+    __device__ __forceinline__ int columns(int part) const { return min(kPart, S - part * kPart); }
+    // A part of a tile; zeros where there are no rows, or columns.
+    __device__ __forceinline__ void load(floatX* to, const HeadRows& h, int part) const {
+        constexpr int vectors = kPart / kWidth;
+        for (int i = threadIdx.x; i < kTile * vectors; i += kThreads) {
+            const int r = i / vectors, c = i % vectors * kWidth;
+            Reals<kWidth> x = {};
+            if (r < h.rows && c < columns(part)) x = ::gpu::load<kWidth>(h.from + r * h.ld + part * kPart + c);
+            store(to + r * kLdPart + c, x);
+        }
+    }
+    // scores = a b^T, over all columns; a is there already if it is `kept` and has one part.
+    __device__ __forceinline__ void multiply(const HeadRows& a, const HeadRows& b, bool kept = false) const {
+        Sum sums[kScorePieces];
+        UNROLL for (int n = 0; n < kScorePieces; n++) sums[n].clear();
+        for (int part = 0; part * kPart < S; part++) {
+            __syncthreads();  // left and right may be in use
+            if (!kept || S > kPart) load(left, a, part);
+            load(right, b, part);
+            __syncthreads();
+            UNROLL for (int n = 0; n < kScorePieces; n++) {
+                const int piece = warp_id() + n * kWarps, i = piece / kTilePieces * kPiece, j = piece % kTilePieces * kPiece;
+                if (i < kTile)
+                    for (int k = 0; k < columns(part); k += kPiece)
+                        sums[n].template add_product<false, true>(left + i * kLdPart + k, kLdPart, right + j * kLdPart + k, kLdPart);
+            }
+        }
+        UNROLL for (int n = 0; n < kScorePieces; n++) {
+            const int piece = warp_id() + n * kWarps, i = piece / kTilePieces * kPiece, j = piece % kTilePieces * kPiece;
+            if (i < kTile)
+                UNROLL for (int e = 0; e < 8; e++) scores[(i + at.row[e]) * kLdScores + j + at.column[e]] = sums[n][e];
+        }
+        __syncthreads();
+    }
+    // sums += p b, or p^T b, for a part of b in shared memory
+    template <bool transposed>
+    __device__ __forceinline__ void accumulate(Sum (&sums)[kOutPieces], const floatX* b, int part) const {
+        UNROLL for (int n = 0; n < kOutPieces; n++) {
+            const int piece = warp_id() + n * kWarps, i = piece / kPartPieces * kPiece, j = piece % kPartPieces * kPiece;
+            if (i < kTile && j < columns(part))
+                for (int k = 0; k < kTile; k += kPiece)
+                    sums[n].template add_product<transposed, false>(p + (transposed ? k * kLdScores + i : i * kLdScores + k), kLdScores,
+                                                                    b + k * kLdPart + j, kLdPart);
+        }
+    }
+    // out = sums * factor[row], for the rows that there are
+    __device__ __forceinline__ void write(floatX* out, int64_t ld, int64_t rows, Sum (&sums)[kOutPieces], int part, const real* factor) const {
+        UNROLL for (int n = 0; n < kOutPieces; n++) {
+            const int piece = warp_id() + n * kWarps, i = piece / kPartPieces * kPiece, j = piece % kPartPieces * kPiece;
+            if (i < kTile)
+                UNROLL for (int e = 0; e < 8; e++) {
+                    const int r = i + at.row[e], c = j + at.column[e];
+                    if (r < rows && c < columns(part)) out[r * ld + part * kPart + c] = floatX(factor ? sums[n][e] * factor[r] : sums[n][e]);
+                }
+        }
+    }
+    // p = exp(score - lse), 0 for keys that the query does not see; then, with the d_p in scores, p becomes d_score = p (d_p - delta) scale
+    __device__ __forceinline__ void probabilities(int64_t visible, real lse) const {
+        for (int c = first; c < kTile; c += kRowThreads)
+            p[row * kLdScores + c] = floatX(c <= visible ? exp_(scores[row * kLdScores + c] * scale - lse) : real(0));
+    }
+    __device__ __forceinline__ void d_scores(real delta) const {
+        for (int c = first; c < kTile; c += kRowThreads) {
+            floatX& x = p[row * kLdScores + c];
+            x = floatX(real(x) * (scores[row * kLdScores + c] - delta) * scale);
+        }
+    }
+};
+#define ATTENTION_TILE(name, a)                                                                             \
+    SHARED(floatX[kTile * kLdPart], name##_left);                                                           \
+    SHARED(floatX[kTile * kLdPart], name##_right);                                                          \
+    SHARED(real[kTile * kLdScores], name##_scores);                                                         \
+    SHARED(floatX[kTile * kLdScores], name##_p);                                                            \
+    const AttentionTile name(a, name##_left, name##_right, name##_scores, name##_p)
+
+__device__ __forceinline__ real row_sum(real x) {
+    UNROLL for (int mask = kRowThreads / 2; mask > 0; mask /= 2) x += __shfl_xor_sync(kAllLanes, x, mask);
+    return x;
+}
+__device__ __forceinline__ real row_max(real x) {
+    UNROLL for (int mask = kRowThreads / 2; mask > 0; mask /= 2) x = max(x, __shfl_xor_sync(kAllLanes, x, mask));
+    return x;
+}
+
+template <int parts>
+__global__ void __launch_bounds__(kThreads) attention_forward_kernel(floatX* out, real* lse, Attention a) {
+    ATTENTION_TILE(tile, a);
+    SHARED(real[kTile], factor);
+    // The last tiles see the most keys: they begin.
+    const int h = int(blockIdx.x % a.H), b = int(blockIdx.x / a.H % a.B), group = h / (a.H / a.G);
+    const int64_t t0 = (ceil_div(a.T, kTile) - 1 - blockIdx.x / (a.H * a.B)) * kTile, rows = a.T - t0, keys = a.past + min(t0 + kTile, int64_t(a.T));
+    const floatX *const k = a.k + b * a.stride_kv + group * a.S, *const v = a.v + b * a.stride_kv + group * a.S;
+    const HeadRows q{a.q + (int64_t(b) * a.T + t0) * a.ld_q + h * a.S, a.ld_q, rows};
+    Sum sums[parts][kOutPieces];
+    UNROLL for (int part = 0; part < parts; part++)
+        UNROLL for (int n = 0; n < kOutPieces; n++) sums[part][n].clear();
+    real largest = kLowest, total = 0;  // of the thread's row, over the keys so far
+    for (int64_t j0 = 0; j0 < keys; j0 += kTile) {
+        tile.multiply(q, {k + j0 * a.ld_kv, a.ld_kv, keys - j0}, j0 > 0);
+        const int64_t visible = a.past + t0 + tile.row - j0;
+        real most = largest, sum = 0;
+        for (int c = tile.first; c < kTile && c <= visible; c += kRowThreads) most = max(most, tile.scores[tile.row * kLdScores + c] * tile.scale);
+        most = row_max(most);
+        tile.probabilities(visible, most);
+        for (int c = tile.first; c < kTile && c <= visible; c += kRowThreads) sum += exp_(tile.scores[tile.row * kLdScores + c] * tile.scale - most);
+        const real shrink = exp_(largest - most);
+        total = total * shrink + row_sum(sum);
+        largest = most;
+        if (tile.first == 0) factor[tile.row] = shrink;
+        __syncthreads();
+        UNROLL for (int part = 0; part < parts; part++) {
+            if (part * kPart >= a.S) break;
+            if (part > 0) __syncthreads();  // right may be in use
+            tile.load(tile.right, {v + j0 * a.ld_kv, a.ld_kv, keys - j0}, part);
+            __syncthreads();
+            UNROLL for (int n = 0; n < kOutPieces; n++) {
+                const int i = (warp_id() + n * kWarps) / kPartPieces * kPiece;
+                if (i < kTile)
+                    UNROLL for (int e = 0; e < 8; e++) sums[part][n][e] *= factor[i + tile.at.row[e]];
+            }
+            tile.accumulate<false>(sums[part], tile.right, part);
+        }
+        __syncthreads();  // factor is in use
+    }
+    if (tile.first == 0) {
+        factor[tile.row] = 1 / total;
+        if (lse && tile.row < rows) lse[(int64_t(b) * a.T + t0 + tile.row) * a.H + h] = largest + log_(total);
+    }
+    __syncthreads();
+    const int64_t width = int64_t(a.H) * a.S;
+    UNROLL for (int part = 0; part < parts; part++)
+        if (part * kPart < a.S) tile.write(out + (int64_t(b) * a.T + t0) * width + h * a.S, width, rows, sums[part], part, factor);
+}
+
+// delta (B * T, H) = sum_s d_out out; a warp for each
+__global__ void attention_delta_kernel(real* delta, const floatX* d_out, const floatX* out, int64_t count, int S) {
+    const int64_t i = int64_t(blockIdx.x) * kWarps + warp_id();
+    if (i >= count) return;
+    real sum = 0;
+    for (int s = lane_id(); s < S; s += kWarp) sum += real(d_out[i * S + s]) * real(out[i * S + s]);
+    sum = warp_sum(sum);
+    if (lane_id() == 0) delta[i] = sum;
+}
+
+// For a tile of queries and one of keys: p and, when d_v needs p no more, d_score in its place. d_v += p^T d_out, if there is a d_v.
+template <int parts, bool with_d_v>
+__device__ __forceinline__ void attention_d_scores(const AttentionTile& tile, Sum (*d_v)[kOutPieces], const HeadRows& q, const HeadRows& k,
+                                                   const HeadRows& v, const HeadRows& d_out, int64_t visible, const real* lse,
+                                                   const real* delta, int H) {
+    const bool there = tile.row < q.rows;
+    tile.multiply(q, k);
+    tile.probabilities(there ? visible : -1, there ? lse[int64_t(tile.row) * H] : 0);
+    tile.multiply(d_out, v);
+    if constexpr (with_d_v) {
+        UNROLL for (int part = 0; part < parts; part++) {
+            if (part * kPart >= tile.S) break;
+            if (tile.S > kPart) {  // else it is there
+                __syncthreads();
+                tile.load(tile.left, d_out, part);
+                __syncthreads();
+            }
+            tile.accumulate<true>(d_v[part], tile.left, part);
+        }
+        __syncthreads();  // p is in use
+    }
+    tile.d_scores(there ? delta[int64_t(tile.row) * H] : 0);
+}
+
+template <int parts>
+__global__ void __launch_bounds__(kThreads)
+attention_backward_keys_kernel(floatX* d_k, floatX* d_v, const floatX* d_out, const real* lse, const real* delta, Attention a) {
+    ATTENTION_TILE(tile, a);
+    const int group = int(blockIdx.x % a.G), b = int(blockIdx.x / a.G % a.B);
+    const int64_t j0 = int64_t(blockIdx.x / (a.G * a.B)) * kTile, at = b * a.stride_kv + j0 * a.ld_kv + group * a.S;
+    const HeadRows k{a.k + at, a.ld_kv, a.T - j0}, v{a.v + at, a.ld_kv, a.T - j0};
+    Sum sum_k[parts][kOutPieces], sum_v[parts][kOutPieces];
+    UNROLL for (int part = 0; part < parts; part++)
+        UNROLL for (int n = 0; n < kOutPieces; n++) sum_k[part][n].clear(), sum_v[part][n].clear();
+    for (int h = group * (a.H / a.G); h < (group + 1) * (a.H / a.G); h++)
+        for (int64_t t0 = j0; t0 < a.T; t0 += kTile) {
+            const int64_t row = int64_t(b) * a.T + t0, width = int64_t(a.H) * a.S, rows = a.T - t0;
+            const HeadRows q{a.q + row * a.ld_q + h * a.S, a.ld_q, rows}, d{d_out + row * width + h * a.S, width, rows};
+            attention_d_scores<parts, true>(tile, sum_v, q, k, v, d, t0 + tile.row - j0, lse + row * a.H + h, delta + row * a.H + h, a.H);
+            UNROLL for (int part = 0; part < parts; part++) {
+                if (part * kPart >= a.S) break;
+                __syncthreads();  // left may be in use
+                tile.load(tile.left, q, part);
+                __syncthreads();
+                tile.accumulate<true>(sum_k[part], tile.left, part);
+            }
+        }
+    UNROLL for (int part = 0; part < parts; part++)
+        if (part * kPart < a.S) {
+            tile.write(d_k + at, a.ld_kv, k.rows, sum_k[part], part, nullptr);
+            tile.write(d_v + at, a.ld_kv, k.rows, sum_v[part], part, nullptr);
+        }
+}
+template <int parts>
+__global__ void __launch_bounds__(kThreads)
+attention_backward_queries_kernel(floatX* d_q, const floatX* d_out, const real* lse, const real* delta, Attention a) {
+    ATTENTION_TILE(tile, a);
+    const int h = int(blockIdx.x % a.H), b = int(blockIdx.x / a.H % a.B), group = h / (a.H / a.G);
+    const int64_t t0 = (ceil_div(a.T, kTile) - 1 - blockIdx.x / (a.H * a.B)) * kTile, rows = a.T - t0;
+    const int64_t row = int64_t(b) * a.T + t0, width = int64_t(a.H) * a.S;
+    const HeadRows q{a.q + row * a.ld_q + h * a.S, a.ld_q, rows}, d{d_out + row * width + h * a.S, width, rows};
+    Sum sum_q[parts][kOutPieces];
+    UNROLL for (int part = 0; part < parts; part++)
+        UNROLL for (int n = 0; n < kOutPieces; n++) sum_q[part][n].clear();
+    for (int64_t j0 = 0; j0 <= t0; j0 += kTile) {
+        const int64_t at = b * a.stride_kv + j0 * a.ld_kv + group * a.S;
+        const HeadRows k{a.k + at, a.ld_kv, a.T - j0}, v{a.v + at, a.ld_kv, a.T - j0};
+        attention_d_scores<parts, false>(tile, nullptr, q, k, v, d, t0 + tile.row - j0, lse + row * a.H + h, delta + row * a.H + h, a.H);
+        UNROLL for (int part = 0; part < parts; part++) {
+            if (part * kPart >= a.S) break;
+            __syncthreads();  // right may be in use
+            tile.load(tile.right, k, part);
+            __syncthreads();
+            tile.accumulate<false>(sum_q[part], tile.right, part);
+        }
+    }
+    UNROLL for (int part = 0; part < parts; part++)
+        if (part * kPart < a.S) tile.write(d_q + row * a.ld_q + h * a.S, a.ld_q, rows, sum_q[part], part, nullptr);
+}
+
+// One query: a block for a head and a share of its keys. Groups of lanes have a key at a time, and the columns of the head in vectors; each
+// goes its own way through its keys, then the groups are put together, and in attention_step_sum_kernel the shares, in order. The heads of a
+// group read the same keys, at about the same time: from device memory once.
+constexpr int kStepVectors = std::max(1, kMaxHeadSize / (kWarp * kWidth));
+struct OnlineSum {  // of the columns that a lane has: sum over keys of exp(score - largest) v; and of the exponentials
+    real largest = kLowest, total = 0;
+    Reals<kWidth> sum[kStepVectors] = {};
+    __device__ __forceinline__ void scale(real by) {
+        total *= by;
+        UNROLL for (int n = 0; n < kStepVectors; n++)
+            UNROLL for (int i = 0; i < kWidth; i++) sum[n].v[i] *= by;
+    }
+};
+__global__ void __launch_bounds__(kThreads) attention_step_kernel(floatX* out, real* parts, Attention a, int lanes, int64_t share, int shares) {
+    SHARED(real[kWarps][2], of_warp);
+    SHARED(real[kMaxHeadSize], of_columns);
+    const int h = int(blockIdx.x % a.H), b = int(blockIdx.x / a.H % a.B), group = h / (a.H / a.G);
+    const int64_t which = blockIdx.x / (a.H * a.B), first = which * share, last = min(first + share, a.keys());
+    const int lane = lane_id() % lanes, groups = kThreads / lanes;
+    const floatX* const q = a.q + int64_t(b) * a.ld_q + h * a.S;
+    const int64_t at = b * a.stride_kv + group * a.S;
+    const real scale = 1 / sqrt_(real(a.S));
+    Reals<kWidth> of_q[kStepVectors] = {};
+    UNROLL for (int n = 0; n < kStepVectors; n++)
+        if ((lane + n * kWarp) * kWidth < a.S) of_q[n] = load<kWidth>(q + (lane + n * kWarp) * kWidth);
+    OnlineSum mine;
+    for (int64_t j0 = first; j0 < last; j0 += groups) {  // all lanes of a warp come to the shuffles
+        const int64_t j = j0 + threadIdx.x / lanes;
+        real score = 0;
+        UNROLL for (int n = 0; n < kStepVectors; n++)
+            if (j < last && (lane + n * kWarp) * kWidth < a.S) {
+                const Reals<kWidth> k = load<kWidth>(a.k + at + j * a.ld_kv + (lane + n * kWarp) * kWidth);
+                UNROLL for (int i = 0; i < kWidth; i++) score += of_q[n].v[i] * k.v[i];
+            }
+        for (int mask = lanes / 2; mask > 0; mask /= 2) score += __shfl_xor_sync(kAllLanes, score, mask);
+        if (j >= last) continue;
+        const real most = max(mine.largest, score * scale), p = exp_(score * scale - most);
+        mine.scale(exp_(mine.largest - most));
+        mine.largest = most;
+        mine.total += p;
+        UNROLL for (int n = 0; n < kStepVectors; n++)
+            if ((lane + n * kWarp) * kWidth < a.S) {
+                const Reals<kWidth> v = load<kWidth>(a.v + at + j * a.ld_kv + (lane + n * kWarp) * kWidth);
+                UNROLL for (int i = 0; i < kWidth; i++) mine.sum[n].v[i] += p * v.v[i];
+            }
+    }
+    const real most = block_max(mine.largest);
+    mine.scale(exp_(mine.largest - most));
+    for (int mask = lanes; mask < kWarp; mask *= 2) {
+        mine.total += __shfl_xor_sync(kAllLanes, mine.total, mask);
+        UNROLL for (int n = 0; n < kStepVectors; n++)
+            UNROLL for (int i = 0; i < kWidth; i++) mine.sum[n].v[i] += __shfl_xor_sync(kAllLanes, mine.sum[n].v[i], mask);
+    }
+    real total = 0;
+    if (lane_id() == 0) of_warp[warp_id()][0] = mine.total;
+    for (int w = 0; w < kWarps; w++) {  // the warps add to the columns in turn
+        if (warp_id() == w && lane_id() < lanes)
+            UNROLL for (int n = 0; n < kStepVectors; n++)
+                UNROLL for (int i = 0; i < kWidth; i++) {
+                    const int s = (lane + n * kWarp) * kWidth + i;
+                    if (s < a.S) of_columns[s] = (w == 0 ? 0 : of_columns[s]) + mine.sum[n].v[i];
+                }
+        __syncthreads();
+        total += of_warp[w][0];
+    }
+    const int64_t head = int64_t(b) * a.H + h;
+    real* const part = parts + (head * shares + which) * (a.S + 2);  // largest, total, sums
+    for (int s = threadIdx.x; s < a.S; s += kThreads)
+        if (shares == 1) out[head * a.S + s] = floatX(of_columns[s] / total);
+        else part[2 + s] = of_columns[s];
+    if (shares > 1 && threadIdx.x == 0) part[0] = most, part[1] = total;
+}
+__global__ void attention_step_sum_kernel(floatX* out, const real* parts, int S, int shares) {
+    const real* const mine = parts + int64_t(blockIdx.x) * shares * (S + 2);
+    real most = kLowest, total = 0;
+    for (int n = 0; n < shares; n++) most = max(most, mine[n * (S + 2)]);
+    for (int n = 0; n < shares; n++) total += mine[n * (S + 2) + 1] * exp_(mine[n * (S + 2)] - most);
+    for (int s = threadIdx.x; s < S; s += blockDim.x) {
+        real sum = 0;
+        for (int n = 0; n < shares; n++) sum += mine[n * (S + 2) + 2 + s] * exp_(mine[n * (S + 2)] - most);
+        out[int64_t(blockIdx.x) * S + s] = floatX(sum / total);
+    }
+}
+
+// Shares of the keys of one query: enough to fill the chip, of at least kStepKeys keys.
+constexpr int kStepKeys = 128;
+int attention_shares(int B, int H, int64_t keys) {
+    return int(std::min(ceil_div(2 * multiprocessors(), int64_t(B) * H), ceil_div(keys, kStepKeys)));
+}
+struct AttentionScratch : Scratch {
+    real *delta, *parts;
+    AttentionScratch(void* memory, int64_t B, int64_t T, int H, int S)
+        : Scratch(memory), delta(take<real>(B * T * H)), parts(take<real>((2 * int64_t(multiprocessors()) + B * H) * (S + 2))) {}
+};
+size_t attention_scratch(int B, int T, int H, int S) { return AttentionScratch(nullptr, B, T, H, S).used; }
+
+// Calls f with the number of parts of a head of this size.
+template <class F>
+void with_parts(int S, F&& f) {
+    if (S < 8 || S > kMaxHeadSize || S % 8) fail("heads of size %d: multiples of 8 from 8 to %d are supported", S, kMaxHeadSize);
+    if (S <= kPart) f(std::integral_constant<int, 1>());
+    else if (S <= 2 * kPart) f(std::integral_constant<int, 2>());
+    else f(std::integral_constant<int, kMaxHeadSize / kPart>());
+}
+void attention_step(floatX* out, const Attention& a, void* scratch, cudaStream_t stream) {
+    int lanes = 1;
+    while (lanes < kWarp && lanes * kWidth < a.S) lanes *= 2;
+    const int64_t share = ceil_div(a.keys(), attention_shares(a.B, a.H, a.keys()));
+    const int shares = int(ceil_div(a.keys(), share));
+    real* const parts = AttentionScratch(scratch, a.B, a.T, a.H, a.S).parts;
+    LAUNCH(attention_step_kernel, blocks_for(int64_t(shares) * a.B * a.H, 1), kThreads, 0, stream)(out, parts, a, lanes, share, shares);
+    CHECK_LAUNCH();
+    if (shares == 1) return;
+    LAUNCH(attention_step_sum_kernel, blocks_for(int64_t(a.B) * a.H, 1), row_threads(a.S), 0, stream)(out, parts, a.S, shares);
+    CHECK_LAUNCH();
+}
+void attention_forward(floatX* out, real* lse, const Attention& a, void* scratch, cudaStream_t stream) {
+    if (a.B == 0 || a.T == 0) return;
+    with_parts(a.S, [&](auto parts) {
+        if (a.T == 1 && !lse) return attention_step(out, a, scratch, stream);
+        LAUNCH(attention_forward_kernel<parts>, blocks_for(ceil_div(a.T, kTile) * a.B * a.H, 1), kThreads, 0, stream)(out, lse, a);
+        CHECK_LAUNCH();
+    });
+}
+void attention_backward(floatX* d_q, floatX* d_k, floatX* d_v, const floatX* d_out, const floatX* out, const real* lse, const Attention& a,
+                        void* scratch, cudaStream_t stream) {
+    if (a.B == 0 || a.T == 0) return;
+    real* const delta = AttentionScratch(scratch, a.B, a.T, a.H, a.S).delta;
+    const int64_t heads = int64_t(a.B) * a.T * a.H, tiles = ceil_div(a.T, kTile);
+    LAUNCH(attention_delta_kernel, blocks_for(heads, kWarps), kThreads, 0, stream)(delta, d_out, out, heads, a.S);
+    with_parts(a.S, [&](auto parts) {
+        LAUNCH(attention_backward_keys_kernel<parts>, blocks_for(tiles * a.B * a.G, 1), kThreads, 0, stream)(d_k, d_v, d_out, lse, delta, a);
+        LAUNCH(attention_backward_queries_kernel<parts>, blocks_for(tiles * a.B * a.H, 1), kThreads, 0, stream)(d_q, d_out, lse, delta, a);
+    });
+    CHECK_LAUNCH();
+}
+
+// ------------------------------------------------------------------------------------------------------------------
 // Router: a warp per row; lane l holds the values of experts l, l + 32, ...
 constexpr int kRouterWarps = 4, kLaneExperts = kMaxExperts / kWarp;
 static_assert(kMaxExperts <= kBuckets);
@@ -2142,6 +2694,8 @@ const Layers layers = {
     .rmsnorm_forward = rmsnorm_forward,
     .rmsnorm_backward = rmsnorm_backward,
     .rmsnorm_scratch = rmsnorm_scratch,
+    .slice_norm_forward = slice_norm_forward,
+    .slice_norm_backward = slice_norm_backward,
     .embedding_forward = embedding_forward,
     .embedding_backward = embedding_backward,
     .embedding_scratch = embedding_scratch,
@@ -2151,6 +2705,10 @@ const Layers layers = {
     .scan_forward = scan_forward,
     .scan_backward = scan_backward,
     .scan_scratch = scan_scratch,
+    .rotate = rotate,
+    .attention_forward = attention_forward,
+    .attention_backward = attention_backward,
+    .attention_scratch = attention_scratch,
     .router_forward = router_forward,
     .router_losses = router_losses,
     .router_backward = router_backward,
@@ -2249,9 +2807,11 @@ struct Kind {
 template <class L>
 static std::unique_ptr<Layer> make(Model& model, const std::string& name);
 struct MambaLayer;
+struct AttentionLayer;
 struct FeedForwardLayer;
 struct ExpertsLayer;
 static const Kind kKinds[] = {{'M', "Mamba", "mixer", make<MambaLayer>},
+                              {'A', "attention", "self_attn", make<AttentionLayer>},
                               {'F', "feed-forward", "feed_forward", make<FeedForwardLayer>},
                               {'E', "experts", "moe", make<ExpertsLayer>}};
 static const Kind* find_kind(char letter) {
@@ -2314,7 +2874,19 @@ void Config::resolve() {
     check_ranges(*this);
     if (!d_inner) d_inner = 2 * d_model;
     if (!dt_rank) dt_rank = (d_model + 15) / 16;
-    if (!d_ff) d_ff = 2 * d_model;
+    if (!heads) heads = std::max(1, d_model / 64);
+    if (!kv_heads) kv_heads = heads;
+    if (count('A') && !head_dim) {
+        if (d_model % heads) fail("--heads %d does not divide --d-model %d: change one, or give --head-dim", heads, d_model);
+        head_dim = d_model / heads;
+    }
+    if (count('A')) {
+        if (heads % kv_heads) fail("--kv-heads %d does not divide --heads %d", kv_heads, heads);
+        if (head_dim % 8 || head_dim > kMaxHeadSize)
+            fail("--head-dim %d: must be a multiple of 8, at most %d (it is --d-model / --heads if not given)", head_dim, kMaxHeadSize);
+        if (rope_base != 0 && rope_base <= 1) fail("--rope-base %g: must be 0 (no positions) or larger than 1", rope_base);
+    }
+    if (!d_ff) d_ff = (swiglu_ff ? 2 : 4) * d_model;
     if (!d_expert) d_expert = (swiglu_experts ? 2 : 3) * d_model;
 }
 
@@ -2352,7 +2924,8 @@ const std::vector<Preset>& presets() {
                               {"100m", "arXiv 2401.04081v2", 50257, 768, 16, 42}};
         const struct {
             const char *name, *unit;
-        } families[] = {{"mamba", "MM"}, {"mamba-mlp", "MF"}, {"moe-mamba", "ME"}, {"moe-mamba-parallel", "(ME)"}};
+        } families[] = {{"mamba", "MM"}, {"mamba-mlp", "MF"}, {"moe-mamba", "ME"}, {"moe-mamba-parallel", "(ME)"},
+                        {"transformer", "AF"}, {"transformer-moe", "AE"}};
         static std::vector<std::string> names;
         names.reserve(std::size(families) * std::size(sizes));
         for (const auto& family : families)
@@ -2362,6 +2935,11 @@ const std::vector<Preset>& presets() {
                 c.vocab = size.vocab;
                 c.d_model = size.d_model;
                 c.experts = size.experts;
+                if (family.unit[0] == 'A') {  // the papers' baselines: ReLU everywhere, of 4 C; 32 experts
+                    c.swiglu_ff = 0;
+                    c.d_expert = 4 * c.d_model;
+                    c.experts = std::min(c.experts, 32);
+                }
                 names.push_back(std::string(family.name) + "-" + size.name);
                 all.push_back({names.back().c_str(), size.note, c});
             }
@@ -2371,6 +2949,22 @@ const std::vector<Preset>& presets() {
         c.d_model = 768;
         c.tied = 1;
         all.push_back({"mamba-130m", "arXiv 2312.00752, state-spaces/mamba-130m", c});
+
+        Config mixtral{.layers = "AE*32", .vocab = 32000, .d_model = 4096, .heads = 32, .kv_heads = 8, .rope_base = 1e6, .d_expert = 14336,
+                       .top_k = 2, .capacity = 0, .swiglu_experts = 1, .renormalize = 1, .balance_loss = 0.02};
+        all.push_back({"mixtral-8x7b", "arXiv 2401.04088", mixtral});
+        mixtral.layers = "AE*4", mixtral.vocab = 257, mixtral.d_model = 128, mixtral.heads = 4, mixtral.kv_heads = 2, mixtral.d_expert = 0;
+        all.push_back({"mixtral-tiny", "trains in minutes on a laptop's CPU", mixtral});
+
+        Config jamba{.layers = "MFMEMFMEAFMEMFME*4", .vocab = 65536, .d_model = 4096, .mamba_norms = 1, .heads = 32, .kv_heads = 8,
+                     .rope_base = 0, .d_ff = 14336, .d_expert = 14336, .experts = 16, .top_k = 2, .capacity = 0, .swiglu_experts = 1,
+                     .balance_loss = 0.001, .norm_eps = 1e-6};
+        all.push_back({"jamba-v0.1", "arXiv 2403.19887", jamba});
+        jamba.layers = "MFMEMFMEAFMEMFME", jamba.vocab = 257, jamba.d_model = 96, jamba.heads = 4, jamba.kv_heads = 2, jamba.experts = 4;
+        jamba.d_ff = jamba.d_expert = 0;
+        all.push_back({"jamba-tiny", "trains in minutes on a laptop's CPU", jamba});
+        jamba.d_model = 384, jamba.heads = 6, jamba.experts = 8;
+        all.push_back({"jamba-10m", "for a CPU", jamba});
         return all;
     }();
     return list;
@@ -2433,15 +3027,17 @@ static std::unique_ptr<Layer> make(Model& model, const std::string& name) {
 struct MambaLayer : Layer {
     const int C, D, N, R, W;
     const int ld;  // of x_dbl: whole vectors, for every R
-    Tensor in_proj, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, skip, out_proj;
+    const bool normed_slices;  // RMSNorm on dt, B and C
+    Tensor in_proj, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, skip, out_proj, dt_norm, b_norm, c_norm;
     floatX *xz, *u, *x_dbl, *dt, *y;           // (rows, 2D) = [x | z]; (rows, D); (rows, ld) = [dt | B | C]; (rows, D); (rows, D)
+    floatX* x_raw;                             // as x_dbl, before the norms
     real* chunk_states;                        // (B, chunks, D, N)
     floatX *d_xz, *d_u, *d_x_dbl, *d_dt, *d_y;
     real *conv_state[2], *scan_state[2];       // (B, W-1, D), (B, D, N): one side is read, the other written
 
     MambaLayer(Model& model, const std::string& name)
         : Layer(model, name), C(model.config.d_model), D(model.config.d_inner), N(model.config.d_state), R(model.config.dt_rank),
-          W(model.config.d_conv), ld((R + 2 * N + 7) / 8 * 8) {
+          W(model.config.d_conv), ld((R + 2 * N + 7) / 8 * 8), normed_slices(model.config.mamba_norms) {
         const double conv = 1 / std::sqrt(double(W)), inner = 1 / std::sqrt(double(D));
         model.add(A_log, name + "A_log", {D, N}, Init::log_state, 0, Tensor::plain);
         model.add(skip, name + "D", {D}, Init::one, 0, Tensor::plain);
@@ -2452,16 +3048,22 @@ struct MambaLayer : Layer {
         model.add(dt_proj, name + "dt_proj.weight", {D, R}, Init::uniform, 1 / std::sqrt(double(R)), Tensor::decayed);
         model.add(dt_bias, name + "dt_proj.bias", {D}, Init::dt_bias, 0, Tensor::plain);
         model.add(out_proj, name + "out_proj.weight", {C, D}, Init::uniform, inner / std::sqrt(double(model.additions)), Tensor::decayed);
+        if (!normed_slices) return;
+        model.add(dt_norm, name + "dt_layernorm.weight", {R}, Init::one, 0, Tensor::plain);
+        model.add(b_norm, name + "b_layernorm.weight", {N}, Init::one, 0, Tensor::plain);
+        model.add(c_norm, name + "c_layernorm.weight", {N}, Init::one, 0, Tensor::plain);
     }
     void plan_activations(Plan& plan) override {
         plan.arena.add(&xz, name + "xz", plan.rows() * 2 * D);
         plan.arena.add(&u, name + "u", plan.rows() * D);
         plan.arena.add(&x_dbl, name + "dt, B, C", plan.rows() * ld);
+        plan.arena.add(&x_raw, name + "dt, B, C before norms", normed_slices ? plan.rows() * ld : 0);
         plan.arena.add(&dt, name + "dt", plan.rows() * D);
         plan.arena.add(&y, name + "y", plan.rows() * D);
         plan.arena.add(&chunk_states, name + "chunk states", plan.training ? plan.B * scan_chunks(plan.T) * D * N : 0);
         plan.need(model.layers.scan_scratch(plan.B, plan.T, D, N));
         if (plan.training) plan.need(model.layers.conv_scratch(plan.B, plan.T, D, W));
+        if (plan.training && normed_slices) plan.need(model.layers.rmsnorm_scratch(int(plan.rows()), std::max(R, N)));
     }
     void plan_gradients(Plan& plan) override {
         plan.arena.add(&d_xz, "d xz", plan.rows() * 2 * D);
@@ -2483,13 +3085,21 @@ struct MambaLayer : Layer {
         return {u, dt, x_dbl + R, x_dbl + R + N, ld, xz + D, 2 * D, A_log.master, skip.master, dt_bias.master,
                 p.state < 0 ? nullptr : scan_state[p.state], p.B, p.T, D, N};
     }
+    // Calls f(first column, norm) for the slices dt, B and C of x_dbl.
+    template <class F>
+    void each_slice(const Pass& p, F&& f) {
+        for (const auto& [column, width, norm] : {std::tuple(0, R, &dt_norm), std::tuple(R, N, &b_norm), std::tuple(R + N, N, &c_norm)})
+            f(column, *norm, SliceNorm{x_raw + column, ld, norm->master, p.rows(), width, real(model.config.norm_eps)});
+    }
     void forward(const Pass& p, const floatX* normed, floatX* out, bool accumulate) override {
         const Layers& l = model.layers;
         const cudaStream_t stream = model.stream;
         const int rows = p.rows();
         l.linear_forward(xz, 2 * D, {normed, C, in_proj.weight, rows, C, 2 * D}, false, stream);
         l.conv_forward(u, p.state < 0 ? nullptr : conv_state[1 - p.state], conv(p), stream);
-        l.linear_forward(x_dbl, ld, {u, D, x_proj.weight, rows, D, R + 2 * N}, false, stream);
+        l.linear_forward(normed_slices ? x_raw : x_dbl, ld, {u, D, x_proj.weight, rows, D, R + 2 * N}, false, stream);
+        if (normed_slices)
+            each_slice(p, [&](int column, Tensor&, const SliceNorm& n) { l.slice_norm_forward(x_dbl + column, ld, n, stream); });
         l.linear_forward(dt, D, {x_dbl, ld, dt_proj.weight, rows, R, D}, false, stream);
         l.scan_forward(y, p.state < 0 ? nullptr : scan_state[1 - p.state], p.training ? chunk_states : nullptr, scan(p),
                        model.buffers.scratch, stream);
@@ -2504,49 +3114,126 @@ struct MambaLayer : Layer {
         l.scan_backward({d_u, d_dt, d_x_dbl + R, d_x_dbl + R + N, d_xz + D, A_log.grad, skip.grad, dt_bias.grad, nullptr}, d_y, nullptr,
                         scan(p), chunk_states, model.buffers.scratch, stream);
         l.linear_backward(d_x_dbl, ld, dt_proj.grad, d_dt, D, {x_dbl, ld, dt_proj.weight, rows, R, D}, false, add, stream);
+        if (normed_slices)  // in place: a row's gradient is read before it is written
+            each_slice(p, [&](int column, Tensor& norm, const SliceNorm& n) {
+                l.slice_norm_backward(d_x_dbl + column, norm.grad, d_x_dbl + column, ld, n, model.buffers.scratch, stream);
+            });
         l.linear_backward(d_u, D, x_proj.grad, d_x_dbl, ld, {u, D, x_proj.weight, rows, D, R + 2 * N}, true, add, stream);
         l.conv_backward({d_xz, conv_weight.grad, conv_bias.grad, nullptr}, d_u, nullptr, conv(p), model.buffers.scratch, stream);
         l.linear_backward(d_normed, C, in_proj.grad, d_xz, 2 * D, {normed, C, in_proj.weight, rows, C, 2 * D}, accumulate, add, stream);
     }
-    int64_t matmul_weights() const override { return in_proj.count + x_proj.count + dt_proj.count + out_proj.count; }
+    int64_t products(int) const override { return in_proj.count + x_proj.count + dt_proj.count + out_proj.count; }
+};
+
+struct AttentionLayer : Layer {
+    const int C, H, G, S;
+    const int ld, ld_cache;      // of qkv_out; of the cache
+    Tensor qkv, out;             // ((H + 2G) S, C), (C, H S)
+    floatX *qkv_out, *heads;     // (rows, ld) = [queries | keys | values]; (rows, H S)
+    real* lse;                   // (rows, H)
+    floatX *d_qkv, *d_heads;
+    floatX* cache;               // (B, context, 2 G S) = [keys | values], keys turned to their positions
+
+    AttentionLayer(Model& model, const std::string& name)
+        : Layer(model, name), C(model.config.d_model), H(model.config.heads), G(model.config.kv_heads), S(model.config.head_dim),
+          ld((H + 2 * G) * S), ld_cache(2 * G * S) {
+        model.add_block(qkv, name + "qkv", int64_t(ld) * C, Init::normal, fan_in(C), Tensor::decayed);
+        model.add_part(qkv, name + "q_proj.weight", H * S, C);
+        model.add_part(qkv, name + "k_proj.weight", G * S, C);
+        model.add_part(qkv, name + "v_proj.weight", G * S, C);
+        model.add(out, name + "o_proj.weight", {C, H * S}, Init::normal, fan_in(H * S), Tensor::decayed);
+    }
+    void plan_activations(Plan& plan) override {
+        plan.arena.add(&qkv_out, name + "queries, keys, values", plan.rows() * ld);
+        plan.arena.add(&heads, name + "heads", plan.rows() * H * S);
+        plan.arena.add(&lse, name + "logsumexp of scores", plan.training ? plan.rows() * H : 0);
+        plan.need(model.layers.attention_scratch(plan.B, plan.T, H, S));
+    }
+    void plan_gradients(Plan& plan) override {
+        plan.arena.add(&d_qkv, "d queries, keys, values", plan.rows() * ld);
+        plan.arena.add(&d_heads, "d heads", plan.rows() * H * S);
+    }
+    void plan_state(Arena& arena, int B, int64_t context) override {
+        arena.add(&cache, name + "KV cache", B * context * ld_cache);
+    }
+    Rotary rotary(const Pass& p, const floatX* in, int heads, double base) const { return {in, ld, p.B, p.T, heads, S, p.position, base}; }
+    Attention attention(const Pass& p) const {
+        const floatX* const keys = p.state < 0 ? qkv_out + H * S : cache;
+        return {qkv_out, keys, keys + G * S, ld, p.state < 0 ? ld : ld_cache, p.state < 0 ? int64_t(p.T) * ld : p.context * ld_cache,
+                p.B, p.T, H, G, S, p.position};
+    }
+    void forward(const Pass& p, const floatX* normed, floatX* branch, bool accumulate) override {
+        const Layers& l = model.layers;
+        const cudaStream_t stream = model.stream;
+        const double base = model.config.rope_base;
+        l.linear_forward(qkv_out, ld, {normed, C, qkv.weight, p.rows(), C, ld}, false, stream);
+        if (p.state < 0) {
+            if (base != 0) l.rotate(qkv_out, ld, int64_t(p.T) * ld, rotary(p, qkv_out, H + G, base), false, stream);
+        } else {  // keys and values go to where the cache has the tokens' positions
+            if (base != 0) l.rotate(qkv_out, ld, int64_t(p.T) * ld, rotary(p, qkv_out, H, base), false, stream);
+            floatX* const at = cache + p.position * ld_cache;
+            l.rotate(at, ld_cache, p.context * ld_cache, rotary(p, qkv_out + H * S, G, base), false, stream);
+            l.rotate(at + G * S, ld_cache, p.context * ld_cache, rotary(p, qkv_out + (H + G) * S, G, 0), false, stream);
+        }
+        l.attention_forward(heads, p.training ? lse : nullptr, attention(p), model.buffers.scratch, stream);
+        l.linear_forward(branch, C, {heads, H * S, out.weight, p.rows(), H * S, C}, accumulate, stream);
+    }
+    void backward(const Pass& p, floatX* d_normed, const floatX* d_out, const floatX* normed, bool accumulate) override {
+        const Layers& l = model.layers;
+        const cudaStream_t stream = model.stream;
+        const int rows = p.rows();
+        const bool add = p.part > 0;
+        l.linear_backward(d_heads, H * S, out.grad, d_out, C, {heads, H * S, out.weight, rows, H * S, C}, false, add, stream);
+        l.attention_backward(d_qkv, d_qkv + H * S, d_qkv + (H + G) * S, d_heads, heads, lse, attention(p), model.buffers.scratch, stream);
+        if (model.config.rope_base != 0)
+            l.rotate(d_qkv, ld, int64_t(p.T) * ld, rotary(p, d_qkv, H + G, model.config.rope_base), true, stream);
+        l.linear_backward(d_normed, C, qkv.grad, d_qkv, ld, {normed, C, qkv.weight, rows, C, ld}, accumulate, add, stream);
+    }
+    int64_t products(int T) const override { return qkv.count + out.count + int64_t(H) * S * (T + 1); }  // 2 H S, half the keys
 };
 
 struct FeedForwardLayer : Layer {
     const int C, F;
-    Tensor gate_up, down;          // (2F, C), (C, F)
-    floatX *gate_up_out, *hidden;  // (rows, 2F), (rows, F)
+    const bool swiglu;
+    const int F_in;                // outputs of the first product: 2F or F
+    Tensor in, down;               // (F_in, C), (C, F)
+    floatX *gate_up, *hidden;      // (rows, 2F), SwiGLU only; (rows, F)
     floatX *d_gate_up, *d_hidden;
 
-    FeedForwardLayer(Model& model, const std::string& name) : Layer(model, name), C(model.config.d_model), F(model.config.d_ff) {
-        model.add_block(gate_up, name + "gate_up", int64_t(2) * F * C, Init::normal, fan_in(C), Tensor::decayed);
-        model.add_part(gate_up, name + "gate_proj.weight", F, C);
-        model.add_part(gate_up, name + "up_proj.weight", F, C);
+    FeedForwardLayer(Model& model, const std::string& name)
+        : Layer(model, name), C(model.config.d_model), F(model.config.d_ff), swiglu(model.config.swiglu_ff), F_in(swiglu ? 2 * F : F) {
+        model.add_block(in, name + "in", int64_t(F_in) * C, Init::normal, fan_in(C), Tensor::decayed);
+        if (swiglu) model.add_part(in, name + "gate_proj.weight", F, C);
+        model.add_part(in, name + "up_proj.weight", F, C);
         model.add(down, name + "down_proj.weight", {C, F}, Init::normal, fan_in(F), Tensor::decayed);
     }
     void plan_activations(Plan& plan) override {
-        plan.arena.add(&gate_up_out, name + "gate, up", plan.rows() * 2 * F);
+        plan.arena.add(&gate_up, name + "gate, up", swiglu ? plan.rows() * F_in : 0);
         plan.arena.add(&hidden, name + "hidden", plan.rows() * F);
     }
     void plan_gradients(Plan& plan) override {
-        plan.arena.add(&d_gate_up, "d gate, up", plan.rows() * 2 * F);
+        plan.arena.add(&d_gate_up, "d gate, up", swiglu ? plan.rows() * F_in : 0);
         plan.arena.add(&d_hidden, "d hidden", plan.rows() * F);
     }
     void forward(const Pass& p, const floatX* normed, floatX* out, bool accumulate) override {
         const Layers& l = model.layers;
-        l.linear_forward(gate_up_out, 2 * F, {normed, C, gate_up.weight, p.rows(), C, 2 * F}, false, model.stream);
-        l.swiglu_forward(hidden, gate_up_out, p.rows(), F, model.stream);
-        l.linear_forward(out, C, {hidden, F, down.weight, p.rows(), F, C}, accumulate, model.stream);
+        const int rows = p.rows();
+        l.linear_forward(swiglu ? gate_up : hidden, F_in, {normed, C, in.weight, rows, C, F_in}, false, model.stream);
+        if (swiglu) l.swiglu_forward(hidden, gate_up, rows, F, model.stream);
+        else l.relu_forward(hidden, hidden, int64_t(rows) * F, model.stream);
+        l.linear_forward(out, C, {hidden, F, down.weight, rows, F, C}, accumulate, model.stream);
     }
     void backward(const Pass& p, floatX* d_normed, const floatX* d_out, const floatX* normed, bool accumulate) override {
         const Layers& l = model.layers;
         const int rows = p.rows();
         const bool add = p.part > 0;
         l.linear_backward(d_hidden, F, down.grad, d_out, C, {hidden, F, down.weight, rows, F, C}, false, add, model.stream);
-        l.swiglu_backward(d_gate_up, d_hidden, gate_up_out, rows, F, model.stream);
-        l.linear_backward(d_normed, C, gate_up.grad, d_gate_up, 2 * F, {normed, C, gate_up.weight, rows, C, 2 * F}, accumulate, add,
+        if (swiglu) l.swiglu_backward(d_gate_up, d_hidden, gate_up, rows, F, model.stream);
+        else l.relu_backward(d_hidden, d_hidden, hidden, int64_t(rows) * F, model.stream);
+        l.linear_backward(d_normed, C, in.grad, swiglu ? d_gate_up : d_hidden, F_in, {normed, C, in.weight, rows, C, F_in}, accumulate, add,
                           model.stream);
     }
-    int64_t matmul_weights() const override { return gate_up.count + down.count; }
+    int64_t products(int) const override { return in.count + down.count; }
 };
 
 struct ExpertsLayer : Layer {
@@ -2648,7 +3335,7 @@ struct ExpertsLayer : Layer {
         l.router_backward(d_normed, router.grad, d_gates, routing, to.load, router_of(p, normed), real(model.config.balance_loss) * share,
                           real(model.config.z_loss) * share, model.buffers.scratch, stream);
     }
-    int64_t matmul_weights() const override { return router.count + (in.count + out.count) / E * K; }
+    int64_t products(int) const override { return router.count + (in.count + out.count) / E * K; }
     int64_t idle_parameters() const override { return (in.count + out.count) / E * (E - K); }
     int counters() const override { return E; }
     void report(Losses& losses, const int* load, int rows, double share) const override {
@@ -2730,11 +3417,11 @@ int64_t Model::active_parameter_count() const {
 
 int64_t Model::outer_parameter_count() const { return embedding.count + head_table.count; }
 
-double Model::matmul_flops_per_token(bool training) const {
-    int64_t weights = head->count;
+double Model::matmul_flops_per_token(int T, bool training) const {
+    int64_t products = head->count;
     for (const auto& step : steps)
-        for (const auto& layer : step->layers) weights += layer->matmul_weights();
-    return 2.0 * double(weights) * (training ? 3 : 1);
+        for (const auto& layer : step->layers) products += layer->products(T);
+    return 2.0 * double(products) * (training ? 3 : 1);
 }
 
 // In each arena tensors lie by their kind of update, so that one launch updates all of a kind.
@@ -3104,7 +3791,7 @@ const real* Model::decode(DecodeState& state, const int* tokens, int T, real tem
         fail("decoding %d tokens after %lld: there is room for %lld in all", T, (long long)state.position, (long long)state.context);
     begin_inference(B, T);
     state.arena.bind();
-    forward({.B = B, .T = T, .state = state.current, .position = state.position}, tokens, nullptr);
+    forward({.B = B, .T = T, .state = state.current, .position = state.position, .context = state.context}, tokens, nullptr);
     state.current = 1 - state.current;
     state.position += T;
     // Only the last position of each sequence reaches the head: rows that lie T * C apart.

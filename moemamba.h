@@ -3,7 +3,8 @@
 //
 // Shapes. Activations are row-major with time before channels, so nothing is ever transposed between two layers.
 //   B batch   T time   C model width   D inner width of a Mamba mixer   N state per channel   R rank of dt   W width of the conv
-//   F hidden width of a feed-forward or expert   E experts   K experts per token   H heads   V vocabulary
+//   F hidden width of a feed-forward or expert   E experts   K experts per token   V vocabulary
+//   H heads of queries   G heads of keys and values   S size of a head
 //   rows      B*T, where a function does not care which is which
 //   ld_x      distance between two rows of x, in elements, where x may be a slice of wider rows
 #pragma once
@@ -30,6 +31,7 @@
 #include <cublas_v2.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
+#include <mma.h>
 #define LAUNCH(kernel, ...) kernel<<<__VA_ARGS__>>>
 #define SHARED(type, name) __shared__ __align__(16) std::type_identity_t<type> name
 #define DYNAMIC_SHARED(type, name)                            \
@@ -65,14 +67,15 @@ inline constexpr int kScanChunk = 64;
 inline int64_t scan_chunks(int T) { return (T + kScanChunk - 1) / kScanChunk; }
 
 // The largest that every implementation of the layers serves.
-inline constexpr int kMaxStates = 64, kMaxConv = 8, kMaxExperts = 256;
+inline constexpr int kMaxStates = 64, kMaxConv = 8, kMaxExperts = 256, kMaxHeadSize = 256;
 
 // ------------------------------------------------------------------------------------------------------------------
 // Config: what defines a model. One list of fields serves flags, presets, checkpoints and --help.
 //
 // A model is a string of residual steps x += f(norm(x)), one letter each, with an optional repeat:
-//   M Mamba   F dense SwiGLU feed-forward   E mixture of experts   (ME) a parallel group: one norm, outputs summed
+//   M Mamba   A causal attention   F dense feed-forward   E mixture of experts   (ME) a parallel group: one norm, outputs summed
 //   Mamba "MM*8"   Mamba-MLP "MF*8"   MoE-Mamba "ME*8"   parallel MoE-Mamba "(ME)*8"
+//   Transformer "AF*8"   Transformer-MoE, Mixtral "AE*8"   Jamba "MFMEMFMEAFMEMFME*4"
 struct Config {
     std::string layers = "ME*4";
     int vocab = 257;             // V
@@ -81,7 +84,13 @@ struct Config {
     int d_state = 16;            // N
     int d_conv = 4;              // W
     int dt_rank = 0;             // R; 0 = ceil(C / 16)
-    int d_ff = 0;                // F of dense feed-forward layers; 0 = 2 C (SwiGLU: 6 C^2 weights, as a Mamba layer)
+    int mamba_norms = 0;         // 1: RMSNorm on dt, B and C (Jamba)
+    int heads = 0;               // H of attention; 0 = one for each 64 of C
+    int kv_heads = 0;            // G; 0 = H
+    int head_dim = 0;            // S; 0 = C / H
+    double rope_base = 10000;    // of rotary positions; 0 = none
+    int d_ff = 0;                // F of dense feed-forward layers; 0 = 2 C with SwiGLU (6 C^2 weights, as a Mamba layer), 4 C with ReLU
+    int swiglu_ff = 1;           // 0: ReLU
     int d_expert = 0;            // F of experts; 0 = 3 C with ReLU, 2 C with SwiGLU
     int experts = 8;             // E
     int top_k = 1;               // K
@@ -97,14 +106,20 @@ struct Config {
     template <class Self, class F>
     static void each_field(Self& c, F&& f) {
         constexpr double kMost = 1 << 24;  // keeps every product of two sizes far inside 64 bits
-        f("layers", c.layers, "residual steps: M Mamba, F feed-forward, E experts, (ME) parallel; \"ME*4\" repeats", 0, 0);
+        f("layers", c.layers, "residual steps: M Mamba, A attention, F feed-forward, E experts, (ME) parallel; \"ME*4\" repeats", 0, 0);
         f("vocab", c.vocab, "vocabulary; from the data where there is any", 2, kMost);
         f("d-model", c.d_model, "model width C", 1, kMost);
         f("d-inner", c.d_inner, "inner width D of a Mamba mixer; 0 = 2 C", 0, kMost);
         f("d-state", c.d_state, "state N per channel", 1, kMaxStates);
         f("d-conv", c.d_conv, "width of the causal convolution", 1, kMaxConv);
         f("dt-rank", c.dt_rank, "rank R of the dt projection; 0 = ceil(C/16)", 0, kMost);
-        f("d-ff", c.d_ff, "width of dense SwiGLU feed-forward layers; 0 = 2 C", 0, kMost);
+        f("mamba-norms", c.mamba_norms, "1: RMSNorm on dt, B and C of a Mamba mixer, as Jamba", 0, 1);
+        f("heads", c.heads, "heads H of attention; 0 = one for each 64 of C", 0, kMost);
+        f("kv-heads", c.kv_heads, "heads G of its keys and values, each for H/G of its queries; 0 = H", 0, kMost);
+        f("head-dim", c.head_dim, "size S of a head; 0 = C / H", 0, kMaxHeadSize);
+        f("rope-base", c.rope_base, "base of rotary positions; 0 = none", 0, 1e12);
+        f("d-ff", c.d_ff, "width of dense feed-forward layers; 0 = 2 C with SwiGLU, 4 C with ReLU", 0, kMost);
+        f("swiglu-ff", c.swiglu_ff, "1: SwiGLU in dense feed-forward layers, 0: ReLU", 0, 1);
         f("d-expert", c.d_expert, "width of an expert; 0 = 3 C with ReLU, 2 C with SwiGLU", 0, kMost);
         f("experts", c.experts, "experts E in each E layer", 1, kMaxExperts);
         f("top-k", c.top_k, "experts K that a token goes to", 1, c.experts);
@@ -141,6 +156,13 @@ struct Linear {
     const floatX* weight;  // (O, I)
     int rows, I, O;
 };
+struct SliceNorm {
+    const floatX* in;  // (rows, C) with ld_in
+    int ld_in;
+    const real* weight;  // (C)
+    int rows, C;
+    real eps;
+};
 struct Conv {
     const floatX* in;  // (B, T, D) with ld_in
     int ld_in;
@@ -167,6 +189,22 @@ struct ScanGradients {  // shapes and ld of what they are gradients of
     floatX *d_u, *d_dt, *d_B_t, *d_C_t, *d_z;
     real *d_A_log, *d_skip, *d_dt_bias;
     real* d_initial_state;  // overwritten; or null
+};
+struct Rotary {
+    const floatX* in;  // (B, T, heads, S) with ld_in
+    int ld_in;
+    int B, T, heads, S;  // S even, unless base is 0
+    int64_t position;    // of the first of the T tokens
+    double base;         // 0: nothing turns, it is a copy
+};
+struct Attention {       // head h reads the keys and values of head h / (H / G)
+    const floatX *q;     // (B, T, H, S) with ld_q
+    const floatX *k, *v; // (B, past + T, G, S) with ld_kv, and from one sequence to the next stride_kv elements
+    int ld_q, ld_kv;     // multiples of 8 elements, as S and stride_kv are; q, k, v and what is like them begin at multiples of 16 bytes
+    int64_t stride_kv;
+    int B, T, H, G, S;   // G divides H; S <= kMaxHeadSize
+    int64_t past;        // keys before that of the first query
+    int64_t keys() const { return past + T; }
 };
 struct Router {
     const floatX* x;     // (rows, C)
@@ -254,6 +292,11 @@ struct Layers {
                              const real* weight, void* scratch, int rows, int C, cudaStream_t stream);
     size_t (*rmsnorm_scratch)(int rows, int C);
 
+    // -------- RMSNorm of slices of rows:  out = in * rstd * weight;  out (rows, C) with ld_out, d_in with ld_in; d_in may be d_out
+    void (*slice_norm_forward)(floatX* out, int ld_out, const SliceNorm& n, cudaStream_t stream);
+    void (*slice_norm_backward)(floatX* d_in, real* d_weight, const floatX* d_out, int ld_d_out, const SliceNorm& n, void* scratch,
+                                cudaStream_t stream);  // scratch: rmsnorm_scratch
+
     // -------- embedding:  out[r] = table[tokens[r]]
     // out (rows, C) real, the residual stream; tokens (rows), all in [0, V); table (V, C)
     void (*embedding_forward)(real* out, const int* tokens, const floatX* table, int rows, int C, cudaStream_t stream);
@@ -279,6 +322,20 @@ struct Layers {
     void (*scan_backward)(const ScanGradients& d, const floatX* d_out, const real* d_final_state, const Scan& s, const real* chunk_states,
                           void* scratch, cudaStream_t stream);
     size_t (*scan_scratch)(int B, int T, int D, int N);
+
+    // -------- rotary positions (RoPE, arXiv 2104.09864):  in every head the pair (x[i], x[i + S/2]) turns by (position + t) base^(-2i/S)
+    // out (B, T, heads, S) with ld_out, and from one sequence to the next stride_out elements; it may be in, at the same rows. back: turns
+    // the other way, which is the backward pass.
+    void (*rotate)(floatX* out, int ld_out, int64_t stride_out, const Rotary& r, bool back, cudaStream_t stream);
+
+    // -------- causal attention (arXiv 1706.03762), grouped queries (2305.13245):
+    //   p_j = softmax over j <= past + t of (q_t . k_j) / sqrt(S);  out_t = sum_j p_j v_j
+    // out (B, T, H, S); lse (B * T, H), for the backward pass: logsumexp of the scores; or null
+    void (*attention_forward)(floatX* out, real* lse, const Attention& a, void* scratch, cudaStream_t stream);
+    // past = 0. d_q, d_k, d_v lie as q, k, v do.
+    void (*attention_backward)(floatX* d_q, floatX* d_k, floatX* d_v, const floatX* d_out, const floatX* out, const real* lse,
+                               const Attention& a, void* scratch, cudaStream_t stream);
+    size_t (*attention_scratch)(int B, int T, int H, int S);  // whatever the past
 
     // -------- router (Switch, arXiv 2101.03961):  p = softmax(x W^T);  the K largest, ties to the lower expert;  gate = p, or p / sum of K
     void (*router_forward)(const Routing& out, const Router& r, void* scratch, cudaStream_t stream);
@@ -405,6 +462,7 @@ struct Pass {  // one way through the model, forward or backward
     int part = 0, parts = 1;  // training: which of so many parts of a step, whose gradients add up
     int state = -1;           // decoding: layers read their state [state] and write the other, [1 - state]
     int64_t position = 0;     // decoding: tokens that each sequence has behind it
+    int64_t context = 0;      // decoding: tokens that the state has room for
     int rows() const { return B * T; }
 };
 struct Plan {  // memory for such passes, of at most B sequences of T tokens
@@ -429,7 +487,7 @@ struct Layer {
     virtual void forward(const Pass& pass, const floatX* normed, floatX* out, bool accumulate) = 0;
     // d_normed (rows, C) = gradient of normed (+ d_normed if accumulate), and the parameters' gradients.
     virtual void backward(const Pass& pass, floatX* d_normed, const floatX* d_out, const floatX* normed, bool accumulate) = 0;
-    virtual int64_t matmul_weights() const = 0;            // that take part in a token's matrix products
+    virtual int64_t products(int T) const = 0;             // a token's multiply-adds in matrix products, the mean over T of them
     virtual int64_t idle_parameters() const { return 0; }  // that a token does not use
     virtual int counters() const { return 0; }             // ints that a training pass leaves for report()
     // Adds to the report of a step what one part of it has left, of so many rows; `share`: of the part in the step
@@ -463,7 +521,7 @@ struct Model {
     int64_t parameter_count() const;
     int64_t active_parameter_count() const;  // per token: K of E experts
     int64_t outer_parameter_count() const;   // of embedding and head, which papers leave out of both counts
-    double matmul_flops_per_token(bool training) const;  // multiply and add counted as two; training = forward + backward
+    double matmul_flops_per_token(int T, bool training) const;  // in sequences of T; multiply and add are two; training = forward + backward
     void initialize(uint64_t seed);          // allocates the weights and draws them
 
     // ---- training: plan_training() only computes sizes; allocate_training() takes the memory, that of evaluate(B, T) included.

@@ -294,6 +294,23 @@ Case rmsnorm(int rows, int C, bool with_branch, bool in_place) {
     }};
 }
 
+Case slice_norm(int rows, int C, int gap, bool in_place) {
+    return {title("slice_norm", {{"rows", rows}, {"C", C}, {"gap", gap}, {"in_place", in_place}}), [=](Run& r) {
+        const Shape shape{rows, C, C + gap, gap / 2};
+        const floatX* in = r.in<floatX>("in", shape);
+        const real* weight = r.in<real>("weight", C, normal(0.3, 1));
+        floatX* out = r.out<floatX>("out", shape);
+        const SliceNorm n{in, C + gap, weight, rows, C, real(1e-5)};
+        r->slice_norm_forward(out, C + gap, n, r.stream);
+        if (r.forward_only) return;
+        floatX* d_out = r.in<floatX>("d_out", shape);
+        floatX* d_in = in_place ? d_out : r.out<floatX>("d_in", shape);
+        real* d_weight = r.out<real>("d_weight", C, accumulated);
+        r->slice_norm_backward(d_in, d_weight, d_out, C + gap, n, r.scratch(r->rmsnorm_scratch(rows, C)), r.stream);
+        if (in_place) r.becomes("d_in", d_out);
+    }};
+}
+
 Case linear(int rows, int I, int O, int gap, bool accumulate, bool add_weight, bool with_d_in = true) {
     return {title("linear", {{"rows", rows}, {"I", I}, {"O", O}, {"gap", gap}, {"accumulate", accumulate}, {"add_weight", add_weight},
                              {"d_in", with_d_in}}), [=](Run& r) {
@@ -376,6 +393,53 @@ Case scan(int B, int T, int D, int N, bool initial, bool final, int R = 0, bool 
         s.initial_state = nullptr;  // chunk_states has it
         r->scan_backward({d_u, d_dt, d_B_t, d_C_t, d_z, d_A_log, d_skip, d_dt_bias, d_initial_state}, d_out, d_final_state, s, chunk_states,
                          scratch, r.stream);
+    }};
+}
+
+// q, k and v lie as the Model has them: in rows [q | k | v] of `gap` more elements; with a past, k and v are a cache with room for more.
+struct Heads {
+    int B, T, H, G, S, past = 0, gap = 0;
+    double size = 1;  // of the queries: large ones make scores that differ much
+};
+Case attention(Heads x) {
+    return {title("attention", {{"B", x.B}, {"T", x.T}, {"H", x.H}, {"G", x.G}, {"S", x.S}, {"past", x.past}, {"gap", x.gap}, {"size", x.size}}),
+            [=](Run& r) {
+        const auto& [B, T, H, G, S, past, gap, size] = x;
+        const int ld = (H + 2 * G) * S + gap, room = past ? past + T + 3 : T, ld_kv = past ? 2 * G * S : ld;
+        const Shape q_shape{B * T, H * S, ld, 0};
+        const auto kv_shape = [&](int at) {
+            return past ? Shape{B * room, G * S, ld_kv, at == H ? 0 : G * S} : Shape{B * T, G * S, ld, at * S};
+        };
+        const floatX* q = r.in<floatX>("q", q_shape, normal(size));
+        const floatX* k = r.in<floatX>("k", kv_shape(H));
+        const floatX* v = r.in<floatX>("v", kv_shape(H + G));
+        floatX* out = r.out<floatX>("out", {B * T, H * S});
+        const bool step = past && T == 1;
+        real* lse = r.out<real>("lse", {step ? 0 : B * T, H});
+        void* scratch = r.scratch(r->attention_scratch(B, T, H, S));
+        const Attention a{q, k, v, ld, ld_kv, int64_t(room) * ld_kv, B, T, H, G, S, past};
+        r->attention_forward(out, lse, a, scratch, r.stream);
+        if (r.forward_only || past) return;
+        const floatX* d_out = r.in<floatX>("d_out", {B * T, H * S});
+        floatX* d_q = r.out<floatX>("d_q", q_shape);
+        floatX* d_k = r.out<floatX>("d_k", kv_shape(H));
+        floatX* d_v = r.out<floatX>("d_v", kv_shape(H + G));
+        r->attention_backward(d_q, d_k, d_v, d_out, out, lse, a, scratch, r.stream);
+    }};
+}
+Case rotate(int B, int T, int heads, int S, int gap, int position, double base, bool in_place) {
+    return {title("rotate", {{"B", B}, {"T", T}, {"heads", heads}, {"S", S}, {"gap", gap}, {"position", position}, {"base", base},
+                             {"in_place", in_place}}), [=](Run& r) {
+        const Shape shape{B * T, heads * S, heads * S + gap, gap / 2};
+        const int ld_out = in_place ? heads * S + gap : heads * S;
+        floatX* in = r.in<floatX>("in", shape);
+        floatX* out = in_place ? in : r.out<floatX>("out", {B * T, heads * S});
+        r->rotate(out, ld_out, int64_t(T) * ld_out, {in, heads * S + gap, B, T, heads, S, position, base}, false, r.stream);
+        if (in_place) r.becomes("out", in);
+        if (r.forward_only) return;
+        const floatX* d_out = r.in<floatX>("d_out", shape);
+        floatX* d_in = r.out<floatX>("d_in", {B * T, heads * S});
+        r->rotate(d_in, heads * S, int64_t(T) * heads * S, {d_out, heads * S + gap, B, T, heads, S, position, base}, true, r.stream);
     }};
 }
 
@@ -579,6 +643,7 @@ const std::vector<Case>& cases() {
     static const std::vector<Case> all = selected({
         embedding(1, 3, 1), embedding(67, 11, 40), embedding(130, 300, 17), embedding(700, 2, 5), embedding(9, 4, 2056),
         rmsnorm(1, 1, true, false), rmsnorm(5, 40, true, false), rmsnorm(67, 33, false, false), rmsnorm(9, 1032, true, true),
+        slice_norm(1, 1, 0, false), slice_norm(37, 5, 8, true), slice_norm(70, 40, 3, false), slice_norm(5, 256, 32, true),
         linear(1, 1, 1, 0, false, true), linear(5, 7, 9, 0, true, false), linear(37, 24, 40, 6, false, false),
         linear(64, 33, 17, 3, true, true), linear(3, 20, 24, 4, false, true), linear(11, 9, 16, 2, false, false, false),
         conv(1, 1, 1, 4, 0, false, false), conv(3, 1, 21, 4, 21, true, true), conv(2, 2, 40, 4, 40, true, true),
@@ -593,6 +658,12 @@ const std::vector<Case>& cases() {
         scan(2, 41, 16, 16, false, true, 0, false, 16),
         scan(2, 7, 5 * kWidth / 2, 16, true, true, 0, true),  // rows of z allow the widest loads, those of u do not
         scan(4, 3 * chunk + 5, 3, 16, true, true), scan(9, 2 * chunk + 3, 20, 4, true, true),  // on simt: two segments of two chunks; one of three
+        attention({1, 1, 1, 1, 8}), attention({2, 5, 2, 2, 16}), attention({2, 37, 6, 2, 24, 0, 8}), attention({1, 130, 2, 1, 64}),
+        attention({1, 67, 3, 3, 72, 0, 0, 4}), attention({1, 35, 4, 1, 128}), attention({1, 66, 1, 1, 256}), attention({3, 2, 4, 4, 40, 5}),
+        attention({2, 70, 2, 1, 32, 33}), attention({2, 1, 6, 2, 24, 36}), attention({1, 1, 4, 4, 8, 300}), attention({1, 1, 2, 1, 256, 700, 0, 3}),
+        attention({5, 1, 4, 1, 136, 7}),
+        rotate(1, 1, 1, 2, 0, 0, 10000, false), rotate(2, 37, 3, 24, 5, 11, 10000, true), rotate(3, 5, 2, 128, 0, 1000000, 1e6, false),
+        rotate(2, 9, 5, 8, 8, 0, 0, false),
         moe({.rows = 1, .C = 3, .F = 5, .E = 1, .K = 1, .capacity = 0}),
         moe({.rows = 37, .C = 24, .F = 40, .E = 4, .K = 1, .capacity = 9, .skew = 0.5}),
         moe({.rows = 37, .C = 17, .F = 9, .E = 5, .K = 2, .capacity = 0, .swiglu = true, .renormalize = true, .accumulate = true}),
@@ -792,6 +863,8 @@ std::vector<Case> empty_calls(int B, int T, int capacity) {
     add("relu_backward", [](const Layers& l, A a, S s) { l.relu_backward(a, a, a, 0, s); });
     add("rmsnorm_forward", [](const Layers& l, A a, S s) { l.rmsnorm_forward(a, a, a, a, a, a, 0, C, 1, s); });
     add("rmsnorm_backward", [](const Layers& l, A a, S s) { l.rmsnorm_backward(a, a, a, a, a, a, a, a, 0, C, s); });
+    add("slice_norm_forward", [](const Layers& l, A a, S s) { l.slice_norm_forward(a, C, {a, C, a, 0, C, 1}, s); });
+    add("slice_norm_backward", [](const Layers& l, A a, S s) { l.slice_norm_backward(a, a, a, C, {a, C, a, 0, C, 1}, a, s); });
     add("embedding_forward", [](const Layers& l, A a, S s) { l.embedding_forward(a, a, a, 0, C, s); });
     add("embedding_backward", [](const Layers& l, A a, S s) { l.embedding_backward(a, a, a, a, 0, 5, C, s); });
     add("conv_forward", [=](const Layers& l, A a, S s) { l.conv_forward(a, a, {a, 3, a, a, a, B, T, 3, 4}, s); });
@@ -802,6 +875,10 @@ std::vector<Case> empty_calls(int B, int T, int capacity) {
     add("scan_backward", [=](const Layers& l, A a, S s) {
         l.scan_backward({a, a, a, a, a, a, a, a, a}, a, a, scan(a), a, a, s);
     });
+    add("rotate", [=](const Layers& l, A a, S s) { l.rotate(a, 8, 8, {a, 8, B, T, 1, 8, 0, 100}, false, s); });
+    auto attention = [=](A a) { return Attention{a, a, a, 8, 8, 8, B, T, 1, 1, 8, 0}; };
+    add("attention_forward", [=](const Layers& l, A a, S s) { l.attention_forward(a, a, attention(a), a, s); });
+    add("attention_backward", [=](const Layers& l, A a, S s) { l.attention_backward(a, a, a, a, a, a, attention(a), a, s); });
     add("router_forward", [=](const Layers& l, A a, S s) { l.router_forward(routing(a), {a, a, 0, C, E, K, true}, a, s); });
     add("router_losses", [](const Layers& l, A a, S s) { l.router_losses(a, a, a, a, a, 0, E, s); });
     add("router_backward", [=](const Layers& l, A a, S s) {
@@ -1115,7 +1192,12 @@ const std::vector<Family>& families() {
                                  {"parallel MoE-Mamba", {.layers = "(ME)*2"}},
                                  {"Mixtral's experts", {.layers = "ME", .top_k = 2, .capacity = 0, .swiglu_experts = 1, .renormalize = 1}},
                                  {"Jamba's experts", {.layers = "(MF)E", .top_k = 2, .capacity = 1.25, .swiglu_experts = 1, .z_loss = 0.02,
-                                                      .tied = 1}}};
+                                                      .tied = 1}},
+                                 {"Transformer", {.layers = "AF*2", .heads = 2, .swiglu_ff = 0}},
+                                 {"Mixtral", {.layers = "AE", .heads = 4, .kv_heads = 2, .head_dim = 8, .rope_base = 100, .top_k = 2,
+                                              .capacity = 0, .swiglu_experts = 1, .renormalize = 1}},
+                                 {"Jamba", {.layers = "MFAEME", .mamba_norms = 1, .heads = 2, .kv_heads = 1, .rope_base = 0, .top_k = 2,
+                                            .capacity = 0, .swiglu_experts = 1, .norm_eps = 1e-6}}};
         for (auto& [name, c] : f) {
             c.vocab = 37, c.d_model = 16, c.d_inner = 24, c.d_state = 5, c.dt_rank = 3, c.d_ff = c.d_expert = 20, c.experts = 4;
             c.balance_loss = 0.05;

@@ -267,15 +267,15 @@ static std::string bytes_text(double bytes) { return scaled(bytes, 1024, "B"); }
 
 static std::string count_text(int64_t count) { return scaled(double(count), 1000, ""); }
 
-static void print_model(const Model& model) {
+static void print_model(const Model& model, int T) {
     const Config& c = model.config;
     const std::string experts = c.count('E') ? ", " + std::to_string(c.experts) + " experts" : "";
     printf("model        %s, width %d%s, vocabulary %d, in %s\n", c.layers.c_str(), c.d_model, experts.c_str(), c.vocab, kPrecision);
     const int64_t active = model.active_parameter_count();
     printf("parameters   %s, active per token %s, %s active without embedding and head\n", count_text(model.parameter_count()).c_str(),
            count_text(active).c_str(), count_text(active - model.outer_parameter_count()).c_str());
-    printf("compute      %sFLOP per token in training, matrix products only\n",
-           scaled(model.matmul_flops_per_token(true), 1000, "").c_str());
+    printf("compute      %sFLOP per token in training, matrix products only, T = %d\n",
+           scaled(model.matmul_flops_per_token(T, true), 1000, "").c_str(), T);
 }
 
 // What training would take, without taking any of it.
@@ -283,7 +283,7 @@ static void dry_run(const Config& config, const Layers& layers, const Run& run) 
     Model model(config, layers);
     model.plan_training(run.batch, run.seq_len, run.grad_accum);
     const Config& c = model.config;
-    print_model(model);
+    print_model(model, run.seq_len);
     printf("\nconfiguration\n");
     const JsonObject values = fields_to_json(c);
     Config::each_field(c, [&](const char* flag, auto...) { printf("  %-36s %14s\n", flag, values.text(flag).c_str()); });
@@ -295,7 +295,7 @@ static void dry_run(const Config& config, const Layers& layers, const Run& run) 
     }
     printf("  %-36s %14s\n", "total", bytes_text(total).c_str());
     // The transformer has an attention layer, with as many key and value heads as heads, wherever this model has a mixer.
-    const double cache_per_token = 2.0 * c.count('M') * c.d_model * sizeof(floatX);
+    const double cache_per_token = 2.0 * (c.count('M') + c.count('A')) * c.d_model * sizeof(floatX);
     printf("\nmemory for decoding, per sequence\n  %-18s %18s %34s\n", "context", "state", "KV cache of as wide a transformer");
     for (int64_t context = 1 << 10; context <= 1 << 20; context *= 4)
         printf("  %-18s %18s %34s\n", (std::to_string(context >> 10) + "K").c_str(),
@@ -370,7 +370,7 @@ static void train_steps(Model& model, const Options& options, const Run& run, co
     if (options.sample_every > 0) model.start(sampler, 1, std::max<int64_t>(1, prompt.size()) + options.sample_tokens);
     const double sequences = double(run.steps) * G * B;
 
-    print_model(model);
+    print_model(model, run.seq_len);
     printf("data         %lld tokens, %lld sequences of %d, %.2f epochs; %s\n", (long long)data.train->count, (long long)train.windows, T,
            sequences / double(train.windows), val ? "validated" : "no validation");
     printf("device       %s, matrix products at %sFLOP/s\n", model.layers.device, scaled(peak, 1000, "").c_str());
@@ -407,7 +407,7 @@ static void train_steps(Model& model, const Options& options, const Run& run, co
         model.update(optimizer, losses, step);
 
         const double now = omp_get_wtime(), seconds = now - step_start, rate = double(G) * B * T / seconds;
-        const double share = model.matmul_flops_per_token(true) * rate / peak;
+        const double share = model.matmul_flops_per_token(run.seq_len, true) * rate / peak;
         const long left = long((now - start) / (step - done) * (run.steps - step));
         printf("step %*d/%d  loss %.4f", int(std::to_string(run.steps).size()), step, run.steps, losses.cross_entropy);
         if (config.count('E')) printf("  aux %.4f  load %.2f  dropped %4.1f %%", aux, losses.expert_load, 100 * losses.dropped);

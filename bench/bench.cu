@@ -55,7 +55,7 @@ static void bench_training(std::vector<Row>& rows, const Layers& layers, const c
         });
         if (step < 0) continue;
         rates.push_back(tokens_per_step / seconds);
-        shares.push_back(rates.back() * model.matmul_flops_per_token(true) / peak);
+        shares.push_back(rates.back() * model.matmul_flops_per_token(T, true) / peak);
     }
     rows.push_back({std::string("train ") + preset, median(rates), "tokens/s", "matrix products at the 2048^3 rate", median(shares), 0.40});
 }

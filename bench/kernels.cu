@@ -339,7 +339,7 @@ static void bench_training(const Layers& layers, const Size& size, double flops)
     std::sort(seconds.begin(), seconds.end());
     const double rate = double(B) * T / seconds[seconds.size() / 2];
     printf("\ntraining %s, B %d, T %d, %s: %.0f tokens/s, %.1f ms a step, MFU %.1f %% of the measured rate\n", size.preset, B, T, kPrecision, rate,
-           seconds[seconds.size() / 2] * 1e3, 100 * rate * model.matmul_flops_per_token(true) / flops);
+           seconds[seconds.size() / 2] * 1e3, 100 * rate * model.matmul_flops_per_token(T, true) / flops);
 }
 
 static int body(int argc, char** argv) {

@@ -13,6 +13,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <numeric>
 #include <omp.h>
 #include <string_view>
@@ -503,6 +504,51 @@ void rmsnorm_backward(real* d_sum, floatX* d_branch, real* d_weight, const float
     for (int part = 0; part < parts; part++)
 #pragma omp simd
         for (int c = 0; c < C; c++) d_weight[c] += d_weight_parts[part * stride + c];
+}
+
+// ------------------------------------------------------------------------------------------------------------------
+// RMSNorm of slices
+real slice_rstd(const floatX* in, int C, real eps) {
+    real squares = 0;
+#pragma omp simd reduction(+ : squares)
+    for (int c = 0; c < C; c++) squares += load(in[c]) * load(in[c]);
+    return 1 / std::sqrt(squares / C + eps);
+}
+void slice_norm_forward(floatX* out, int ld_out, const SliceNorm& n, cudaStream_t) {
+#pragma omp parallel for if (worth_threads(int64_t(n.rows) * n.C))
+    for (int64_t r = 0; r < n.rows; r++) {
+        const floatX* const in = n.in + r * n.ld_in;
+        const real rstd = slice_rstd(in, n.C, n.eps);
+#pragma omp simd
+        for (int c = 0; c < n.C; c++) store(out[r * ld_out + c], load(in[c]) * rstd * n.weight[c]);
+    }
+}
+void slice_norm_backward(floatX* d_in, real* d_weight, const floatX* d_out, int ld_d_out, const SliceNorm& n, void* scratch, cudaStream_t) {
+    if (n.rows == 0) return;
+    const int parts = omp_get_max_threads(), C = n.C;
+    const int64_t stride = rmsnorm_stride(C);
+    real* const sums = Cutter(scratch).cut<real>(parts * stride);
+#pragma omp parallel for if (worth_threads(int64_t(n.rows) * C))
+    for (int part = 0; part < parts; part++) {
+        real* const sum = sums + part * stride;
+        std::fill_n(sum, C, real(0));
+        const Range rows(n.rows, part, parts);
+        for (int64_t r = rows.begin; r < rows.end; r++) {
+            const floatX *const in = n.in + r * n.ld_in, *const d = d_out + r * ld_d_out;
+            const real rstd = slice_rstd(in, C, n.eps);
+            real dot = 0;
+#pragma omp simd reduction(+ : dot)
+            for (int c = 0; c < C; c++) dot += load(d[c]) * n.weight[c] * load(in[c]);
+            const real pull = dot * rstd * rstd / C;
+#pragma omp simd
+            for (int c = 0; c < C; c++) {
+                sum[c] += load(d[c]) * load(in[c]) * rstd;
+                store(d_in[r * n.ld_in + c], rstd * (load(d[c]) * n.weight[c] - load(in[c]) * pull));
+            }
+        }
+    }
+    for (int part = 0; part < parts; part++)
+        for (int c = 0; c < C; c++) d_weight[c] += sums[part * stride + c];
 }
 
 // ------------------------------------------------------------------------------------------------------------------
@@ -1026,6 +1072,225 @@ real softmax_row(real* out, const In* in, int count, real scale = 1) {
 }
 
 // ------------------------------------------------------------------------------------------------------------------
+// Rotary positions: the angles of a row serve all its heads.
+void rotate(floatX* out, int ld_out, int64_t stride_out, const Rotary& r, bool back, cudaStream_t) {
+    const int half = r.S / 2;
+    const int64_t rows = int64_t(r.B) * r.T;
+    std::array<double, kMaxHeadSize / 2> turns{};
+    for (int i = 0; i < half && r.base > 0; i++) turns[i] = std::pow(r.base, -2 * double(i) / r.S);
+#pragma omp parallel for if (worth_threads(rows * r.heads * r.S))
+    for (int64_t row = 0; row < rows; row++) {
+        const int64_t b = row / r.T, t = row % r.T;
+        const floatX* x = r.in + row * r.ld_in;
+        floatX* y = out + b * stride_out + t * ld_out;
+        if (r.base == 0) {
+            std::copy_n(x, int64_t(r.heads) * r.S, y);
+            continue;
+        }
+        real cosine[kMaxHeadSize / 2], sine[kMaxHeadSize / 2];
+        for (int i = 0; i < half; i++) {
+            const double angle = double(r.position + t) * turns[i];
+            cosine[i] = real(std::cos(angle)), sine[i] = real(back ? -std::sin(angle) : std::sin(angle));
+        }
+        for (int h = 0; h < r.heads; h++, x += r.S, y += r.S)
+#pragma omp simd
+            for (int i = 0; i < half; i++) {
+                const real first = load(x[i]), second = load(x[i + half]);
+                store(y[i], first * cosine[i] - second * sine[i]);
+                store(y[i + half], second * cosine[i] + first * sine[i]);
+            }
+    }
+}
+
+// ------------------------------------------------------------------------------------------------------------------
+// Attention, kQueryTile queries and kKeyTile keys at a time. Forward, tiles of queries go to threads, and softmax is over the keys so far
+// (see the kernels in moemamba.cu); backward, a group of heads of one sequence goes to a thread, which has the sums of all its d_k and d_v.
+constexpr int kQueryTile = 64, kKeyTile = 256;
+void copy_rows(real* to, const floatX* from, int64_t ld, int rows, int S, real scale) {
+    for (int r = 0; r < rows; r++)
+#pragma omp simd
+        for (int s = 0; s < S; s++) to[r * S + s] = load(from[r * ld + s]) * scale;
+}
+void copy_back(floatX* to, int64_t ld, const real* from, int64_t rows, int S, real scale) {
+    for (int64_t r = 0; r < rows; r++)
+#pragma omp simd
+        for (int s = 0; s < S; s++) store(to[r * ld + s], from[r * S + s] * scale);
+}
+// x = exp(x - largest) for `count` numbers, whose sum is returned.
+real exp_and_sum(real* x, int count, real largest) {
+    vec sum = {};
+    for (int i = 0; i < count; i += kLanes) {
+        const int n = std::min(kLanes, count - i);
+        vec e = exp(load_vec(x + i, n) - largest);
+        for (int lane = n; lane < kLanes; lane++) e[lane] = 0;
+        store_vec(x + i, e, n);
+        sum += e;
+    }
+    return sum_lanes(sum);
+}
+void attention_tile(floatX* out, real* lse, const Attention& a, int64_t b, int h, int t0) {
+    thread_local Buffer memory, key_buffer, value_buffer;
+    const int S = a.S, rows = std::min(kQueryTile, a.T - t0), group = h / (a.H / a.G);
+    real* const q = memory.need(int64_t(kQueryTile) * (2 * S + kKeyTile));
+    real *const sum = q + kQueryTile * S, *const scores = sum + kQueryTile * S;
+    const int64_t row = b * a.T + t0, keys = a.past + t0 + rows;
+    copy_rows(q, a.q + row * a.ld_q + h * S, a.ld_q, rows, S, 1 / std::sqrt(real(S)));
+    std::fill_n(sum, rows * S, real(0));
+    std::array<real, kQueryTile> largest, total{};
+    largest.fill(std::numeric_limits<real>::lowest());
+    for (int64_t j0 = 0; j0 < keys; j0 += kKeyTile) {
+        const int n = int(std::min<int64_t>(kKeyTile, keys - j0));
+        const int64_t at = b * a.stride_kv + j0 * a.ld_kv + group * S;
+        const Block k = real_block(key_buffer, a.k + at, a.ld_kv, n, S), v = real_block(value_buffer, a.v + at, a.ld_kv, n, S);
+        gemm(CblasNoTrans, CblasTrans, rows, n, S, q, S, k.data, k.ld, 0, scores, kKeyTile);
+        for (int r = 0; r < rows; r++) {
+            real* const p = scores + r * kKeyTile;
+            const int seen = int(std::clamp<int64_t>(a.past + t0 + r + 1 - j0, 0, n));
+            const real most = std::max(largest[r], seen ? *std::max_element(p, p + seen) : largest[r]);
+            const real shrink = exp(largest[r] - most);
+            total[r] = total[r] * shrink + exp_and_sum(p, seen, most);
+            largest[r] = most;
+            std::fill(p + seen, p + n, real(0));
+#pragma omp simd
+            for (int s = 0; s < S; s++) sum[r * S + s] *= shrink;
+        }
+        gemm(CblasNoTrans, CblasNoTrans, rows, S, n, scores, kKeyTile, v.data, v.ld, 1, sum, S);
+    }
+    for (int r = 0; r < rows; r++) {
+        copy_back(out + ((row + r) * a.H + h) * S, S, sum + r * S, 1, S, 1 / total[r]);
+        if (lse) lse[(row + r) * a.H + h] = largest[r] + std::log(total[r]);
+    }
+}
+// One query, by dot products: each key and value is read once for all heads of its group. Shares of the keys go to threads.
+struct StepScratch {
+    real *sums, *largest, *total;  // (B, G, shares, H / G, S); (B, G, shares, H / G)
+    StepScratch(void* scratch, int64_t B, int H, int S, int shares) {
+        Cutter cutter(scratch);
+        sums = cutter.cut<real>(B * H * shares * S);
+        largest = cutter.cut<real>(B * H * shares);
+        total = cutter.cut<real>(B * H * shares);
+        bytes = cutter.bytes();
+    }
+    size_t bytes;
+};
+int step_shares() { return omp_get_max_threads(); }
+size_t attention_scratch(int B, int, int H, int S) { return StepScratch(nullptr, B, H, S, step_shares()).bytes; }
+void attention_share(real* sums, real* largest, real* total, const floatX* q, const floatX* k, const floatX* v, int ld, int64_t keys, int heads, int S) {
+    constexpr int kKeys = 64;
+    real scores[kKeys];
+    const real scale = 1 / std::sqrt(real(S));
+    std::fill_n(sums, int64_t(heads) * S, real(0));
+    std::fill_n(largest, heads, std::numeric_limits<real>::lowest());
+    std::fill_n(total, heads, real(0));
+    for (int64_t j0 = 0; j0 < keys; j0 += kKeys)
+        for (int h = 0; h < heads; h++) {
+            const int n = int(std::min<int64_t>(kKeys, keys - j0));
+            real most = largest[h];
+            for (int j = 0; j < n; j++) {
+                const floatX *const key = k + (j0 + j) * ld, *const query = q + h * S;
+                vec sum = {};
+                for (int s = 0; s < S; s += kLanes) {
+                    const int count = std::min(kLanes, S - s);
+                    sum += load_vec(query + s, count) * load_vec(key + s, count);
+                }
+                scores[j] = sum_lanes(sum) * scale;
+                most = std::max(most, scores[j]);
+            }
+            const real shrink = exp(largest[h] - most);
+            total[h] = total[h] * shrink + exp_and_sum(scores, n, most);
+            largest[h] = most;
+            for (int s = 0; s < S; s += kLanes) {
+                const int count = std::min(kLanes, S - s);
+                vec sum = load_vec(sums + h * S + s, count) * shrink;
+                for (int j = 0; j < n; j++) sum += scores[j] * load_vec(v + (j0 + j) * ld + s, count);
+                store_vec(sums + h * S + s, sum, count);
+            }
+        }
+}
+void attention_step(floatX* out, const Attention& a, void* scratch) {
+    const int shares = step_shares(), heads = a.H / a.G, S = a.S;
+    const StepScratch part(scratch, a.B, a.H, S, shares);
+#pragma omp parallel for collapse(2) if (worth_threads(a.keys() * a.G * S * a.B))
+    for (int64_t group = 0; group < int64_t(a.B) * a.G; group++)
+        for (int share = 0; share < shares; share++) {
+            const int64_t b = group / a.G, g = group % a.G, at = (group * shares + share) * heads;
+            const Range keys(a.keys(), share, shares);
+            const int64_t from = b * a.stride_kv + keys.begin * a.ld_kv + g * S;
+            attention_share(part.sums + at * S, part.largest + at, part.total + at, a.q + b * a.ld_q + g * heads * S, a.k + from, a.v + from,
+                            a.ld_kv, keys.end - keys.begin, heads, S);
+        }
+    for (int64_t head = 0; head < int64_t(a.B) * a.H; head++) {
+        const auto at = [&](int share) { return (head / heads * shares + share) * heads + head % heads; };
+        real most = part.largest[at(0)], total = 0;
+        for (int n = 1; n < shares; n++) most = std::max(most, part.largest[at(n)]);
+        real sum[kMaxHeadSize] = {};
+        for (int n = 0; n < shares; n++) {
+            const real shrink = exp(part.largest[at(n)] - most);
+            total += part.total[at(n)] * shrink;
+            for (int s = 0; s < S; s++) sum[s] += part.sums[at(n) * S + s] * shrink;
+        }
+        copy_back(out + head * S, S, sum, 1, S, 1 / total);
+    }
+}
+void attention_forward(floatX* out, real* lse, const Attention& a, void* scratch, cudaStream_t) {
+    if (a.T == 1 && !lse) return attention_step(out, a, scratch);
+    const int tiles = int(ceil_div(a.T, kQueryTile));
+#pragma omp parallel for collapse(3) schedule(dynamic)
+    for (int back = 0; back < tiles; back++)  // the last tiles, which see the most keys, first
+        for (int64_t b = 0; b < a.B; b++)
+            for (int h = 0; h < a.H; h++) attention_tile(out, lse, a, b, h, (tiles - 1 - back) * kQueryTile);
+}
+void attention_backward_group(floatX* d_q, floatX* d_k, floatX* d_v, const floatX* d_out, const floatX* out, const real* lse, const Attention& a,
+                              int64_t b, int group) {
+    thread_local Buffer memory, sums, key_buffer, value_buffer;
+    const int S = a.S;
+    const real scale = 1 / std::sqrt(real(S));
+    real* const q = memory.need(int64_t(kQueryTile) * (3 * S + 2 * kKeyTile));
+    real *const d = q + kQueryTile * S, *const sum_q = d + kQueryTile * S, *const p = sum_q + kQueryTile * S, *const d_p = p + kQueryTile * kKeyTile;
+    real *const sum_k = sums.need(int64_t(2) * a.T * S), *const sum_v = sum_k + int64_t(a.T) * S;
+    std::fill_n(sum_k, int64_t(2) * a.T * S, real(0));
+    const int64_t first = b * a.stride_kv + group * S;
+    for (int h = group * (a.H / a.G); h < (group + 1) * (a.H / a.G); h++)
+        for (int t0 = 0; t0 < a.T; t0 += kQueryTile) {
+            const int rows = std::min(kQueryTile, a.T - t0);
+            const int64_t row = b * a.T + t0, width = int64_t(a.H) * S, at = row * width + h * S;
+            copy_rows(q, a.q + row * a.ld_q + h * S, a.ld_q, rows, S, scale);
+            copy_rows(d, d_out + at, width, rows, S, 1);
+            copy_rows(sum_q, out + at, width, rows, S, 1);
+            std::array<real, kQueryTile> delta{};
+            for (int r = 0; r < rows; r++)
+                for (int s = 0; s < S; s++) delta[r] += d[r * S + s] * sum_q[r * S + s];
+            std::fill_n(sum_q, rows * S, real(0));
+            for (int j0 = 0; j0 < t0 + rows; j0 += kKeyTile) {
+                const int n = std::min(kKeyTile, t0 + rows - j0);
+                const Block k = real_block(key_buffer, a.k + first + int64_t(j0) * a.ld_kv, a.ld_kv, n, S);
+                const Block v = real_block(value_buffer, a.v + first + int64_t(j0) * a.ld_kv, a.ld_kv, n, S);
+                gemm(CblasNoTrans, CblasTrans, rows, n, S, q, S, k.data, k.ld, 0, p, kKeyTile);
+                gemm(CblasNoTrans, CblasTrans, rows, n, S, d, S, v.data, v.ld, 0, d_p, kKeyTile);
+                for (int r = 0; r < rows; r++) {
+                    const int seen = std::clamp(t0 + r + 1 - j0, 0, n);
+                    exp_and_sum(p + r * kKeyTile, seen, lse[(row + r) * a.H + h]);
+                    std::fill(p + r * kKeyTile + seen, p + r * kKeyTile + n, real(0));
+#pragma omp simd
+                    for (int j = 0; j < n; j++) d_p[r * kKeyTile + j] = p[r * kKeyTile + j] * (d_p[r * kKeyTile + j] - delta[r]);
+                }
+                gemm(CblasTrans, CblasNoTrans, n, S, rows, p, kKeyTile, d, S, 1, sum_v + int64_t(j0) * S, S);
+                gemm(CblasTrans, CblasNoTrans, n, S, rows, d_p, kKeyTile, q, S, 1, sum_k + int64_t(j0) * S, S);
+                gemm(CblasNoTrans, CblasNoTrans, rows, S, n, d_p, kKeyTile, k.data, k.ld, 1, sum_q, S);
+            }
+            copy_back(d_q + row * a.ld_q + h * S, a.ld_q, sum_q, rows, S, scale);
+        }
+    copy_back(d_k + first, a.ld_kv, sum_k, a.T, S, 1);
+    copy_back(d_v + first, a.ld_kv, sum_v, a.T, S, 1);
+}
+void attention_backward(floatX* d_q, floatX* d_k, floatX* d_v, const floatX* d_out, const floatX* out, const real* lse, const Attention& a,
+                        void*, cudaStream_t) {
+#pragma omp parallel for collapse(2) schedule(dynamic)
+    for (int64_t b = 0; b < a.B; b++)
+        for (int group = 0; group < a.G; group++) attention_backward_group(d_q, d_k, d_v, d_out, out, lse, a, b, group);
+}
+
+// ------------------------------------------------------------------------------------------------------------------
 // Router
 void router_forward(const Routing& out, const Router& router, void*, cudaStream_t) {
     const int rows = router.rows, C = router.C, E = router.E, K = router.K;
@@ -1338,6 +1603,8 @@ const Layers layers = {
     .rmsnorm_forward = rmsnorm_forward,
     .rmsnorm_backward = rmsnorm_backward,
     .rmsnorm_scratch = rmsnorm_scratch,
+    .slice_norm_forward = slice_norm_forward,
+    .slice_norm_backward = slice_norm_backward,
     .embedding_forward = embedding_forward,
     .embedding_backward = embedding_backward,
     .embedding_scratch = [](int) -> size_t { return 0; },
@@ -1347,6 +1614,10 @@ const Layers layers = {
     .scan_forward = scan_forward,
     .scan_backward = scan_backward,
     .scan_scratch = scan_scratch,
+    .rotate = rotate,
+    .attention_forward = attention_forward,
+    .attention_backward = attention_backward,
+    .attention_scratch = attention_scratch,
     .router_forward = router_forward,
     .router_losses = router_losses,
     .router_backward = router_backward,

@@ -8,9 +8,11 @@
 // Slow on purpose: no vectors, no threads, no blocks, nothing that must be undone in the mind before the layer can be seen.
 #include "../moemamba.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <vector>
 
 namespace plain {
 namespace {
@@ -137,6 +139,32 @@ void rmsnorm_backward(real* d_sum, floatX* d_branch, real* d_weight, const float
             d_weight[c] += d * x * rstd[r];
             d_sum[r * C + c] += rstd[r] * (d * weight[c] - x * rstd[r] * rstd[r] * dot / C);
             if (d_branch) d_branch[r * C + c] = floatX(d_sum[r * C + c]);
+        }
+    }
+}
+
+// ------------------------------------------------------------------------------------------------------------------
+// RMSNorm of slices: the same without a residual stream, and rstd is computed again in the backward pass.
+real slice_rstd(const SliceNorm& n, int64_t r) {
+    real squares = 0;
+    for (int64_t c = 0; c < n.C; c++) squares += real(n.in[r * n.ld_in + c]) * real(n.in[r * n.ld_in + c]);
+    return 1 / std::sqrt(squares / n.C + n.eps);
+}
+void slice_norm_forward(floatX* out, int ld_out, const SliceNorm& n, cudaStream_t) {
+    for (int64_t r = 0; r < n.rows; r++) {
+        const real rstd = slice_rstd(n, r);
+        for (int64_t c = 0; c < n.C; c++) out[r * ld_out + c] = floatX(real(n.in[r * n.ld_in + c]) * rstd * n.weight[c]);
+    }
+}
+void slice_norm_backward(floatX* d_in, real* d_weight, const floatX* d_out, int ld_d_out, const SliceNorm& n, void*, cudaStream_t) {
+    for (int64_t r = 0; r < n.rows; r++) {
+        const real rstd = slice_rstd(n, r);
+        real dot = 0;
+        for (int64_t c = 0; c < n.C; c++) dot += real(d_out[r * ld_d_out + c]) * n.weight[c] * real(n.in[r * n.ld_in + c]);
+        for (int64_t c = 0; c < n.C; c++) {
+            const real x = real(n.in[r * n.ld_in + c]), d = real(d_out[r * ld_d_out + c]);
+            d_weight[c] += d * x * rstd;
+            d_in[r * n.ld_in + c] = floatX(rstd * (d * n.weight[c] - x * rstd * rstd * dot / n.C));
         }
     }
 }
@@ -298,6 +326,94 @@ void scan_backward(const ScanGradients& g, const floatX* d_out, const real* d_fi
         }
         for (int64_t i = 0; g.d_initial_state && i < D * N; i++) g.d_initial_state[b * D * N + i] = d_h[i];
     }
+}
+
+// ------------------------------------------------------------------------------------------------------------------
+// Rotary positions: the plane of x[i] and x[i + S/2] is turned by an angle that grows with the position, so that the product of a query and a
+// key depends on how far apart they are. The angle is kept in double: at position 10^6 a float would have lost three of its digits.
+//   (x[i], x[j]) becomes (x[i] cos - x[j] sin,  x[j] cos + x[i] sin),  j = i + S/2,  angle = position base^(-2i/S)
+void rotate(floatX* out, int ld_out, int64_t stride_out, const Rotary& r, bool back, cudaStream_t) {
+    for (int64_t b = 0; b < r.B; b++)
+        for (int64_t t = 0; t < r.T; t++)
+            for (int64_t h = 0; h < r.heads; h++) {
+                const floatX* const x = r.in + (b * r.T + t) * r.ld_in + h * r.S;
+                floatX* const y = out + b * stride_out + t * ld_out + h * r.S;
+                if (r.base == 0)
+                    for (int64_t s = 0; s < r.S; s++) y[s] = x[s];
+                else
+                    for (int64_t i = 0, j = r.S / 2; j < r.S; i++, j++) {
+                        const double angle = double(r.position + t) * std::pow(r.base, -2 * double(i) / r.S);
+                        const real cosine = real(std::cos(angle)), sine = real(back ? -std::sin(angle) : std::sin(angle));
+                        const real first = real(x[i]), second = real(x[j]);
+                        y[i] = floatX(first * cosine - second * sine);
+                        y[j] = floatX(second * cosine + first * sine);
+                    }
+            }
+}
+
+// ------------------------------------------------------------------------------------------------------------------
+// Causal attention
+//   score[j] = q . k[j] / sqrt(S),  j <= past + t;  lse = log sum_j exp(score[j]);  p[j] = exp(score[j] - lse);  out = sum_j p[j] v[j]
+real dot(const floatX* a, const floatX* b, int64_t count) {
+    real sum = 0;
+    for (int64_t i = 0; i < count; i++) sum += real(a[i]) * real(b[i]);
+    return sum;
+}
+void attention_forward(floatX* out, real* lse, const Attention& a, void*, cudaStream_t) {
+    std::vector<real> p(a.keys()), sum(a.S);
+    for (int64_t b = 0; b < a.B; b++)
+        for (int64_t t = 0; t < a.T; t++)
+            for (int64_t h = 0; h < a.H; h++) {
+                const int64_t row = b * a.T + t, keys = a.past + t + 1, group = h / (a.H / a.G);
+                const floatX* const q = a.q + row * a.ld_q + h * a.S;
+                const floatX *const k = a.k + b * a.stride_kv + group * a.S, *const v = a.v + b * a.stride_kv + group * a.S;
+                for (int64_t j = 0; j < keys; j++) p[j] = dot(q, k + j * a.ld_kv, a.S) / std::sqrt(real(a.S));
+                const real largest = *std::max_element(p.begin(), p.begin() + keys);
+                real total = 0;
+                for (int64_t j = 0; j < keys; j++) total += std::exp(p[j] - largest);
+                const real log_sum = largest + std::log(total);
+                std::fill(sum.begin(), sum.end(), 0);
+                for (int64_t j = 0; j < keys; j++)
+                    for (int64_t s = 0; s < a.S; s++) sum[s] += std::exp(p[j] - log_sum) * real(v[j * a.ld_kv + s]);
+                for (int64_t s = 0; s < a.S; s++) out[(row * a.H + h) * a.S + s] = floatX(sum[s]);
+                if (lse) lse[row * a.H + h] = log_sum;
+            }
+}
+// A key and a value are used by every query from their own time on, of every head in the group:
+//   d_v[j] = sum_t p[t, j] d_out[t];   d_p[t, j] = d_out[t] . v[j]
+//   softmax:  d_score[t, j] = p[t, j] (d_p[t, j] - sum_i p[t, i] d_p[t, i]),  and that sum is d_out[t] . out[t]
+//   d_q[t] = sum_j d_score[t, j] k[j] / sqrt(S);   d_k[j] = sum_t d_score[t, j] q[t] / sqrt(S)
+void attention_backward(floatX* d_q, floatX* d_k, floatX* d_v, const floatX* d_out, const floatX* out, const real* lse, const Attention& a,
+                        void*, cudaStream_t) {
+    const int64_t S = a.S;
+    const real scale = 1 / std::sqrt(real(S));
+    for (int64_t b = 0; b < a.B; b++)
+        for (int64_t group = 0; group < a.G; group++) {
+            const int64_t first = b * a.stride_kv + group * S;  // of the group, in k and v
+            std::vector<real> sum_k(a.T * S), sum_v(a.T * S);
+            for (int64_t h = group * (a.H / a.G); h < (group + 1) * (a.H / a.G); h++)
+                for (int64_t t = 0; t < a.T; t++) {
+                    const int64_t row = b * a.T + t, at_q = row * a.ld_q + h * S, at_out = (row * a.H + h) * S;
+                    const real all = dot(d_out + at_out, out + at_out, S);
+                    std::vector<real> sum_q(S);
+                    for (int64_t j = 0; j <= t; j++) {
+                        const floatX *const k = a.k + first + j * a.ld_kv, *const v = a.v + first + j * a.ld_kv;
+                        const real p = std::exp(dot(a.q + at_q, k, S) * scale - lse[row * a.H + h]);
+                        const real d_score = p * (dot(d_out + at_out, v, S) - all) * scale;
+                        for (int64_t s = 0; s < S; s++) {
+                            sum_q[s] += d_score * real(k[s]);
+                            sum_k[j * S + s] += d_score * real(a.q[at_q + s]);
+                            sum_v[j * S + s] += p * real(d_out[at_out + s]);
+                        }
+                    }
+                    for (int64_t s = 0; s < S; s++) d_q[at_q + s] = floatX(sum_q[s]);
+                }
+            for (int64_t j = 0; j < a.T; j++)
+                for (int64_t s = 0; s < S; s++) {
+                    d_k[first + j * a.ld_kv + s] = floatX(sum_k[j * S + s]);
+                    d_v[first + j * a.ld_kv + s] = floatX(sum_v[j * S + s]);
+                }
+        }
 }
 
 // ------------------------------------------------------------------------------------------------------------------
@@ -558,6 +674,8 @@ const Layers layers = {
     .rmsnorm_forward = rmsnorm_forward,
     .rmsnorm_backward = rmsnorm_backward,
     .rmsnorm_scratch = no_scratch,
+    .slice_norm_forward = slice_norm_forward,
+    .slice_norm_backward = slice_norm_backward,
     .embedding_forward = embedding_forward,
     .embedding_backward = embedding_backward,
     .embedding_scratch = no_scratch,
@@ -567,6 +685,10 @@ const Layers layers = {
     .scan_forward = scan_forward,
     .scan_backward = scan_backward,
     .scan_scratch = no_scratch,
+    .rotate = rotate,
+    .attention_forward = attention_forward,
+    .attention_backward = attention_backward,
+    .attention_scratch = no_scratch,
     .router_forward = router_forward,
     .router_losses = router_losses,
     .router_backward = router_backward,

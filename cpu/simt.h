@@ -98,6 +98,8 @@ SIMT_BFLOAT16(__nv_bfloat16, +) SIMT_BFLOAT16(__nv_bfloat16, -) SIMT_BFLOAT16(__
 SIMT_BFLOAT16(bool, ==) SIMT_BFLOAT16(bool, <) SIMT_BFLOAT16(bool, >)
 #undef SIMT_BFLOAT16
 
+inline void sincospi(double x, double* sine, double* cosine) { *sine = std::sin(x * M_PI), *cosine = std::cos(x * M_PI); }
+inline void sincospif(float x, float* sine, float* cosine) { *sine = float(std::sin(x * M_PI)), *cosine = float(std::cos(x * M_PI)); }
 __forceinline__ float __fdividef(float x, float y) { return x / y; }
 __forceinline__ int __popc(unsigned x) { return std::popcount(x); }
 // Of a number and a NaN they return the number, as fmin and fmax do.
@@ -833,18 +835,18 @@ SIMT_UNWATCHED inline int barrier(bool vote, const char* name, const Location& w
     return int(t.votes);
 }
 
-// All lanes of the mask that exist give a value and get that of the lane they ask for, and in votes who gave other than 0.
-SIMT_UNWATCHED inline uint64_t exchange(uint32_t mask, uint64_t value, int source, bool orders, const char* name, const Location& where) {
+// Waits for all lanes of the mask that exist, at one line of the source. The last to come does their common work: meet(lanes, members).
+template <class F>
+SIMT_UNWATCHED void gather(uint32_t mask, const char* name, const Location& where, F&& meet) {
     Thread& t = *self;
     Worker& w = *worker;
     Warp& warp = *t.warp;
     self = nullptr;
-    t.at = name, t.where = where, t.mask = mask, t.value = value, t.source = source;
+    t.at = name, t.where = where, t.mask = mask;
     Thread* lanes = &t - t.lane;
     uint32_t members = mask & warp.exists;
-    auto refuse = [&](const char* why) { stop("%s with mask 0x%08x: %s.", name, mask, why); };
-    if (!(mask >> t.lane & 1)) refuse("the calling lane is not in it.\n  A lane must name itself in its mask");
-    if (!(members >> source & 1)) refuse("asks for the value of a lane that is not in it, or is not there.\n  Such a value is undefined");
+    if (!(mask >> t.lane & 1))
+        stop("%s with mask 0x%08x: the calling lane is not in it.\n  A lane must name itself in its mask.", name, mask);
     warp.waiting |= 1u << t.lane;
     bool all = (warp.waiting & members) == members;
     for (uint32_t m = members; all && m; m &= m - 1) {
@@ -853,16 +855,29 @@ SIMT_UNWATCHED inline uint64_t exchange(uint32_t mask, uint64_t value, int sourc
     }
     if (!all) wait(w, t);
     else {
+        meet(lanes, members);
+        for (uint32_t m = members; m; m &= m - 1) lanes[__builtin_ctz(m)].state = Thread::ready;
+        warp.waiting &= ~members;
+    }
+    self = &t;
+}
+// All lanes give a value and get that of the lane they ask for, and in votes who gave other than 0.
+SIMT_UNWATCHED inline uint64_t exchange(uint32_t mask, uint64_t value, int source, bool orders, const char* name, const Location& where) {
+    Thread& t = *self;
+    t.value = value, t.source = source;
+    if (!((mask & t.warp->exists) >> source & 1) && mask >> t.lane & 1) {
+        self = nullptr;
+        stop("%s with mask 0x%08x: asks for the value of a lane that is not in it, or is not there.\n  Such a value is undefined.", name, mask);
+    }
+    gather(mask, name, where, [&](Thread* lanes, uint32_t members) {
         uint32_t votes = 0;
         for (uint32_t m = members; m; m &= m - 1) votes |= uint32_t(lanes[__builtin_ctz(m)].value != 0) << __builtin_ctz(m);
         for (uint32_t m = members; m; m &= m - 1) {
             Thread& each = lanes[__builtin_ctz(m)];
-            each.state = Thread::ready, each.votes = votes, each.result = lanes[each.source].value;
+            each.votes = votes, each.result = lanes[each.source].value;
         }
-        warp.waiting &= ~members;
-        if (orders && ++warp.clock == 1u << 24) stop("more than 16 million __syncwarps between barriers.");
-    }
-    self = &t;
+        if (orders && ++t.warp->clock == 1u << 24) stop("more than 16 million __syncwarps between barriers.");
+    });
     return t.result;
 }
 template <class T> SIMT_UNWATCHED T shuffle(uint32_t mask, T value, int from, const char* name, const Location& where) {
@@ -896,6 +911,79 @@ template <class T> T __shfl_up_sync(unsigned mask, T value, unsigned delta, int 
 template <class T> T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32, SIMT_HERE) {
     int lane = simt::lane(), from = lane ^ bits;
     return simt::shuffle(mask, value, from > (lane | (width - 1)) ? lane : from, "__shfl_xor_sync()", where);
+}
+
+// Products of 16 x 16 matrices by a warp (mma.h), of bfloat16 with float sums. Where an element is, in which lane and place, is a secret of
+// the device: here it is another mapping than on any GPU. On a GPU the lanes of a warp come to each of these functions together, and so here.
+namespace nvcuda::wmma {
+struct matrix_a {};
+struct matrix_b {};
+struct accumulator {};
+struct row_major {};
+struct col_major {};
+enum layout_t { mem_row_major, mem_col_major };
+template <class Use, int m, int n, int k, class T, class Layout = void> struct fragment {
+    static_assert(m == 16 && n == 16 && k == 16);
+    static constexpr int num_elements = 8;
+    T x[num_elements];
+};
+}
+namespace simt {
+SIMT_UNWATCHED inline int matrix_row(int lane, int i) { return (lane * 5 + i * 2) % 16; }
+SIMT_UNWATCHED inline int matrix_column(int lane, int i) { return (lane / 16 * 8 + i) ^ 5; }
+template <class T> SIMT_UNWATCHED void check_matrix(const T* memory, unsigned ld, const char* name, const Location& where) {
+    gather(~0u, name, where, [](Thread*, uint32_t) {});
+    Thread* t = self;
+    self = nullptr;
+    if (uintptr_t(memory) % 32 || ld * sizeof(T) % 16)
+        stop("%s at %p with %u elements from row to row: misaligned.\n  A matrix begins at a multiple of 32 bytes, its rows at multiples of 16.",
+             name, static_cast<const void*>(memory), ld);
+    self = t;
+}
+}
+namespace nvcuda::wmma {
+template <class Use, class T, class Layout>
+void load_matrix_sync(fragment<Use, 16, 16, 16, T, Layout>& f, const T* memory, unsigned ld, SIMT_HERE) {
+    simt::check_matrix(memory, ld, "load_matrix_sync()", where);
+    for (int i = 0, lane = simt::lane(); i < f.num_elements; i++) {
+        const unsigned row = simt::matrix_row(lane, i), column = simt::matrix_column(lane, i);
+        f.x[i] = memory[std::is_same_v<Layout, col_major> ? column * ld + row : row * ld + column];
+    }
+}
+inline void load_matrix_sync(fragment<accumulator, 16, 16, 16, float>& f, const float* memory, unsigned ld, layout_t layout, SIMT_HERE) {
+    simt::check_matrix(memory, ld, "load_matrix_sync()", where);
+    for (int i = 0, lane = simt::lane(); i < f.num_elements; i++) {
+        const unsigned row = simt::matrix_row(lane, i), column = simt::matrix_column(lane, i);
+        f.x[i] = memory[layout == mem_col_major ? column * ld + row : row * ld + column];
+    }
+}
+inline void fill_fragment(fragment<accumulator, 16, 16, 16, float>& f, float value) {
+    for (float& x : f.x) x = value;
+}
+// d = a b + c, which may be d
+template <class A, class B>
+SIMT_UNWATCHED void mma_sync(fragment<accumulator, 16, 16, 16, float>& d, const fragment<matrix_a, 16, 16, 16, __nv_bfloat16, A>& a,
+                             const fragment<matrix_b, 16, 16, 16, __nv_bfloat16, B>& b,
+                             const fragment<accumulator, 16, 16, 16, float>& c, SIMT_HERE) {
+    struct Given { decltype(&d) d; decltype(&a) a; decltype(&b) b; decltype(&c) c; } given{&d, &a, &b, &c};
+    simt::self->value = uint64_t(&given);
+    simt::gather(~0u, "mma_sync()", where, [](simt::Thread* lanes, uint32_t) {
+        float of_a[16][16], of_b[16][16];
+        for (int lane = 0; lane < 32; lane++)
+            for (int i = 0; i < 8; i++) {
+                const Given& g = *reinterpret_cast<const Given*>(lanes[lane].value);
+                const int row = simt::matrix_row(lane, i), column = simt::matrix_column(lane, i);
+                of_a[row][column] = g.a->x[i], of_b[row][column] = g.b->x[i];
+            }
+        for (int lane = 0; lane < 32; lane++)
+            for (int i = 0; i < 8; i++) {
+                const Given& g = *reinterpret_cast<const Given*>(lanes[lane].value);
+                float sum = g.c->x[i];
+                for (int k = 0; k < 16; k++) sum += of_a[simt::matrix_row(lane, i)][k] * of_b[k][simt::matrix_column(lane, i)];
+                g.d->x[i] = sum;
+            }
+    });
+}
 }
 #undef SIMT_HERE
 
