@@ -1598,12 +1598,10 @@ void scan_backward(const ScanGradients& d, const floatX* d_out, const real* d_fi
 // ------------------------------------------------------------------------------------------------------------------
 // Rotary positions
 //   A pair is a thread's for kRotateRows rows, so that its frequency is computed once for them. Angles are in turns, and in double until
-//   whole turns are gone: see plain.
+//   whole turns are gone: see plain. sincospi(), because sin() takes a stack.
 constexpr int kRotateRows = 16;
-__device__ __forceinline__ void sine_and_cosine(real turns, real& sine, real& cosine) {  // without the stack that sinf() takes
-    if constexpr (sizeof(real) == 8) sincospi(2 * turns, &sine, &cosine);
-    else sincospif(2 * turns, &sine, &cosine);
-}
+__device__ __forceinline__ void sine_and_cosine(double turns, double& sine, double& cosine) { sincospi(2 * turns, &sine, &cosine); }
+__device__ __forceinline__ void sine_and_cosine(float turns, float& sine, float& cosine) { sincospif(2 * turns, &sine, &cosine); }
 __global__ void rotate_kernel(floatX* out, int ld_out, int64_t stride_out, Rotary r, double log2_base, bool back, int row_blocks) {
     const int half = r.S / 2, pair = int(blockIdx.x / row_blocks * blockDim.x + threadIdx.x);
     if (pair >= r.heads * half) return;

@@ -965,7 +965,7 @@ template <class A, class B>
 SIMT_UNWATCHED void mma_sync(fragment<accumulator, 16, 16, 16, float>& d, const fragment<matrix_a, 16, 16, 16, __nv_bfloat16, A>& a,
                              const fragment<matrix_b, 16, 16, 16, __nv_bfloat16, B>& b,
                              const fragment<accumulator, 16, 16, 16, float>& c, SIMT_HERE) {
-    struct Given { decltype(&d) d; decltype(&a) a; decltype(&b) b; decltype(&c) c; } given{&d, &a, &b, &c};
+    struct Given { decltype(&d) out; decltype(&a) left; decltype(&b) right; decltype(&c) in; } given{&d, &a, &b, &c};
     simt::self->value = uint64_t(&given);
     simt::gather(~0u, "mma_sync()", where, [](simt::Thread* lanes, uint32_t) {
         float of_a[16][16], of_b[16][16];
@@ -973,14 +973,14 @@ SIMT_UNWATCHED void mma_sync(fragment<accumulator, 16, 16, 16, float>& d, const 
             for (int i = 0; i < 8; i++) {
                 const Given& g = *reinterpret_cast<const Given*>(lanes[lane].value);
                 const int row = simt::matrix_row(lane, i), column = simt::matrix_column(lane, i);
-                of_a[row][column] = g.a->x[i], of_b[row][column] = g.b->x[i];
+                of_a[row][column] = g.left->x[i], of_b[row][column] = g.right->x[i];
             }
         for (int lane = 0; lane < 32; lane++)
             for (int i = 0; i < 8; i++) {
                 const Given& g = *reinterpret_cast<const Given*>(lanes[lane].value);
-                float sum = g.c->x[i];
+                float sum = g.in->x[i];
                 for (int k = 0; k < 16; k++) sum += of_a[simt::matrix_row(lane, i)][k] * of_b[k][simt::matrix_column(lane, i)];
-                g.d->x[i] = sum;
+                g.out->x[i] = sum;
             }
     });
 }

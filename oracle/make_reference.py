@@ -5,7 +5,7 @@ Three rules hold in every file:
   - the gradient of the tensor X is stored as X.grad; given upstream gradients are called dout, dh_last, ...
   - activations are (B, T, C), row-major; real numbers are float64, integers int32
   - sizes, options and library versions are strings in __metadata__
-mamba_mixer, mamba_lm, switch, mixtral and jamba_moe come from the transformers library; layers and adamw from PyTorch.
+mamba_mixer, mamba_lm, mixtral_lm, jamba_lm, switch, mixtral and jamba_moe come from the transformers library; layers and adamw from PyTorch.
 The functions rms_norm ... moe below are this project's definitions (shared/facts) in plain PyTorch. They produce
 layers.safetensors, and every output and gradient that transformers gives is first held against them, to 1e-12 of its size:
 the check that the library and our facts agree, and that no float32 is left on the library's way.
@@ -16,7 +16,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 import torch.nn.functional as F
 import transformers
-from transformers import JambaConfig, MambaConfig, MambaForCausalLM, MixtralConfig, SwitchTransformersConfig
+from transformers import (JambaConfig, JambaForCausalLM, MambaConfig, MambaForCausalLM, MixtralConfig, MixtralForCausalLM,
+                          SwitchTransformersConfig)
 from transformers.cache_utils import DynamicCache
 from transformers.models.jamba import modeling_jamba as jamba
 from transformers.models.mamba import modeling_mamba as hf_mamba
@@ -119,17 +120,36 @@ def scan(u, dt_raw, dt_bias, A, B, C, D, z, h):
     return y, y * F.silu(z), h
 
 
-def mamba(x, w, conv_state=None, h=None):
-    """The mixer, w by Hugging Face's names. Returns its output and both states."""
+def mamba(x, w, conv_state=None, h=None, eps=None):
+    """The mixer, w by Hugging Face's names; with eps, RMSNorm on dt, B and C. Returns its output and both states."""
     D, N = w["A_log"].shape
     R = w["dt_proj.weight"].shape[1]
     u, z = (x @ w["in_proj.weight"].T).split(D, -1)
     conv_state = u.new_zeros(len(x), 3, D) if conv_state is None else conv_state
     u, conv_state = conv1d_silu(u, w["conv1d.weight"][:, 0], w["conv1d.bias"], conv_state)
     dt, B, C = (u @ w["x_proj.weight"].T).split([R, N, N], -1)
+    if eps:
+        dt, B, C = (rms_norm(t, w[n + "_layernorm.weight"], eps) for t, n in ((dt, "dt"), (B, "b"), (C, "c")))
     h = u.new_zeros(len(x), D, N) if h is None else h
     _, out, h = scan(u, dt @ w["dt_proj.weight"].T, w["dt_proj.bias"], -torch.exp(w["A_log"]), B, C, w["D"], z, h)
     return out @ w["out_proj.weight"].T, conv_state, h
+
+
+def rotate(x, base):
+    """x (B,T,H,S): RoPE at positions 0, 1, ..."""
+    half = x.shape[-1] // 2
+    angle = torch.arange(x.shape[1])[:, None, None] * base ** (-torch.arange(half) / half)
+    first, second = x[..., :half], x[..., half:]
+    return torch.cat([first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()], -1)
+
+
+def attention(q, k, v):
+    """q (B,T,H,S), k and v (B,T,G,S): causal, each key head for H/G query heads."""
+    T, group = q.shape[1], q.shape[2] // k.shape[2]
+    k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
+    scores = torch.einsum("bths,bjhs->bhtj", q, k) / math.sqrt(q.shape[-1])
+    scores = scores.masked_fill(torch.ones(T, T).tril() == 0, -math.inf)
+    return torch.einsum("bhtj,bjhs->bths", scores.softmax(-1), v)
 
 
 def swiglu(x, gate, up, down):
@@ -237,6 +257,106 @@ def make_mamba_lm():
         agree("mamba_lm " + name, tensors[name], check[name])
     save("mamba_lm.safetensors", tensors, B=B, T=T, vocab_size=V, d_model=16, n_layers=2, d_inner=32, d_state=8, d_conv=4, dt_rank=3,
          rms_norm_eps=1e-5, tie_word_embeddings="true", layers="MM", source="MambaForCausalLM, all in float64")
+
+
+def make_hybrid_lm(name, seed, model, T, config, layers, rename, normed_slices=False, **metadata):
+    """A transformers model with attention and experts. rename(its name of a tensor) is ours; our layers, by these names, must agree."""
+    r, B, V, C, H, G = Random(seed), 2, 40, config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+    model.eval()
+    with torch.no_grad():
+        for n, p in sorted(model.named_parameters()):
+            norm = n.endswith("norm.weight") or n.endswith(".D")
+            if n.endswith("A_log"):
+                p.copy_(torch.arange(1.0, p.shape[1] + 1).log() + r(*p.shape, scale=0.1))
+            elif n.endswith("dt_proj.bias"):
+                p.copy_(r(*p.shape) - 2)
+            else:
+                p.copy_(1 + r(*p.shape, scale=0.2) if norm else r(*p.shape, scale=0.3 if p.dim() == 1 else p.shape[-1] ** -0.5))
+    sequence = r.ints(V, B, T + 1)
+    tokens, targets = sequence[:, :-1], sequence[:, 1:]
+    with float32_is_float64():
+        logits = model(input_ids=tokens, use_cache=False).logits
+    loss = F.cross_entropy(logits.reshape(-1, V), targets.reshape(-1))
+    w, gradients = {}, {}
+    for n, p in model.named_parameters():
+        g, = torch.autograd.grad(loss, p, retain_graph=True)
+        for ours, part in rename(n).items():
+            w[ours], gradients[ours + ".grad"] = part(p).detach().requires_grad_(), part(g)
+
+    x = w["backbone.embeddings.weight"][tokens]
+    for i, letter in enumerate(layers):
+        layer = {n.removeprefix(f"backbone.layers.{i}."): p for n, p in w.items()}
+        normed = rms_norm(x, layer["norm.weight"], config.rms_norm_eps)
+        if letter == "A":
+            q, k, v = ((normed @ layer[f"self_attn.{n}_proj.weight"].T).unflatten(-1, (h, -1)) for n, h in (("q", H), ("k", G), ("v", G)))
+            if metadata["rope_base"]:
+                q, k = rotate(q, metadata["rope_base"]), rotate(k, metadata["rope_base"])
+            x = x + attention(q, k, v).flatten(2) @ layer["self_attn.o_proj.weight"].T
+        elif letter == "M":
+            mixer = {n.removeprefix("mixer."): p for n, p in layer.items()}
+            x = x + mamba(normed, mixer, eps=config.rms_norm_eps)[0]
+        elif letter == "F":
+            x = x + swiglu(normed, *(layer[f"feed_forward.{n}_proj.weight"] for n in ("gate", "up", "down")))
+        else:
+            def expert(row, e):
+                return swiglu(row, *(layer[f"moe.experts.{e}.{n}_proj.weight"] for n in ("gate", "up", "down")))
+            y = moe(normed.flatten(0, 1), layer["moe.router.weight"], expert, config.num_experts_per_tok, metadata["renormalize"])[0]
+            x = x + y.unflatten(0, (B, T))
+    ours = rms_norm(x, w["backbone.norm_f.weight"], config.rms_norm_eps) @ w["lm_head.weight"].T
+    agree(name + " logits", logits, ours)
+    our_loss = -ours.log_softmax(-1).gather(-1, targets[..., None]).mean()
+    for n, p in w.items():
+        agree(f"{name} {n}.grad", gradients[n + ".grad"], torch.autograd.grad(our_loss, p, retain_graph=True)[0])
+    save(name + ".safetensors", {**w, **gradients, "tokens": tokens, "targets": targets, "logits": logits, "loss": loss}, B=B, T=T,
+         vocab_size=V, d_model=C, layers=layers, heads=H, kv_heads=G, head_dim=config.head_dim if hasattr(config, "head_dim") else C // H,
+         top_k=config.num_experts_per_tok, d_ff=config.intermediate_size, norm_eps=config.rms_norm_eps, **metadata)
+
+
+def common_names(n):
+    """Of a tensor of Jamba or Mixtral: our names, and how each is a part of it."""
+    whole = lambda t: t
+    outer = {"model.embed_tokens.weight": "backbone.embeddings.weight", "lm_head.weight": "lm_head.weight",
+             "model.norm.weight": "backbone.norm_f.weight", "model.final_layernorm.weight": "backbone.norm_f.weight"}
+    if n in outer:
+        return {outer[n]: whole}
+    _, _, i, rest = n.split(".", 3)
+    first, second = f"backbone.layers.{2 * int(i)}.", f"backbone.layers.{2 * int(i) + 1}."
+    if rest == "input_layernorm.weight":
+        return {first + "norm.weight": whole}
+    if rest in ("post_attention_layernorm.weight", "pre_ff_layernorm.weight"):
+        return {second + "norm.weight": whole}
+    if rest.startswith(("self_attn.", "mamba.")):
+        return {first + rest.replace("mamba.", "mixer."): whole}
+    rest = rest.split(".", 1)[1]  # of the feed-forward layer or the experts
+    if rest in ("gate.weight", "router.weight"):
+        return {second + "moe.router.weight": whole}
+    if rest == "experts.gate_up_proj":
+        half = lambda e, which: lambda t: t[e].chunk(2)[which].contiguous()
+        return {f"{second}moe.experts.{e}.{which}_proj.weight": half(e, i) for e in range(3) for i, which in enumerate(("gate", "up"))}
+    if rest == "experts.down_proj":
+        return {f"{second}moe.experts.{e}.down_proj.weight": (lambda e: lambda t: t[e].contiguous())(e) for e in range(3)}
+    return {second + "feed_forward." + rest: whole}
+
+
+def make_mixtral_lm():
+    config = MixtralConfig(vocab_size=40, hidden_size=20, intermediate_size=20, num_hidden_layers=2, num_attention_heads=6,
+                           num_key_value_heads=2, head_dim=24, num_local_experts=3, num_experts_per_tok=2, rms_norm_eps=1e-5,
+                           sliding_window=None, tie_word_embeddings=False, attn_implementation="eager", experts_implementation="eager",
+                           rope_parameters={"rope_type": "default", "rope_theta": 100.0})
+    with float32_is_float64():  # the frequencies of RoPE are computed here
+        model = MixtralForCausalLM(config)
+    make_hybrid_lm("mixtral_lm", 61, model, 37, config, "AEAE", common_names, rope_base=100.0, renormalize=1, experts=3,
+                   source="MixtralForCausalLM, all in float64")
+
+
+def make_jamba_lm():
+    config = JambaConfig(vocab_size=40, hidden_size=16, intermediate_size=20, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1,
+                         attn_layer_period=4, attn_layer_offset=2, expert_layer_period=2, expert_layer_offset=1, num_experts=3,
+                         num_experts_per_tok=2, rms_norm_eps=1e-6, mamba_d_state=5, mamba_d_conv=4, mamba_expand=2, mamba_dt_rank=3,
+                         use_mamba_kernels=False, pad_token_id=None, tie_word_embeddings=False, attn_implementation="eager",
+                         experts_implementation="eager")
+    make_hybrid_lm("jamba_lm", 71, JambaForCausalLM(config), 19, config, "MFMEAFME", common_names, rope_base=0, renormalize=0, experts=3,
+                   d_inner=32, d_state=5, d_conv=4, dt_rank=3, source="JambaForCausalLM, the slow path of its mixers, all in float64")
 
 
 def make_moe(name, seed, T, top_k, renormalise, capacity, block, router, expert_weights, z_loss, aux_loss, **metadata):
@@ -402,6 +522,14 @@ def make_layers():
     put("classifier_ignore", dict(logits=logits, targets=targets, losses=losses, loss=losses.sum() / 12), losses.sum() / 12,
         also=["logits"])
 
+    # attention: 6 heads of queries, 2 of keys and values, after RoPE
+    q, k, v = r.leaf(1, 21, 6, 24), r.leaf(1, 21, 2, 24), r.leaf(1, 21, 2, 24)
+    turned, out, dout = rotate(q, 10000.0), attention(q, k, v), r(1, 21, 6, 24)
+    library = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=True, enable_gqa=True).transpose(1, 2)
+    agree("attention", library, out)
+    put("attention", dict(q=q, k=k, v=v, out=library, dout=dout), (dout * library).sum())
+    put("rotate", {"in": q, "out": turned, "dout": dout}, (dout * turned).sum())
+
     save("layers.safetensors", tensors, rms_norm_eps=1e-5, **{
         "conv1d.state": "(B, 3, D): the inputs before x, oldest first; state_out: the last 3 of state and x together",
         "conv1d.grads": "NAME.grad is for dout alone; x.grad_with_state and state.grad_with_state for dout and dstate_out together",
@@ -444,9 +572,9 @@ def make_adamw():
         "order": "grads are as given, before clipping; steps, m and v after each step, first index"})
 
 
-for make in make_mamba_mixer, make_mamba_lm, make_switch, make_mixtral, make_jamba_moe, make_layers, make_adamw:
+for make in make_mamba_mixer, make_mamba_lm, make_mixtral_lm, make_jamba_lm, make_switch, make_mixtral, make_jamba_moe, make_layers, make_adamw:
     make()
 print(f"{'file':26}{'bytes':>9}{'tensors':>9}")
 for row in summary + [("all", sum(s[1] for s in summary), sum(s[2] for s in summary))]:
     print(f"{row[0]:26}{row[1]:9}{row[2]:9}")
-assert summary and sum(s[1] for s in summary) < 800_000
+assert summary and sum(s[1] for s in summary) < 1_700_000
