@@ -1600,8 +1600,11 @@ void scan_backward(const ScanGradients& d, const floatX* d_out, const real* d_fi
 //   A pair is a thread's for kRotateRows rows, so that its frequency is computed once for them. Angles are in turns, and in double until
 //   whole turns are gone: see plain. sincospi(), because sin() takes a stack.
 constexpr int kRotateRows = 16;
-__device__ __forceinline__ void sine_and_cosine(double turns, double& sine, double& cosine) { sincospi(2 * turns, &sine, &cosine); }
-__device__ __forceinline__ void sine_and_cosine(float turns, float& sine, float& cosine) { sincospif(2 * turns, &sine, &cosine); }
+template <class T>
+__device__ __forceinline__ void sine_and_cosine(T turns, T& sine, T& cosine) {
+    if constexpr (sizeof(T) == 8) sincospi(2 * turns, &sine, &cosine);
+    else sincospif(2 * turns, &sine, &cosine);
+}
 __global__ void rotate_kernel(floatX* out, int ld_out, int64_t stride_out, Rotary r, double log2_base, bool back, int row_blocks) {
     const int half = r.S / 2, pair = int(blockIdx.x / row_blocks * blockDim.x + threadIdx.x);
     if (pair >= r.heads * half) return;
@@ -1659,9 +1662,11 @@ constexpr int kRowThreads = kThreads / kTile;  // that share a row of scores
 // A 16 x 16 piece of sums, eight of them in each lane of a warp, and products of 16 x 16 matrices in shared memory that are added to it.
 // By plain arithmetic, or for bf16 by tensor cores. Places: where in the piece a lane's sums are.
 struct Places {
-    int row[8], column[8];
+    int of[8];  // row * kPiece + column
+    __device__ __forceinline__ int row(int i) const { return of[i] / kPiece; }
+    __device__ __forceinline__ int column(int i) const { return of[i] % kPiece; }
 };
-template <class T>
+template <class T, bool tensor_cores = std::is_same_v<T, __nv_bfloat16>>
 struct PieceSum {
     real sum[8];
     __device__ __forceinline__ real& operator[](int i) { return sum[i]; }
@@ -1678,22 +1683,22 @@ struct PieceSum {
     }
     static __device__ __forceinline__ Places places() {
         Places at;
-        UNROLL for (int i = 0; i < 8; i++) at.row[i] = lane_id() / 2, at.column[i] = lane_id() % 2 * 8 + i;
+        UNROLL for (int i = 0; i < 8; i++) at.of[i] = lane_id() * 8 + i;  // half a row
         return at;
     }
 };
-template <>
-struct PieceSum<__nv_bfloat16> {
-    template <class Use, class T, class... Layout>
-    using Fragment = nvcuda::wmma::fragment<Use, kPiece, kPiece, kPiece, T, Layout...>;
+template <class T>
+struct PieceSum<T, true> {
+    template <class Use, class Number, class... Layout>
+    using Fragment = nvcuda::wmma::fragment<Use, kPiece, kPiece, kPiece, Number, Layout...>;
     Fragment<nvcuda::wmma::accumulator, float> sum;
     __device__ __forceinline__ float& operator[](int i) { return sum.x[i]; }
     __device__ __forceinline__ void clear() { nvcuda::wmma::fill_fragment(sum, 0.0f); }
     template <bool a_transposed, bool b_transposed>
-    __device__ __forceinline__ void add_product(const __nv_bfloat16* a, int ld_a, const __nv_bfloat16* b, int ld_b) {
+    __device__ __forceinline__ void add_product(const T* a, int ld_a, const T* b, int ld_b) {
         using namespace nvcuda::wmma;
-        Fragment<matrix_a, __nv_bfloat16, std::conditional_t<a_transposed, col_major, row_major>> left;
-        Fragment<matrix_b, __nv_bfloat16, std::conditional_t<b_transposed, col_major, row_major>> right;
+        Fragment<matrix_a, T, std::conditional_t<a_transposed, col_major, row_major>> left;
+        Fragment<matrix_b, T, std::conditional_t<b_transposed, col_major, row_major>> right;
         load_matrix_sync(left, a, ld_a);
         load_matrix_sync(right, b, ld_b);
         mma_sync(sum, left, right, sum);
@@ -1706,7 +1711,7 @@ struct PieceSum<__nv_bfloat16> {
         Fragment<nvcuda::wmma::accumulator, float> number;
         nvcuda::wmma::load_matrix_sync(number, numbers, kPiece, nvcuda::wmma::mem_row_major);
         Places at;
-        UNROLL for (int i = 0; i < 8; i++) at.row[i] = int(number.x[i]) / kPiece, at.column[i] = int(number.x[i]) % kPiece;
+        UNROLL for (int i = 0; i < 8; i++) at.of[i] = int(number.x[i]);
         return at;
     }
 };
@@ -1762,7 +1767,7 @@ struct AttentionTile {
         UNROLL for (int n = 0; n < kScorePieces; n++) {
             const int piece = warp_id() + n * kWarps, i = piece / kTilePieces * kPiece, j = piece % kTilePieces * kPiece;
             if (i < kTile)
-                UNROLL for (int e = 0; e < 8; e++) scores[(i + at.row[e]) * kLdScores + j + at.column[e]] = sums[n][e];
+                UNROLL for (int e = 0; e < 8; e++) scores[(i + at.row(e)) * kLdScores + j + at.column(e)] = sums[n][e];
         }
         __syncthreads();
     }
@@ -1783,7 +1788,7 @@ struct AttentionTile {
             const int piece = warp_id() + n * kWarps, i = piece / kPartPieces * kPiece, j = piece % kPartPieces * kPiece;
             if (i < kTile)
                 UNROLL for (int e = 0; e < 8; e++) {
-                    const int r = i + at.row[e], c = j + at.column[e];
+                    const int r = i + at.row(e), c = j + at.column(e);
                     if (r < rows && c < columns(part)) out[r * ld + part * kPart + c] = floatX(factor ? sums[n][e] * factor[r] : sums[n][e]);
                 }
         }
@@ -1817,7 +1822,7 @@ __device__ __forceinline__ real row_max(real x) {
 }
 
 template <int parts>
-__global__ void __launch_bounds__(kThreads) attention_forward_kernel(floatX* out, real* lse, Attention a) {
+__global__ void __launch_bounds__(kThreads, 1) attention_forward_kernel(floatX* out, real* lse, Attention a) {
     ATTENTION_TILE(tile, a);
     SHARED(real[kTile], factor);
     // The last tiles see the most keys: they begin.
@@ -1850,7 +1855,7 @@ __global__ void __launch_bounds__(kThreads) attention_forward_kernel(floatX* out
             UNROLL for (int n = 0; n < kOutPieces; n++) {
                 const int i = (warp_id() + n * kWarps) / kPartPieces * kPiece;
                 if (i < kTile)
-                    UNROLL for (int e = 0; e < 8; e++) sums[part][n][e] *= factor[i + tile.at.row[e]];
+                    UNROLL for (int e = 0; e < 8; e++) sums[part][n][e] *= factor[i + tile.at.row(e)];
             }
             tile.accumulate<false>(sums[part], tile.right, part);
         }
@@ -1901,7 +1906,7 @@ __device__ __forceinline__ void attention_d_scores(const AttentionTile& tile, Su
 }
 
 template <int parts>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
 attention_backward_keys_kernel(floatX* d_k, floatX* d_v, const floatX* d_out, const real* lse, const real* delta, Attention a) {
     ATTENTION_TILE(tile, a);
     const int group = int(blockIdx.x % a.G), b = int(blockIdx.x / a.G % a.B);
@@ -1930,7 +1935,7 @@ attention_backward_keys_kernel(floatX* d_k, floatX* d_v, const floatX* d_out, co
         }
 }
 template <int parts>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
 attention_backward_queries_kernel(floatX* d_q, const floatX* d_out, const real* lse, const real* delta, Attention a) {
     ATTENTION_TILE(tile, a);
     const int h = int(blockIdx.x % a.H), b = int(blockIdx.x / a.H % a.B), group = h / (a.H / a.G);
@@ -1969,11 +1974,11 @@ struct OnlineSum {  // of the columns that a lane has: sum over keys of exp(scor
             UNROLL for (int i = 0; i < kWidth; i++) sum[n].v[i] *= by;
     }
 };
-__global__ void __launch_bounds__(kThreads) attention_step_kernel(floatX* out, real* parts, Attention a, int lanes, int64_t share, int shares) {
+__global__ void __launch_bounds__(kThreads, 1) attention_step_kernel(floatX* out, real* parts, Attention a, int lanes, int64_t share, int shares) {
     SHARED(real[kWarps][2], of_warp);
     SHARED(real[kMaxHeadSize], of_columns);
     const int h = int(blockIdx.x % a.H), b = int(blockIdx.x / a.H % a.B), group = h / (a.H / a.G);
-    const int64_t which = blockIdx.x / (a.H * a.B), first = which * share, last = min(first + share, a.keys());
+    const int64_t which = blockIdx.x / (a.H * a.B), first = which * share, last = min(first + share, a.past + a.T);
     const int lane = lane_id() % lanes, groups = kThreads / lanes;
     const floatX* const q = a.q + int64_t(b) * a.ld_q + h * a.S;
     const int64_t at = b * a.stride_kv + group * a.S;
