@@ -646,7 +646,7 @@ const std::vector<Case>& cases() {
     static const std::vector<Case> all = selected({
         embedding(1, 3, 1), embedding(67, 11, 40), embedding(130, 300, 17), embedding(700, 2, 5), embedding(9, 4, 2056),
         rmsnorm(1, 1, true, false), rmsnorm(5, 40, true, false), rmsnorm(67, 33, false, false), rmsnorm(9, 1032, true, true),
-        slice_norm(1, 1, 0, false), slice_norm(37, 5, 8, true), slice_norm(70, 40, 3, false), slice_norm(5, 256, 32, true),
+        slice_norm(1, 3, 0, false), slice_norm(37, 5, 8, true), slice_norm(70, 40, 3, false), slice_norm(5, 256, 32, true),
         linear(1, 1, 1, 0, false, true), linear(5, 7, 9, 0, true, false), linear(37, 24, 40, 6, false, false),
         linear(64, 33, 17, 3, true, true), linear(3, 20, 24, 4, false, true), linear(11, 9, 16, 2, false, false, false),
         conv(1, 1, 1, 4, 0, false, false), conv(3, 1, 21, 4, 21, true, true), conv(2, 2, 40, 4, 40, true, true),

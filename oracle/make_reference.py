@@ -271,7 +271,7 @@ def make_hybrid_lm(name, seed, model, T, config, layers, rename, normed_slices=F
             elif n.endswith("dt_proj.bias"):
                 p.copy_(r(*p.shape) - 2)
             else:
-                p.copy_(1 + r(*p.shape, scale=0.2) if norm else r(*p.shape, scale=0.3 if p.dim() == 1 else p.shape[-1] ** -0.5))
+                p.copy_(1 + r(*p.shape, scale=0.2) if norm else r(*p.shape, scale=0.3 if p.dim() == 1 else 0.6 * p.shape[-1] ** -0.5))
     sequence = r.ints(V, B, T + 1)
     tokens, targets = sequence[:, :-1], sequence[:, 1:]
     with float32_is_float64():
