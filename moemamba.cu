@@ -1666,8 +1666,8 @@ struct Places {
     __device__ __forceinline__ int row(int i) const { return of[i] / kPiece; }
     __device__ __forceinline__ int column(int i) const { return of[i] % kPiece; }
 };
-template <class T, bool tensor_cores = std::is_same_v<T, __nv_bfloat16>>
-struct PieceSum {
+template <class T>
+struct PlainSum {
     real sum[8];
     __device__ __forceinline__ real& operator[](int i) { return sum[i]; }
     __device__ __forceinline__ void clear() {
@@ -1688,7 +1688,7 @@ struct PieceSum {
     }
 };
 template <class T>
-struct PieceSum<T, true> {
+struct TensorCoreSum {
     template <class Use, class Number, class... Layout>
     using Fragment = nvcuda::wmma::fragment<Use, kPiece, kPiece, kPiece, Number, Layout...>;
     Fragment<nvcuda::wmma::accumulator, float> sum;
@@ -1716,7 +1716,7 @@ struct PieceSum<T, true> {
     }
 };
 static_assert(kThreads == kPiece * kPiece, "a thread for every place");
-using Sum = PieceSum<floatX>;
+using Sum = std::conditional_t<std::is_same_v<floatX, __nv_bfloat16>, TensorCoreSum<floatX>, PlainSum<floatX>>;
 
 // A head's rows in memory, from the first of a tile on.
 struct HeadRows {
@@ -1965,7 +1965,9 @@ attention_backward_queries_kernel(floatX* d_q, const floatX* d_out, const real* 
 // goes its own way through its keys, then the groups are put together, and in attention_step_sum_kernel the shares, in order. The heads of a
 // group read the same keys, at about the same time: from device memory once.
 constexpr int kStepVectors = std::max(1, kMaxHeadSize / (kWarp * kWidth));
-struct OnlineSum {  // of the columns that a lane has: sum over keys of exp(score - largest) v; and of the exponentials
+
+// Of the columns that a lane has: sum over keys of exp(score - largest) v, and of the exponentials.
+struct OnlineSum {
     real largest = kLowest, total = 0;
     Reals<kWidth> sum[kStepVectors] = {};
     __device__ __forceinline__ void scale(real by) {
@@ -2903,7 +2905,11 @@ std::string Config::to_json() const { return fields_to_json(*this).text(); }
 
 Config Config::from_json(const std::string& text, const std::string& where) {
     Config config;
-    fields_from_json(config, JsonObject(text, where + ": the model's config"));
+    const JsonObject json(text, where + ": the model's config");
+    const std::string added[] = {"mamba-norms", "heads", "kv-heads", "head-dim", "rope-base", "swiglu-ff"};  // older files do without
+    each_field(config, [&](const char* flag, auto& field, auto...) {
+        if (json.has(flag) || std::find(std::begin(added), std::end(added), flag) == std::end(added)) json.get(flag, field);
+    });
     try {
         config.resolve();
     } catch (const Error& e) {
@@ -2966,7 +2972,7 @@ const std::vector<Preset>& presets() {
         jamba.layers = "MFMEMFMEAFMEMFME", jamba.vocab = 257, jamba.d_model = 96, jamba.heads = 4, jamba.kv_heads = 2, jamba.experts = 4;
         jamba.d_ff = jamba.d_expert = 0;
         all.push_back({"jamba-tiny", "trains in minutes on a laptop's CPU", jamba});
-        jamba.d_model = 384, jamba.heads = 6, jamba.experts = 8;
+        jamba.d_model = 288, jamba.heads = 6, jamba.experts = 8;
         all.push_back({"jamba-10m", "for a CPU", jamba});
         return all;
     }();
@@ -3192,6 +3198,7 @@ struct AttentionLayer : Layer {
             l.rotate(d_qkv, ld, int64_t(p.T) * ld, rotary(p, d_qkv, H + G, model.config.rope_base), true, stream);
         l.linear_backward(d_normed, C, qkv.grad, d_qkv, ld, {normed, C, qkv.weight, rows, C, ld}, accumulate, add, stream);
     }
+    int64_t cache_elements() const override { return ld_cache; }
     int64_t products(int T) const override { return qkv.count + out.count + int64_t(H) * S * (T + 1); }  // 2 H S, half the keys
 };
 
@@ -3781,11 +3788,15 @@ void Model::start(DecodeState& state, int B, int64_t context) {
     for (const Arena::Entry& entry : state.arena.entries) layers.zero(entry.memory, entry.bytes, stream);
 }
 
-size_t Model::decode_state_bytes(int64_t context) {
-    Arena arena("one sequence");
+Model::StateBytes Model::decode_state_bytes(int64_t context, int bits) {
+    Arena arena("one sequence, without its tokens");
+    int64_t elements = 0;
     for (const auto& step : steps)
-        for (const auto& layer : step->layers) layer->plan_state(arena, 1, context);
-    return arena.bytes;
+        for (const auto& layer : step->layers) {
+            layer->plan_state(arena, 1, 0);
+            elements += layer->cache_elements();
+        }
+    return {double(elements) * double(context) * bits / 8, double(arena.bytes)};
 }
 
 const real* Model::decode(DecodeState& state, const int* tokens, int T, real temperature) {

@@ -489,6 +489,7 @@ struct Layer {
     virtual void backward(const Pass& pass, floatX* d_normed, const floatX* d_out, const floatX* normed, bool accumulate) = 0;
     virtual int64_t products(int T) const = 0;             // a token's multiply-adds in matrix products, the mean over T of them
     virtual int64_t idle_parameters() const { return 0; }  // that a token does not use
+    virtual int64_t cache_elements() const { return 0; }   // of floatX, that a token of context takes while decoding
     virtual int counters() const { return 0; }             // ints that a training pass leaves for report()
     // Adds to the report of a step what one part of it has left, of so many rows; `share`: of the part in the step
     virtual void report(Losses&, const int* /*counters*/, int /*rows*/, double /*share*/) const {}
@@ -544,7 +545,10 @@ struct Model {
     // probabilities of the next token at this temperature (0: as 1), (B, V) on the host, valid until the next call
     const real* decode(DecodeState& state, const int* tokens, int T, real temperature);
     std::vector<real> logits(const int* tokens, int B, int T);  // (B, T, V), for tests and small inputs
-    size_t decode_state_bytes(int64_t context);                 // per sequence
+    struct StateBytes {
+        double cache, recurrent;  // cache: of numbers with so many bits
+    };
+    StateBytes decode_state_bytes(int64_t context, int bits);  // per sequence
 
     // ---- checkpoints: safetensors; metadata holds "config" and whatever the caller adds
     using Metadata = Safetensors::Metadata;

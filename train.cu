@@ -17,6 +17,8 @@
 #include <csignal>
 #include <cstring>
 #include <filesystem>
+#include <functional>
+#include <map>
 #include <sstream>
 
 #include "formats/dataset.h"
@@ -278,8 +280,67 @@ static void print_model(const Model& model, int T) {
            scaled(model.matmul_flops_per_token(T, true), 1000, "").c_str(), T);
 }
 
+// What decoding takes, per sequence, and what fits.
+struct Decoding {
+    int bits = 16;       // of a number in the weights and in the KV cache; the recurrent state has float32
+    double memory = 0;   // bytes, of a device; 0: not asked
+};
+static void print_decoding(const std::vector<std::pair<std::string, Config>>& models, const Decoding& decoding) {
+    std::vector<std::unique_ptr<Model>> all;
+    for (const auto& [name, config] : models) all.push_back(std::make_unique<Model>(config, plain::layers));
+    const auto row = [&](const std::string& title, const std::function<std::string(Model&)>& text) {
+        printf("  %-26s", title.c_str());
+        for (const auto& model : all) printf(" %18s", text(*model).c_str());
+        printf("\n");
+    };
+    printf("\nmemory for decoding a sequence\n  %-26s", ("KV cache, " + std::to_string(decoding.bits) + " bit").c_str());
+    for (const auto& [name, config] : models) printf(" %18s", name.c_str());
+    printf("\n");
+    for (int64_t context = 1 << 10; context <= 1 << 20; context *= 4)
+        row("  at " + std::to_string(context >> 10) + "K", [&](Model& m) { return bytes_text(m.decode_state_bytes(context, decoding.bits).cache); });
+    row("recurrent state, always", [&](Model& m) { return bytes_text(m.decode_state_bytes(0, decoding.bits).recurrent); });
+    const auto weights = [&](Model& m) { return double(m.parameter_count()) * decoding.bits / 8; };
+    row("weights", [&](Model& m) { return bytes_text(weights(m)); });
+    if (decoding.memory > 0)
+        row("longest context in " + bytes_text(decoding.memory), [&](Model& m) -> std::string {
+            const double left = decoding.memory - weights(m) - m.decode_state_bytes(0, decoding.bits).recurrent;
+            const double token = m.decode_state_bytes(1, decoding.bits).cache;
+            return left < 0 ? "does not fit" : token == 0 ? "any" : count_text(int64_t(left / token));
+        });
+}
+// Presets side by side.
+static void compare(const std::string& names, const Decoding& decoding) {
+    std::vector<std::pair<std::string, Config>> models;
+    std::istringstream list(names);
+    for (std::string name; std::getline(list, name, ',');) models.emplace_back(name, find_preset(name).config);
+    if (models.empty()) fail("--compare needs names of presets, with commas between them (see --list-presets)");
+    printf("  %-26s", "");
+    for (const auto& [name, config] : models) printf(" %18s", name.c_str());
+    const auto row = [&](const char* title, const std::function<std::string(const Model&)>& text) {
+        printf("\n  %-26s", title);
+        for (const auto& [name, config] : models) printf(" %18s", text(Model(config, plain::layers)).c_str());
+    };
+    row("layers", [](const Model& m) { return m.config.layers; });
+    row("width", [](const Model& m) { return std::to_string(m.config.d_model); });
+    row("parameters", [](const Model& m) { return count_text(m.parameter_count()); });
+    row("active per token", [](const Model& m) { return count_text(m.active_parameter_count()); });
+    row("without embedding and head", [](const Model& m) { return count_text(m.active_parameter_count() - m.outer_parameter_count()); });
+    printf("\n");
+    print_decoding(models, decoding);
+}
+// "80GB": decimal, as makers of memory count; GiB and MiB are binary.
+static double parse_bytes(const std::string& flag, const std::string& text) {
+    const size_t digits = text.find_first_not_of("0123456789.");
+    const std::map<std::string, double> units = {{"MB", 1e6}, {"GB", 1e9}, {"TB", 1e12}, {"MiB", 0x1p20}, {"GiB", 0x1p30}, {"TiB", 0x1p40}};
+    const auto unit = digits == std::string::npos ? units.end() : units.find(text.substr(digits));
+    double number = 0;
+    if (unit == units.end() || parse_number(text.substr(0, digits), number) != std::errc() || !(number > 0))
+        fail("%s %s: must be a number and MB, GB, TB, MiB, GiB or TiB, like 80GB", flag.c_str(), text.c_str());
+    return number * unit->second;
+}
+
 // What training would take, without taking any of it.
-static void dry_run(const Config& config, const Layers& layers, const Run& run) {
+static void dry_run(const Config& config, const Layers& layers, const Run& run, const Decoding& decoding) {
     Model model(config, layers);
     model.plan_training(run.batch, run.seq_len, run.grad_accum);
     const Config& c = model.config;
@@ -294,12 +355,7 @@ static void dry_run(const Config& config, const Layers& layers, const Run& run) 
         total += double(arena->bytes);
     }
     printf("  %-36s %14s\n", "total", bytes_text(total).c_str());
-    // The transformer has an attention layer, with as many key and value heads as heads, wherever this model has a mixer.
-    const double cache_per_token = 2.0 * (c.count('M') + c.count('A')) * c.d_model * sizeof(floatX);
-    printf("\nmemory for decoding, per sequence\n  %-18s %18s %34s\n", "context", "state", "KV cache of as wide a transformer");
-    for (int64_t context = 1 << 10; context <= 1 << 20; context *= 4)
-        printf("  %-18s %18s %34s\n", (std::to_string(context >> 10) + "K").c_str(),
-               bytes_text(double(model.decode_state_bytes(context))).c_str(), bytes_text(cache_per_token * double(context)).c_str());
+    print_decoding({{"this model", config}}, decoding);
 }
 
 static void list_presets() {
@@ -339,13 +395,18 @@ static void stop_on_signals() {
 }
 
 struct Options {
-    std::string data, out, device = "auto", preset, sample_prompt;
+    std::string data, out, device = "auto", preset, sample_prompt, memory, compare;
     int save_every = 100, eval_every = 100, sample_every = 0, sample_tokens = 256;
     int64_t eval_tokens = 131072;
     double max_minutes = 0, peak_flops = 0;
     bool resume = false, dry_run = false, list_presets = false;
+    Decoding decoding;
 
-    void check() const {
+    void check() {
+        if (!dry_run && (!memory.empty() || !compare.empty() || decoding.bits != Decoding().bits))
+            fail("--memory, --bits and --compare belong to --dry-run");
+        if (decoding.bits != 8 && decoding.bits != 16) fail("--bits %d: must be 8 or 16", decoding.bits);
+        if (!memory.empty()) decoding.memory = parse_bytes("--memory", memory);
         const std::pair<const char*, int> counts[] = {
             {"save-every", save_every}, {"eval-every", eval_every}, {"sample-every", sample_every}};
         for (const auto& [flag, value] : counts)
@@ -476,6 +537,9 @@ static int train(int argc, char** argv) {
                 "continue the run in --out, bit for bit on the same device with as many threads; it knows its model and its run: "
                 "only --steps can grow, with a constant schedule");
     command.add("--dry-run", options.dry_run, "print parameters, memory and compute, take none of them; needs no --data or --out");
+    command.add("--memory", options.memory, "--dry-run: also the longest context that fits into so much, like 80GB, beside the weights");
+    command.add("--bits", options.decoding.bits, "--dry-run: of a number in weights and KV cache while decoding, 8 or 16");
+    command.add("--compare", options.compare, "--dry-run: these presets side by side, like mixtral-8x7b,jamba-v0.1");
     command.add("--list-presets", options.list_presets, "print the presets");
     Run::each_field(run_flags, [&](const char* flag, auto& field, const char* help, auto...) {
         command.add(std::string("--") + flag, field, help, "The run");
@@ -488,11 +552,12 @@ static int train(int argc, char** argv) {
     if (options.list_presets) return list_presets(), 0;
     options.check();
     const Layers& layers = find_device(options.device);
+    if (!options.compare.empty()) return compare(options.compare, options.decoding), 0;
     if (!options.resume && options.preset.empty() && !command.has("--layers"))
         fail("which model? Give --preset (see --list-presets) or --layers");
     const Config base = options.preset.empty() ? Config() : find_preset(options.preset).config;
     if (options.dry_run) {
-        dry_run(overlay(base, model_flags, command), layers, overlay(Run(), run_flags, command));
+        dry_run(overlay(base, model_flags, command), layers, overlay(Run(), run_flags, command), options.decoding);
         return 0;
     }
 

@@ -935,6 +935,7 @@ template <class T> SIMT_UNWATCHED void check_matrix(const T* memory, unsigned ld
     gather(~0u, name, where, [](Thread*, uint32_t) {});
     Thread* t = self;
     self = nullptr;
+    if (t->warp->exists != ~0u) stop("%s: not all 32 lanes are there.\n  Launch whole warps.", name);
     if (uintptr_t(memory) % 32 || ld * sizeof(T) % 16)
         stop("%s at %p with %u elements from row to row: misaligned.\n  A matrix begins at a multiple of 32 bytes, its rows at multiples of 16.",
              name, static_cast<const void*>(memory), ld);

@@ -298,6 +298,44 @@ TEST_CASE("launches from OS threads that end", "[simt]") {
     }
 }
 
+// out = out + a b, for 16 x 16 matrices: a by rows of ld_a, b by columns. Where a sum is, numbers that are loaded as sums are say.
+__global__ void warp_matrix_kernel(float* out, const __nv_bfloat16* a, int ld_a, const __nv_bfloat16* b, const float* numbers) {
+    using namespace nvcuda::wmma;
+    fragment<matrix_a, 16, 16, 16, __nv_bfloat16, row_major> left;
+    fragment<matrix_b, 16, 16, 16, __nv_bfloat16, col_major> right;
+    fragment<accumulator, 16, 16, 16, float> number, sum;
+    load_matrix_sync(number, numbers, 16, mem_row_major);
+    fill_fragment(sum, 1);
+    for (int i = 0; i < sum.num_elements; i++) sum.x[i] += out[int(number.x[i])];
+    load_matrix_sync(left, a, ld_a);
+    load_matrix_sync(right, b, 16);
+    mma_sync(sum, left, right, sum);
+    for (int i = 0; i < sum.num_elements; i++) out[int(number.x[i])] = sum.x[i];
+}
+TEST_CASE("products of a warp's matrices against plain loops", "[simt]") {
+    std::vector<__nv_bfloat16> a(16 * 24), b(16 * 16);
+    for (size_t i = 0; i < a.size(); ++i) a[i] = __nv_bfloat16(int(i * 7 % 13) - 6);
+    for (size_t i = 0; i < b.size(); ++i) b[i] = __nv_bfloat16(int(i * 5 % 11) - 5);
+    std::vector<float> want(256);
+    for (int i = 0; i < 256; ++i) {
+        want[i] = float(i + 1);
+        for (int k = 0; k < 16; ++k) want[i] += float(a[i / 16 * 24 + k]) * float(b[i % 16 * 16 + k]);
+    }
+    const Buffer<__nv_bfloat16> on_a(a), on_b(b);
+    const Buffer<float> numbers(count_up<float>(256));
+    in_every_order([&] {
+        Buffer<float> out(count_up<float>(256));
+        LAUNCH(warp_matrix_kernel, 1, 32, 0, nullptr)(out.data, on_a.data, 24, on_b.data, numbers.data);
+        CHECK(out.host() == want);
+    });
+    Buffer<float> out(256);
+    reports([&] { LAUNCH(warp_matrix_kernel, 1, 32, 0, nullptr)(out.data, on_a.data + 8, 24, on_b.data, numbers.data); },
+            {"warp_matrix_kernel", "load_matrix_sync()", "misaligned"});
+    reports([&] { LAUNCH(warp_matrix_kernel, 1, 32, 0, nullptr)(out.data, on_a.data, 20, on_b.data, numbers.data); }, {"misaligned", "20"});
+    reports([&] { LAUNCH(warp_matrix_kernel, 1, 31, 0, nullptr)(out.data, on_a.data, 24, on_b.data, numbers.data); },
+            {"warp_matrix_kernel", "whole warps"});
+}
+
 TEST_CASE("bfloat16", "[simt]") {
     int wrong = 0;
     for (uint32_t bits = 0; bits < 65536; ++bits) {

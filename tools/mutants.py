@@ -20,13 +20,14 @@ TESTS = "[gpu],[traffic]"
 LAYER_TESTS = "a layer gives the same on the GPU*"  # and of those, the ones of a layer
 BUILD = "build/mutants"
 # A function whose name begins so is tested on its own layer first; most faults show there, and only the others need all tests.
-LAYERS = {"embedding|Embedding|sort_|bucket_of|counting_sort": "embedding", "rmsnorm": "rmsnorm", "linear|matmul": "linear", "conv|Conv|with_conv": "conv",
+LAYERS = {"embedding|Embedding|sort_|bucket_of|counting_sort": "embedding", "rmsnorm": "rmsnorm", "slice": "slice_norm",
+          "rotate": "rotate", "attention|Attention|PlainSum|TensorCoreSum|row_sum|row_max|OnlineSum|with_parts": "attention", "linear|matmul": "linear", "conv|Conv|with_conv": "conv",
           "scan|Scan|exchange|load_states|store_states|load_decay|with_split|State": "scan",
           "route|Router|dispatch|Dispatch|gather|combine|expert": "moe", "swiglu": "feed-forward", "relu": "relu",
           "softmax_of_row|classifier": "classifier", "softmax_forward": "softmax", "sum_kernel|sum_all": "sum", "adamw": "adamw"}
 # Compiling takes the time. No test of a layer in one of these groups comes through a function of another group: three faults, one from
 # each, are compiled together, and tested each on its own layer.
-TOGETHER = [{"scan"}, {"moe", "embedding", "linear", "feed-forward", "relu"}, {"conv", "rmsnorm", "classifier", "softmax", "sum", "adamw"}]
+TOGETHER = [{"scan"}, {"moe", "embedding", "linear", "feed-forward", "relu"}, {"conv", "rmsnorm", "slice_norm", "rotate", "attention", "classifier", "softmax", "sum", "adamw"}]
 
 # function: [(name, fragment, replacement, why it is harmless if it is)]
 FAULTS = {
@@ -379,6 +380,90 @@ FAULTS = {
         ("gate's", "d_p[i] += d;", "d_p[i] = d;"),
     ],
     "router_backward": [("weight overwritten", "r.rows, true, stream", "r.rows, false, stream"), ("input overwritten", "r.E, true, stream", "r.E, false, stream")],
+
+    # ---- norms of slices, rotary positions, attention
+    "slice_rstd": [("mean", "warp_sum(squares) / C", "warp_sum(squares)"), ("eps", "/ C + eps", "/ C")],
+    "slice_norm_forward_kernel": [("row", "if (row >= n.rows) return;", "if (row > n.rows) return;"), ("weight", "* rstd * n.weight[c]", "* rstd"),
+                                  ("lanes", "c += kWarp) out", "c += 2 * kWarp) out")],
+    "slice_norm_backward_kernel": [
+        ("pull", "* rstd * rstd;", "* rstd;"), ("weight in dot", "real(d[c]) * n.weight[c] * real(in[c]);\n        const", "real(d[c]) * real(in[c]);\n        const"),
+        ("first row only", "row += int64_t(gridDim.x) * warps", "row += n.rows"), ("barrier", "__syncthreads();", ""),
+        ("first warp only", "w < warps; w++) total", "w < 1; w++) total"), ("sums begin at 0", "mine[c] = 0", "mine[c] = 1"),
+        ("its own sums", "d_weight + warp_id() * n.C", "d_weight"),
+    ],
+    "slice_norm_backward": [("blocks", "reduce_partials(blocks", "reduce_partials(blocks - 1")],
+    "slice_norm_forward": [("rows", "blocks_for(n.rows, kNormWarps)", "blocks_for(n.rows / 2, kNormWarps)")],
+    "rotate": [("rows", "ceil_div(rows, kRotateRows)", "ceil_div(rows - 1, kRotateRows)"), ("pairs", "r.heads) * (r.S / 2), kThreads) * row_blocks", "r.heads) * (r.S / 2), 2 * kThreads) * row_blocks")],
+    "attention_scratch": [("queries", "nullptr, B, T, H, S)", "nullptr, B, 1, H, S)")],
+    "AttentionScratch": [("parts", "(S + 2)", "S")],
+    "rotate_kernel": [
+        ("pair beyond", "if (pair >= r.heads * half) return;", "if (pair > r.heads * half) return;"), ("frequency", "-2.0 * i", "-1.0 * i"),
+        ("sequence", "t = row % r.T", "t = row"), ("position", "double(r.position + t)", "double(t)"), ("whole turns stay", "real(angle - floor(angle))", "real(angle)"),
+        ("back", "sine = -sine", "sine = sine"), ("second half", "real(x1) * cosine + real(x0) * sine", "real(x1) * cosine - real(x0) * sine"),
+        ("a copy", "if (r.base == 0) {", "if (false) {"), ("stride", "b * stride_out", "b * r.T * ld_out"), ("last row", "first + kRotateRows, int64_t(r.B) * r.T", "first + kRotateRows, int64_t(r.B) * r.T - 1"),
+        ("first rows only", "blockIdx.x % row_blocks) * kRotateRows", "0) * kRotateRows"),
+    ],
+    "TensorCoreSum": [("clear", "fill_fragment(sum, 0.0f)", "fill_fragment(sum, 1.0f)", None, "bf16"), ("a", "a_transposed, col_major", "!a_transposed, col_major", None, "bf16"),
+                      ("b", "b_transposed, col_major", "!b_transposed, col_major", None, "bf16"),
+                      ("places", "at.of[i] = int(number.x[i])", "at.of[i] = lane_id() * 8 + i", None, "bf16"), ("numbers", "    __syncthreads();", "", None, "bf16")],
+    "PlainSum": [
+        ("clear", "sum[i] = 0;", "sum[i] = 1;"), ("half of k", "k < kPiece; k++", "k < kPiece / 2; k++"),
+        ("a", "a[k * ld_a + row] : a[row * ld_a + k]", "a[row * ld_a + k] : a[row * ld_a + k]"),
+        ("b", "b[(column + i) * ld_b + k] : b[k * ld_b + column + i]", "b[k * ld_b + column + i] : b[k * ld_b + column + i]"),
+    ],
+    "AttentionTile": [
+        ("rows beyond", "r < h.rows && c < columns(part)) x", "c < columns(part)) x"), ("columns beyond", "if (r < h.rows && c < columns(part)) x", "if (r < h.rows) x"),
+        ("first part only", "part * kPart + c);\n            store", "c);\n            store"),
+        ("in use", "__syncthreads();  // left and right may be in use", "// in use"), ("loaded", "load(right, b, part);\n            __syncthreads();", "load(right, b, part);"),
+        ("kept", "if (!kept || S > kPart) load", "if (!kept) load"), ("last columns", "k < columns(part); k += kPiece)\n                        sums", "k < columns(part) - kPiece; k += kPiece)\n                        sums"),
+        ("scores are there", "sums[n][e];\n        }\n        __syncthreads();", "sums[n][e];\n        }"),
+        ("columns of sums", "if (i < kTile && j < columns(part))", "if (i < kTile && j + kPiece < columns(part))"), ("half the keys", "k < kTile; k += kPiece)\n                    sums", "k < kTile / 2; k += kPiece)\n                    sums"),
+        ("transposed", "p + (transposed ? k * kLdScores + i : i * kLdScores + k)", "p + (i * kLdScores + k)"), ("rows written", "if (r < rows && c", "if (c"),
+        ("columns written", "&& c < columns(part)) out", ") out"), ("factor", "factor ? sums[n][e] * factor[r] : sums[n][e]", "sums[n][e]"),
+        ("sees the next", "c <= visible ? exp_(scores", "c <= visible + 1 ? exp_(scores"), ("scale", "* scale - lse)", "- lse)"), ("delta", "- delta) * scale", ") * scale"),
+        ("scale of d_score", "- delta) * scale", "- delta)"),
+    ],
+    "attention_forward_kernel": [
+        ("group", "group = h / (a.H / a.G)", "group = h % a.G"), ("past", "visible = a.past + t0", "visible = t0"), ("last keys", "keys = a.past + min(t0 + kTile, int64_t(a.T))", "keys = a.past + t0"),
+        ("largest", "real most = largest", "real most = kLowest"), ("shrink", "exp_(largest - most);\n        total", "real(1);\n        total"), ("total", "total * shrink + row_sum(sum)", "total + row_sum(sum)"),
+        ("factor is there", "= shrink;\n        __syncthreads();", "= shrink;"), ("right in use", "if (part > 0) __syncthreads();  //", "//"),
+        ("values are there", "keys - j0}, part);\n            __syncthreads();", "keys - j0}, part);"), ("sums shrink", "*= factor[i + tile.at.row(e)]", "*= 1"),
+        ("factor in use", "__syncthreads();  // factor is in use", "// factor is in use"), ("row of the sum", "row_sum(sum)", "sum"), ("lse", "largest + log_(total)", "largest"),
+        ("rows of lse", "if (lse && tile.row < rows)", "if (lse)"), ("end", "log_(total);\n    }\n    __syncthreads();", "log_(total);\n    }"), ("most of the row", "most = row_max(most);", ""),
+    ],
+    "row_sum": [("half", "kRowThreads / 2", "kRowThreads / 4")],
+    "row_max": [("half", "kRowThreads / 2", "kRowThreads / 4")],
+    "attention_delta_kernel": [("bounds", "if (i >= count) return;", "if (i > count) return;"), ("lanes", "s += kWarp", "s += 2 * kWarp")],
+    "attention_d_scores": [
+        ("rows beyond", "there ? visible : -1", "visible"), ("d_out there", "if (tile.S > kPart) {", "if (false) {"), ("left in use", "{  // else it is there\n                __syncthreads();", "{"),
+        ("loaded", "tile.load(tile.left, d_out, part);\n                __syncthreads();", "tile.load(tile.left, d_out, part);"), ("p in use", "__syncthreads();  // p is in use", "// p is in use"),
+        ("lse of the row", "lse[int64_t(tile.row) * H]", "lse[0]"), ("delta of the row", "delta[int64_t(tile.row) * H]", "delta[0]"),
+    ],
+    "attention_backward_keys_kernel": [
+        ("one head", "h < (group + 1) * (a.H / a.G); h++", "h < group * (a.H / a.G) + 1; h++"), ("one tile of queries", "t0 < a.T; t0 += kTile", "t0 < j0 + 1; t0 += kTile"),
+        ("left in use", "__syncthreads();  // left may be in use", "// in use"), ("loaded", "tile.load(tile.left, q, part);\n                __syncthreads();", "tile.load(tile.left, q, part);"),
+        ("diagonal", "t0 + tile.row - j0, lse", "t0 + tile.row - j0 + 1, lse"), ("d_v", "k.rows, sum_v[part], part", "k.rows, sum_k[part], part"),
+    ],
+    "attention_backward_queries_kernel": [
+        ("one tile of keys", "j0 <= t0; j0 += kTile", "j0 <= 0; j0 += kTile"), ("right in use", "__syncthreads();  // right may be in use", "// in use"),
+        ("loaded", "tile.load(tile.right, k, part);\n            __syncthreads();", "tile.load(tile.right, k, part);"), ("group", "group = h / (a.H / a.G)", "group = h % a.G"),
+        ("diagonal", "t0 + tile.row - j0, lse", "t0 + tile.row - j0 - 1, lse"),
+    ],
+    "OnlineSum": [("total", "total *= by;", ""), ("sums", "sum[n].v[i] *= by", "sum[n].v[i] *= 1")],
+    "attention_step_kernel": [
+        ("group", "group = h / (a.H / a.G)", "group = h % a.G"), ("share", "first = which * share", "first = 0"), ("last", "min(first + share, a.past + a.T)", "first + share"),
+        ("scale", "score * scale - most)", "score - most)"), ("largest", "mine.largest = most;", ""), ("shrink", "mine.scale(exp_(mine.largest - most));\n        mine", "mine"),
+        ("all groups", "const real most = block_max(mine.largest);", "const real most = mine.largest;"), ("groups of a warp", "mask < kWarp; mask *= 2", "mask < kWarp / 2; mask *= 2"),
+        ("turns", "__syncthreads();\n        total", "total"), ("first turn", "(w == 0 ? 0 : of_columns[s])", "of_columns[s]"), ("divided", "of_columns[s] / total", "of_columns[s]"),
+        ("last warp", "w < kWarps; w++", "w < kWarps - 1; w++"), ("lanes of a key", "int mask = lanes / 2", "int mask = lanes / 4"), ("beyond", "if (j >= last) continue;", ""),
+    ],
+    "attention_step_sum_kernel": [("largest", "most = max(most, mine[n * (S + 2)]);", "most = mine[n * (S + 2)];",
+                                   "exponents differ by what two shares' largest scores do, and the quotient is the same"),
+                                  ("first share", "int n = 0; n < shares; n++) total", "int n = 1; n < shares; n++) total"), ("shrink", "2 + s] * exp_(mine[n * (S + 2)] - most)", "2 + s]"),
+                                  ("last share", "int n = 0; n < shares; n++) sum", "int n = 0; n < shares - 1; n++) sum")],
+    "attention_step": [("one share", "share = ceil_div(a.keys(), attention_shares(a.B, a.H, a.keys()))", "share = ceil_div(a.keys(), attention_shares(a.B, a.H, a.keys())) - 1")],
+    "attention_forward": [("tiles", "ceil_div(a.T, kTile) * a.B", "(ceil_div(a.T, kTile) - 1) * a.B")],
+    "attention_backward": [("scratch", "AttentionScratch(scratch, a.B, a.T, a.H, a.S).delta", "static_cast<real*>(nullptr)"), ("queries", "blocks_for(tiles * a.B * a.H, 1)", "blocks_for(tiles * a.B * a.G, 1)")],
 
     # ---- dispatch and combine
     "dispatch_plan": [("empty slots", ".slots = slots", ".slots = 0"), ("capacity", ".capacity = to.capacity", ".capacity = 0"),
