@@ -1,5 +1,6 @@
 // Sampling: a checkpoint and a prompt become text. The prompt goes through the model at once, then one token at a time, in memory that
-// does not grow with the text. --bench times both and holds decoding against the machine's read bandwidth.
+// is taken before the first. --choices answers multiple choice. --bench times prompt and text, and holds decoding against the machine's read
+// bandwidth.
 #include "moemamba.h"
 
 #include <omp.h>
@@ -10,13 +11,15 @@
 #include <csignal>
 #include <cstring>
 #include <filesystem>
+#include <sstream>
 
+#include "formats/json.h"
 #include "formats/options.h"
 
 namespace fs = std::filesystem;
 
 struct Options {
-    std::string checkpoint, preset, prompt, prompt_file, device = "auto";
+    std::string checkpoint, preset, prompt, prompt_file, choices, device = "auto";
     int64_t tokens = 256, samples = 1;
     Sampling sampling;
     bool bench = false;
@@ -29,6 +32,7 @@ struct Options {
         if (sampling.top_k < 0) fail("--top-k %d: must be at least 0", sampling.top_k);
         if (!(sampling.top_p > 0 && sampling.top_p <= 1)) fail("--top-p %g: must be above 0 and at most 1", sampling.top_p);
         if (!prompt.empty() && !prompt_file.empty()) fail("--prompt or --prompt-file, not both");
+        if (!choices.empty() && (bench || !prompt.empty() || !prompt_file.empty())) fail("--choices goes with no prompt and no --bench");
         if (checkpoint.empty() == preset.empty()) fail("give --checkpoint, or --preset for random weights");
         if (!preset.empty() && !bench) fail("--preset has random weights: only for --bench");
     }
@@ -62,6 +66,97 @@ static void sample(Model& model, const Tokenizer& tokenizer, const std::vector<i
         if (count > 1) fprintf(stderr, ", %.1f tokens/s", double(count - 1) / decoding);
         fprintf(stderr, "]\n");
     }
+}
+
+// ------------------------------------------------------------------------------------------------------------------
+// Multiple choice, as HellaSwag is scored: which choice does the model find the most probable continuation of the context? A line of the file:
+// {"context": "...", "choices": ["...", ...], "label": 0}
+struct Continuation {
+    std::vector<int> tokens;  // end-of-text, the context, the choice
+    size_t from;              // first token of the choice
+    double log_probability = 0;
+};
+struct Question {
+    std::vector<Continuation> choices;
+    int label;
+    // Whether the right choice has the largest value: the first, if several have.
+    template <class F>
+    bool right(F&& value) const {
+        const auto less = [&](const Continuation& a, const Continuation& b) { return value(a) < value(b); };
+        return std::max_element(choices.begin(), choices.end(), less) - choices.begin() == label;
+    }
+};
+
+static std::vector<Question> read_questions(const std::string& path, const Tokenizer& tokenizer) {
+    std::istringstream lines(read_file(path, "--choices"));
+    std::vector<Question> questions;
+    int64_t number = 0;
+    for (std::string line; std::getline(lines, line);) {
+        const std::string where = path + ", line " + std::to_string(++number);
+        if (line.find_first_not_of(" \t\r") == std::string::npos) continue;
+        const JsonObject json(line, where);
+        std::string context;
+        std::vector<std::string> choices;
+        Question& question = questions.emplace_back();
+        json.get("context", context);
+        json.get("choices", choices);
+        json.get("label", question.label);
+        if (choices.size() < 2) fail("%s: %zu choices; there must be at least two", where.c_str(), choices.size());
+        if (question.label < 0 || question.label >= int(choices.size()))
+            fail("%s: \"label\" is %d, of %zu choices counted from 0", where.c_str(), question.label, choices.size());
+        for (const std::string& choice : choices) {
+            if (choice.empty()) fail("%s: an empty choice", where.c_str());
+            Continuation& c = question.choices.emplace_back(Continuation{{tokenizer.end_of_text}, 0});
+            tokenizer.encode(c.tokens, context.data(), context.size());
+            c.from = c.tokens.size();
+            tokenizer.encode(c.tokens, choice.data(), choice.size());
+        }
+    }
+    if (questions.empty()) fail("%s: no questions in it", path.c_str());
+    return questions;
+}
+
+static void answer(Model& model, const Tokenizer& tokenizer, const std::string& path) {
+    std::vector<Question> questions = read_questions(path, tokenizer);
+    std::vector<Continuation*> all;
+    for (Question& question : questions)
+        for (Continuation& c : question.choices) all.push_back(&c);
+    // In batches of like lengths, so that little is filled up.
+    std::stable_sort(all.begin(), all.end(), [](const Continuation* a, const Continuation* b) { return a->tokens.size() < b->tokens.size(); });
+    constexpr size_t kRows = 8192;  // of a batch, unless one sequence is longer
+    double shown = omp_get_wtime();
+    for (size_t first = 0, last; first < all.size(); first = last) {
+        size_t T = 0;
+        for (last = first; last < all.size(); last++) {
+            const size_t longer = std::max(T, all[last]->tokens.size() - 1);
+            if (last > first && (last - first + 1) * longer > kRows) break;
+            T = longer;
+        }
+        const size_t B = last - first;
+        std::vector<int> tokens(B * T), targets(B * T, -1);
+        for (size_t b = 0; b < B; b++) {
+            const Continuation& c = *all[first + b];
+            std::copy(c.tokens.begin(), c.tokens.end() - 1, &tokens[b * T]);
+            std::copy(c.tokens.begin() + c.from, c.tokens.end(), &targets[b * T + c.from - 1]);
+        }
+        const std::vector<real> losses = model.token_losses(tokens.data(), targets.data(), int(B), int(T));
+        for (size_t b = 0; b < B; b++)
+            for (size_t t = 0; t < T; t++) all[first + b]->log_probability -= losses[b * T + t];
+        if (interrupted) fail("interrupted");
+        if (omp_get_wtime() - shown < 1) continue;
+        shown = omp_get_wtime();
+        fprintf(stderr, "%zu of %zu choices\n", last, all.size());
+    }
+    int64_t by_sum = 0, by_mean = 0;
+    for (const Question& question : questions) {
+        by_sum += question.right([](const Continuation& c) { return c.log_probability; });
+        by_mean += question.right([](const Continuation& c) { return c.log_probability / double(c.tokens.size() - c.from); });
+    }
+    const auto line = [&](const char* how, int64_t right) {
+        printf("%s: %lld of %zu right, %.2f %%\n", how, (long long)right, questions.size(), 100.0 * double(right) / double(questions.size()));
+    };
+    line("by log-probability of the choice", by_sum);
+    line("by its mean over the tokens", by_mean);
 }
 
 template <class F>
@@ -128,6 +223,9 @@ static int infer(int argc, char** argv) {
     command.add("--seed", options.sampling.seed, "same seed, same text");
     command.add("--samples", options.samples, "texts to draw");
     command.add("--device", options.device, "auto, cpu, simt, plain or cuda; auto is the fastest there is");
+    command.add("--choices", options.choices,
+                "instead of drawing text, answer multiple choice: a file of lines {\"context\": ..., \"choices\": [...], \"label\": from 0}; a choice "
+                "follows its context as it is");
     command.add("--bench", options.bench, "time a prompt (the one given, or 512 tokens; 64 on simt and plain) and decoding");
     command.add("--preset", options.preset, "with --bench, instead of --checkpoint: a model of train --list-presets, random weights");
     if (!command.parse(argc, argv)) return 0;
@@ -161,6 +259,7 @@ static int infer(int argc, char** argv) {
     if (path.empty()) model.initialize(options.sampling.seed);
     else model.load(path);
     if (options.bench) bench(model, prompt);
+    else if (!options.choices.empty()) answer(model, tokenizer, options.choices);
     else sample(model, tokenizer, prompt, text, options);
     return 0;
 }

@@ -3763,16 +3763,26 @@ void Model::begin_inference(int B, int T) {
     reserve_staging(int64_t(2) * B * T);
 }
 
-double Model::evaluate(const int* tokens, const int* targets, int B, int T) {
-    const int rows = B * T;
+void Model::begin_evaluation(const int* tokens, const int* targets, int B, int T) {
     begin_inference(B, T);
     layers.zero(buffers.evaluated, sizeof(real), stream);
     forward({.B = B, .T = T}, tokens, targets);
-    cross_entropy(buffers.evaluated, rows, 0, [](int, int) {});
+    cross_entropy(buffers.evaluated, B * T, 0, [](int, int) {});
+}
+double Model::evaluate(const int* tokens, const int* targets, int B, int T) {
+    begin_evaluation(tokens, targets, B, T);
     real sum;
     layers.download(&sum, buffers.evaluated, sizeof(sum), stream);
     staged = 0;
+    const int64_t rows = int64_t(B) * T;
     return sum / double(std::max<int64_t>(1, rows - std::count(targets, targets + rows, -1)));
+}
+std::vector<real> Model::token_losses(const int* tokens, const int* targets, int B, int T) {
+    begin_evaluation(tokens, targets, B, T);
+    std::vector<real> losses(int64_t(B) * T);
+    layers.download(losses.data(), buffers.row_losses, losses.size() * sizeof(real), stream);
+    staged = 0;
+    return losses;
 }
 
 void Model::start(DecodeState& state, int B, int64_t context) {

@@ -539,6 +539,7 @@ struct Model {
     std::string first_bad_tensor();
     void update(const AdamW& optimizer, const Losses& losses, int step);  // step counts from 1
     double evaluate(const int* tokens, const int* targets, int B, int T);  // mean cross-entropy; no token is dropped
+    std::vector<real> token_losses(const int* tokens, const int* targets, int B, int T);  // (B, T), the same for each; of target -1: 0
 
     // ---- decoding: T tokens of each of the state's B sequences; T = the prompt, a part of it, or 1. No token is dropped.
     void start(DecodeState& state, int B, int64_t context);  // takes the memory, unless it has it from an earlier start
@@ -601,6 +602,7 @@ struct Model {
     void allocate_weights();
     void plan_activations(Arena& arena, int B, int T, bool training);
     void begin_inference(int B, int T);
+    void begin_evaluation(const int* tokens, const int* targets, int B, int T);
     void reserve_staging(int64_t count);
     void stage(int* to_device, const int* from, int count);
     void forward(const Pass& pass, const int* tokens, const int* targets);
@@ -615,7 +617,7 @@ int sample_token(const real* probs, int V, bool greedy, int top_k, double top_p,
 
 // Feeds the prompt, then draws up to `count` tokens and hands each to `emit`, until end-of-text or until `emit` returns false.
 // `sample` tells apart texts drawn with one seed. An empty prompt starts from end-of-text: that is what a new document follows in
-// training, and there has to be something to predict from. Memory does not grow with the text.
+// training, and there has to be something to predict from. Memory, for all of the text, is taken first.
 struct Sampling {
     double temperature = 0.8, top_p = 1.0;  // temperature 0: always the most probable token
     int top_k = 0;                          // 0: all

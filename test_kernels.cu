@@ -1644,6 +1644,27 @@ TEST_CASE("a parameter that is never trained stays as it was, and is saved", "[m
     }
 }
 
+TEST_CASE("a token's loss is that of its logits, and their mean the loss", "[model]") {
+    for (const Layers* on : devices()) DYNAMIC_SECTION(on->device) {
+        const Config& config = families().back().config;
+        Model model(config, *on);
+        initialize_off_centre(model);
+        Batch batch(config.vocab, 3, 7);
+        batch.targets[5] = batch.targets[20] = -1;
+        const std::vector<real> losses = model.token_losses(batch.tokens.data(), batch.targets.data(), 3, 7);
+        const std::vector<real> logits = model.logits(batch.tokens.data(), 3, 7);
+        std::vector<double> want(21);
+        for (int i = 0; i < 21; ++i) {
+            const real* const row = &logits[i * config.vocab];
+            for (int v = 0; v < config.vocab; ++v) want[i] += std::exp(double(row[v]));
+            want[i] = batch.targets[i] < 0 ? 0 : std::log(want[i]) - double(row[batch.targets[i]]);
+        }
+        CHECK(distance({losses.begin(), losses.end()}, want) <= kClose);
+        const double mean = std::accumulate(want.begin(), want.end(), 0.0) / 19;
+        CHECK(distance({model.evaluate(batch.tokens.data(), batch.targets.data(), 3, 7)}, {mean}) <= kClose);
+    }
+}
+
 TEST_CASE("expert load and dropped tokens are those of all parts of a step", "[model]") {
     const Config config{.layers = "ME*2", .vocab = 37, .d_model = 16, .d_state = 5, .experts = 4, .capacity = 0.5};
     const int B = 2, T = 12, parts = 3;

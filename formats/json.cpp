@@ -1,8 +1,10 @@
 #include "json.h"
 
+#include <algorithm>
 #include <cstdint>
 #include <nlohmann/json.hpp>
 #include <type_traits>
+#include <vector>
 
 #include "files.h"
 
@@ -53,6 +55,9 @@ void JsonObject::get(const std::string& name, T& value) const {
     } else {
         if constexpr (std::is_same_v<T, std::string>) {
             if (!found->is_string()) wrong("a text");
+        } else if constexpr (std::is_same_v<T, std::vector<std::string>>) {
+            if (!found->is_array() || !std::all_of(found->begin(), found->end(), [](const Json& e) { return e.is_string(); }))
+                wrong("a list of texts");
         } else if constexpr (std::is_same_v<T, double>) {
             if (!found->is_number()) wrong("a number");
         } else {  // a whole number is read as uint64_t, a negative one as int64_t, and what fits neither, like what has a point, as double
@@ -72,5 +77,6 @@ INSTANTIATE(int64_t)
 INSTANTIATE(uint64_t)
 INSTANTIATE(double)
 INSTANTIATE(std::string)
+INSTANTIATE(std::vector<std::string>)
 INSTANTIATE(JsonObject)
 #undef INSTANTIATE

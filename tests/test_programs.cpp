@@ -1023,6 +1023,27 @@ TEST_CASE("a dry run of every preset takes no memory") {
     // Of them 50,280 x 768 are the embedding, which is the head too and counts once.
     CHECK(published.find("129.14 M, 90.52 M active without embedding and head") != std::string::npos);
     CHECK(list.str().find("90.52 M active without embedding and head") != std::string::npos);
+    for (const char* published : {"46.70 G parameters,   12.88 G active", "51.57 G parameters,   12.11 G active",  // Mixtral, Jamba
+                                  "25.17 M active without embedding and head  arXiv 2401.04081"})                   // Transformer
+        CHECK(list.str().find(published) != std::string::npos);
+    // Contexts. Papers: 32 GiB and 4 GiB at 256K.
+    const std::string beside = at.succeed("train", {"--dry-run", "--compare", "mixtral-8x7b,jamba-v0.1,mamba-130m", "--memory", "120GB"}).out;
+    std::istringstream rows(beside);
+    std::map<std::string, std::vector<std::string>> columns;  // by the first word or two of a row
+    for (std::string row; std::getline(rows, row);) {
+        std::istringstream words(row.substr(0, 2) == "  " ? row.substr(28) : "");
+        for (std::string word, unit; words >> word;) columns[row.substr(2, row.find("  ", 6) - 2)].push_back(words >> unit ? word + " " + unit : word);
+    }
+    CHECK(columns["  at 256K"] == std::vector<std::string>{"32.00 GiB", "4.00 GiB", "0 B"});
+    CHECK(columns["  at 1K"] == std::vector<std::string>{"128.00 MiB", "16.00 MiB", "0 B"});
+    const double mixtral = (120e9 - 46.70e9 * 2) / (128 << 10), jamba = (120e9 - 51.57e9 * 2 - 33.25 * 1048576) / (16 << 10);
+    const std::vector<std::string> longest = columns["longest in 111.76 GiB"];
+    REQUIRE(longest.size() >= 2);
+    CHECK(std::fabs(std::stod(longest[0]) / (mixtral / 1e3) - 1) < 0.01);
+    CHECK(std::fabs(std::stod(longest[1]) / (jamba / 1e6) - 1) < 0.01);
+    CHECK(beside.find(" any\n") != std::string::npos);
+    const std::string small = at.succeed("train", {"--dry-run", "--preset", "mixtral-8x7b", "--bits", "8"}).out;
+    CHECK(small.substr(std::min(small.find("at 256K"), small.size())).find(" 16.00 GiB\n") < 45);
     // Sizes that a preset derives follow from the flags that change it.
     const std::string changed = at.succeed("train", {"--dry-run", "--preset", "moe-mamba-tiny", "--d-model", "32", "--experts", "16"}).out;
     const std::string same = at.succeed("train", {"--dry-run", "--layers", "ME*4", "--d-model", "32", "--experts", "16"}).out;
@@ -1060,6 +1081,17 @@ TEST_CASE("train refuses bad flags") {
     refuse(place + kModel + Arguments{"--device", "abacus"}, {"--device", "abacus"});
     refuse(place + kModel + Arguments{"--vocab", "256"}, {"--vocab", "257"});
     refuse(place + kModel + Arguments{"--top-k", "9"}, {"--top-k"});
+    const Arguments attention = place + Arguments{"--layers", "A", "--d-model", "48"};
+    refuse(attention + Arguments{"--heads", "5"}, {"--heads 5", "--d-model 48"});
+    refuse(attention + Arguments{"--heads", "3", "--kv-heads", "2"}, {"--kv-heads 2", "--heads 3"});
+    refuse(attention + Arguments{"--heads", "4"}, {"--head-dim 12", "multiple of 8"});
+    refuse(attention + Arguments{"--head-dim", "264"}, {"--head-dim", "256"});
+    refuse(attention + Arguments{"--rope-base", "0.5"}, {"--rope-base 0.5"});
+    const Arguments dry = {"--dry-run", "--preset", "jamba-tiny"};
+    for (const char* memory : {"80", "GB", "80XB", "-1GB", "80 GB "}) refuse(dry + Arguments{std::string("--memory=") + memory}, {"--memory", "80GB"});
+    refuse(dry + Arguments{"--bits", "4"}, {"--bits 4", "8 or 16"});
+    refuse({"--dry-run", "--compare", "jamba-tiny,gpt-5"}, {"gpt-5"});
+    refuse(place + kModel + Arguments{"--memory", "80GB"}, {"--memory", "--dry-run"});
     refuse(place + kModel + Arguments{"--seq-len", "30000"}, {"training data", "--seq-len"});
     refuse(place + kModel + Arguments{"--seq-len", "10000"}, {"validation data", "--seq-len"});
     refuse(place + Arguments{"--resume"}, {"--resume", "no model.safetensors"});
@@ -1270,6 +1302,43 @@ TEST_CASE("infer stops cleanly on Ctrl-C, and benchmarks random weights") {
     for (const char* part : {"prompt", "decode", "tokens/s", "GB/s"}) CHECK(bench.find(part) != std::string::npos);
     const std::string plain = at.succeed("infer", {"--bench", "--checkpoint", at / "run", "--device", "plain"}).out;
     for (const char* part : {"on plain", "(64 tokens)", "decode", "GB/s"}) CHECK(plain.find(part) != std::string::npos);
+}
+
+TEST_CASE("multiple choice") {
+    const Workplace at;
+    make_data(at);
+    at.succeed("train", train_flags(at, "run", 80));
+    // The right choice is of the words that it was trained on, the others are not; some are long, and one is alone in its batch.
+    const std::string text = prose(20000);
+    std::string lines;
+    const int count = 40;
+    for (int i = 0; i < count; i++) {
+        const size_t from = size_t(100 + 400 * i), context = i == 7 ? 9000 : size_t(5 * i % 60);
+        std::vector<std::string> choices(3, std::string(size_t(10 + i % 7), i % 2 ? 'q' : 'z'));
+        choices[size_t(i % 3)] = text.substr(from + context, size_t(8 + i % 9));
+        lines += Json({{"context", text.substr(from, context)}, {"choices", choices}, {"label", i % 3}}).dump() + "\n" + (i % 5 ? "" : "\n");
+    }
+    const std::string path = at / "questions.jsonl";
+    write_text(path, lines);
+    const Arguments arguments = {"--checkpoint", at / "run", "--choices", path};
+    const std::string out = at.succeed("infer", arguments).out;
+    for (const char* part : {"by log-probability of the choice: 40 of 40 right, 100.00 %", "by its mean over the tokens: 40 of 40 right"})
+        CHECK(out.find(part) != std::string::npos);
+    const auto refuse = [&](const std::string& line, const std::vector<std::string>& phrases) {
+        write_text(path, lines + line + "\n");
+        at.refuse("infer", arguments, phrases + std::vector<std::string>{"questions.jsonl, line 49"});
+    };
+    refuse("{", {"JSON"});
+    refuse(R"({"context": "a", "choices": ["b", "c"]})", {"label"});
+    refuse(R"({"context": "a", "choices": ["b", "c"], "label": 2})", {"label", "2"});
+    refuse(R"({"context": "a", "choices": ["b", "c"], "label": 0.5})", {"label", "0.5"});
+    refuse(R"({"context": "a", "choices": ["b"], "label": 0})", {"two"});
+    refuse(R"({"context": "a", "choices": ["b", 1], "label": 0})", {"choices"});
+    refuse(R"({"context": "a", "choices": ["b", ""], "label": 0})", {"empty"});
+    refuse(R"({"context": 1, "choices": ["b", "c"], "label": 0})", {"context"});
+    write_text(path, "\n");
+    at.refuse("infer", arguments, {"no questions"});
+    at.refuse("infer", arguments + Arguments{"--prompt", "a"}, {"--choices", "no prompt"});
 }
 
 // ---- streams, names and numbers that somebody else made
