@@ -328,7 +328,7 @@ TEST_CASE("products of a warp's matrices against plain loops", "[simt]") {
         LAUNCH(warp_matrix_kernel, 1, 32, 0, nullptr)(out.data, on_a.data, 24, on_b.data, numbers.data);
         CHECK(out.host() == want);
     });
-    Buffer<float> out(256);
+    Buffer<float> out(count_up<float>(256));
     reports([&] { LAUNCH(warp_matrix_kernel, 1, 32, 0, nullptr)(out.data, on_a.data + 8, 24, on_b.data, numbers.data); },
             {"warp_matrix_kernel", "load_matrix_sync()", "misaligned"});
     reports([&] { LAUNCH(warp_matrix_kernel, 1, 32, 0, nullptr)(out.data, on_a.data, 20, on_b.data, numbers.data); }, {"misaligned", "20"});
