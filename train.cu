@@ -302,7 +302,7 @@ static void print_decoding(const std::vector<std::pair<std::string, Config>>& mo
     const auto weights = [&](Model& m) { return double(m.parameter_count()) * decoding.bits / 8; };
     row("weights", [&](Model& m) { return bytes_text(weights(m)); });
     if (decoding.memory > 0)
-        row("longest in " + bytes_text(decoding.memory), [&](Model& m) -> std::string {
+        row("tokens in " + bytes_text(decoding.memory), [&](Model& m) -> std::string {
             const double left = decoding.memory - weights(m) - m.decode_state_bytes(0, decoding.bits).recurrent;
             const double token = m.decode_state_bytes(1, decoding.bits).cache;
             return left < 0 ? "does not fit" : token == 0 ? "any" : count_text(int64_t(left / token));

@@ -1037,7 +1037,7 @@ TEST_CASE("a dry run of every preset takes no memory") {
     CHECK(columns["  at 256K"] == std::vector<std::string>{"32.00 GiB", "4.00 GiB", "0 B"});
     CHECK(columns["  at 1K"] == std::vector<std::string>{"128.00 MiB", "16.00 MiB", "0 B"});
     const double mixtral = (120e9 - 46.70e9 * 2) / (128 << 10), jamba = (120e9 - 51.57e9 * 2 - 33.25 * 1048576) / (16 << 10);
-    const std::vector<std::string> longest = columns["longest in 111.76 GiB"];
+    const std::vector<std::string> longest = columns["tokens in 111.76 GiB"];
     REQUIRE(longest.size() >= 2);
     CHECK(std::fabs(std::stod(longest[0]) / (mixtral / 1e3) - 1) < 0.01);
     CHECK(std::fabs(std::stod(longest[1]) / (jamba / 1e6) - 1) < 0.01);
