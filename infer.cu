@@ -122,7 +122,8 @@ static void answer(Model& model, const Tokenizer& tokenizer, const std::string& 
     for (Question& question : questions)
         for (Continuation& c : question.choices) all.push_back(&c);
     // In batches of like lengths, so that little is filled up.
-    std::stable_sort(all.begin(), all.end(), [](const Continuation* a, const Continuation* b) { return a->tokens.size() < b->tokens.size(); });
+    std::stable_sort(all.begin(), all.end(),
+                     [](const Continuation* a, const Continuation* b) { return a->tokens.size() < b->tokens.size(); });
     constexpr size_t kRows = 8192;  // of a batch, unless one sequence is longer
     double shown = omp_get_wtime();
     for (size_t first = 0, last; first < all.size(); first = last) {
@@ -224,8 +225,8 @@ static int infer(int argc, char** argv) {
     command.add("--samples", options.samples, "texts to draw");
     command.add("--device", options.device, "auto, cpu, simt, plain or cuda; auto is the fastest there is");
     command.add("--choices", options.choices,
-                "instead of drawing text, answer multiple choice: a file of lines {\"context\": ..., \"choices\": [...], \"label\": from 0}; a choice "
-                "follows its context as it is");
+                "instead of drawing text, answer multiple choice: a file of lines {\"context\": ..., \"choices\": [...], \"label\": from 0}; a "
+                "choice follows its context as it is");
     command.add("--bench", options.bench, "time a prompt (the one given, or 512 tokens; 64 on simt and plain) and decoding");
     command.add("--preset", options.preset, "with --bench, instead of --checkpoint: a model of train --list-presets, random weights");
     if (!command.parse(argc, argv)) return 0;

@@ -1783,13 +1783,15 @@ struct AttentionTile {
         }
     }
     // out = sums * factor[row], for the rows that there are
-    __device__ __forceinline__ void write(floatX* out, int64_t ld, int64_t rows, Sum (&sums)[kOutPieces], int part, const real* factor) const {
+    __device__ __forceinline__ void write(floatX* out, int64_t ld, int64_t rows, Sum (&sums)[kOutPieces], int part,
+                                          const real* factor) const {
         UNROLL for (int n = 0; n < kOutPieces; n++) {
             const int piece = warp_id() + n * kWarps, i = piece / kPartPieces * kPiece, j = piece % kPartPieces * kPiece;
             if (i < kTile)
                 UNROLL for (int e = 0; e < 8; e++) {
                     const int r = i + at.row(e), c = j + at.column(e);
-                    if (r < rows && c < columns(part)) out[r * ld + part * kPart + c] = floatX(factor ? sums[n][e] * factor[r] : sums[n][e]);
+                    if (r < rows && c < columns(part))
+                        out[r * ld + part * kPart + c] = floatX(factor ? sums[n][e] * factor[r] : sums[n][e]);
                 }
         }
     }
@@ -1827,7 +1829,8 @@ __global__ void __launch_bounds__(kThreads, 1) attention_forward_kernel(floatX* 
     SHARED(real[kTile], factor);
     // The last tiles see the most keys: they begin.
     const int h = int(blockIdx.x % a.H), b = int(blockIdx.x / a.H % a.B), group = h / (a.H / a.G);
-    const int64_t t0 = (ceil_div(a.T, kTile) - 1 - blockIdx.x / (a.H * a.B)) * kTile, rows = a.T - t0, keys = a.past + min(t0 + kTile, int64_t(a.T));
+    const int64_t t0 = (ceil_div(a.T, kTile) - 1 - blockIdx.x / (a.H * a.B)) * kTile, rows = a.T - t0;
+    const int64_t keys = a.past + min(t0 + kTile, int64_t(a.T));
     const floatX *const k = a.k + b * a.stride_kv + group * a.S, *const v = a.v + b * a.stride_kv + group * a.S;
     const HeadRows q{a.q + (int64_t(b) * a.T + t0) * a.ld_q + h * a.S, a.ld_q, rows};
     Sum sums[parts][kOutPieces];
@@ -1837,11 +1840,12 @@ __global__ void __launch_bounds__(kThreads, 1) attention_forward_kernel(floatX* 
     for (int64_t j0 = 0; j0 < keys; j0 += kTile) {
         tile.multiply(q, {k + j0 * a.ld_kv, a.ld_kv, keys - j0}, j0 > 0);
         const int64_t visible = a.past + t0 + tile.row - j0;
+        const real* const scores = tile.scores + tile.row * kLdScores;
         real most = largest, sum = 0;
-        for (int c = tile.first; c < kTile && c <= visible; c += kRowThreads) most = max(most, tile.scores[tile.row * kLdScores + c] * tile.scale);
+        for (int c = tile.first; c < kTile && c <= visible; c += kRowThreads) most = max(most, scores[c] * tile.scale);
         most = row_max(most);
         tile.probabilities(visible, most);
-        for (int c = tile.first; c < kTile && c <= visible; c += kRowThreads) sum += exp_(tile.scores[tile.row * kLdScores + c] * tile.scale - most);
+        for (int c = tile.first; c < kTile && c <= visible; c += kRowThreads) sum += exp_(scores[c] * tile.scale - most);
         const real shrink = exp_(largest - most);
         total = total * shrink + row_sum(sum);
         largest = most;
@@ -1976,7 +1980,8 @@ struct OnlineSum {
             UNROLL for (int i = 0; i < kWidth; i++) sum[n].v[i] *= by;
     }
 };
-__global__ void __launch_bounds__(kThreads, 1) attention_step_kernel(floatX* out, real* parts, Attention a, int lanes, int64_t share, int shares) {
+__global__ void __launch_bounds__(kThreads, 1)
+attention_step_kernel(floatX* out, real* parts, Attention a, int lanes, int64_t share, int shares) {
     SHARED(real[kWarps][2], of_warp);
     SHARED(real[kMaxHeadSize], of_columns);
     const int h = int(blockIdx.x % a.H), b = int(blockIdx.x / a.H % a.B), group = h / (a.H / a.G);

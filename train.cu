@@ -237,7 +237,8 @@ struct Log {
                 }
             });
         }
-        file = open(path.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_NONBLOCK | O_CLOEXEC, 0666);  // O_NONBLOCK: a pipe would wait for its reader
+        // O_NONBLOCK: a pipe would wait for its reader
+        file = open(path.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_NONBLOCK | O_CLOEXEC, 0666);
         struct stat info;
         if (file < 0 || fstat(file, &info) != 0) fail("cannot write %s: %s", path.c_str(), strerror(errno));
         if (!S_ISREG(info.st_mode)) fail("%s: not a file", path.c_str());
@@ -297,7 +298,8 @@ static void print_decoding(const std::vector<std::pair<std::string, Config>>& mo
     for (const auto& [name, config] : models) printf(" %18s", name.c_str());
     printf("\n");
     for (int64_t context = 1 << 10; context <= 1 << 20; context *= 4)
-        row("  at " + std::to_string(context >> 10) + "K", [&](Model& m) { return bytes_text(m.decode_state_bytes(context, decoding.bits).cache); });
+        row("  at " + std::to_string(context >> 10) + "K",
+            [&](Model& m) { return bytes_text(m.decode_state_bytes(context, decoding.bits).cache); });
     row("recurrent state, always", [&](Model& m) { return bytes_text(m.decode_state_bytes(0, decoding.bits).recurrent); });
     const auto weights = [&](Model& m) { return double(m.parameter_count()) * decoding.bits / 8; };
     row("weights", [&](Model& m) { return bytes_text(weights(m)); });
@@ -618,8 +620,8 @@ static int train(int argc, char** argv) {
         printf("note: the checkpoint does not say on what it was written; unless that was %s, it goes on the same to rounding, not to the "
                "bit\n", machine.c_str());
     else if (checkpoint && checkpoint->machine != machine)
-        printf("note: the checkpoint was written on %s; here it is %s: the same to rounding, not to the bit\n", printable(checkpoint->machine).c_str(),
-               machine.c_str());
+        printf("note: the checkpoint was written on %s; here it is %s: the same to rounding, not to the bit\n",
+               printable(checkpoint->machine).c_str(), machine.c_str());
     train_steps(model, options, run, data, train, val.get(), checkpoint ? checkpoint->step : 0, peak);
     return 0;
 }

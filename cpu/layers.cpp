@@ -1175,7 +1175,8 @@ struct StepScratch {
 };
 int step_shares() { return omp_get_max_threads(); }
 size_t attention_scratch(int B, int, int H, int S) { return StepScratch(nullptr, B, H, S, step_shares()).bytes; }
-void attention_share(real* sums, real* largest, real* total, const floatX* q, const floatX* k, const floatX* v, int ld, int64_t keys, int heads, int S) {
+void attention_share(real* sums, real* largest, real* total, const floatX* q, const floatX* k, const floatX* v, int ld, int64_t keys, int heads,
+                     int S) {
     constexpr int kKeys = 64;
     real scores[kKeys];
     const real scale = 1 / std::sqrt(real(S));
@@ -1240,13 +1241,14 @@ void attention_forward(floatX* out, real* lse, const Attention& a, void* scratch
         for (int64_t b = 0; b < a.B; b++)
             for (int h = 0; h < a.H; h++) attention_tile(out, lse, a, b, h, (tiles - 1 - back) * kQueryTile);
 }
-void attention_backward_group(floatX* d_q, floatX* d_k, floatX* d_v, const floatX* d_out, const floatX* out, const real* lse, const Attention& a,
-                              int64_t b, int group) {
+void attention_backward_group(floatX* d_q, floatX* d_k, floatX* d_v, const floatX* d_out, const floatX* out, const real* lse,
+                              const Attention& a, int64_t b, int group) {
     thread_local Buffer memory, sums, key_buffer, value_buffer;
     const int S = a.S;
     const real scale = 1 / std::sqrt(real(S));
     real* const q = memory.need(int64_t(kQueryTile) * (3 * S + 2 * kKeyTile));
-    real *const d = q + kQueryTile * S, *const sum_q = d + kQueryTile * S, *const p = sum_q + kQueryTile * S, *const d_p = p + kQueryTile * kKeyTile;
+    real *const d = q + kQueryTile * S, *const sum_q = d + kQueryTile * S;
+    real *const p = sum_q + kQueryTile * S, *const d_p = p + kQueryTile * kKeyTile;
     real *const sum_k = sums.need(int64_t(2) * a.T * S), *const sum_v = sum_k + int64_t(a.T) * S;
     std::fill_n(sum_k, int64_t(2) * a.T * S, real(0));
     const int64_t first = b * a.stride_kv + group * S;

@@ -215,7 +215,8 @@ static void flush_directory(const std::string& of_file) {
     const int reason = errno;
     if (directory >= 0) close(directory);
     if (!good)
-        throw NotFlushed(of_file + " is written, but its directory cannot be flushed: it may be lost if the power fails (" + strerror(reason) + ")");
+        throw NotFlushed(of_file + " is written, but its directory cannot be flushed: it may be lost if the power fails (" + strerror(reason) +
+                         ")");
 }
 
 static void rename_file(const std::string& from, const std::string& to) {

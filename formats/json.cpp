@@ -26,7 +26,8 @@ JsonObject::JsonObject() : json(std::make_unique<Json>(Json::object())) {}
 JsonObject::JsonObject(JsonObject&&) noexcept = default;
 JsonObject::~JsonObject() = default;
 
-JsonObject::JsonObject(const std::string& text, const std::string& where) : json(std::make_unique<Json>(parse_json(text, where))), where(where) {
+JsonObject::JsonObject(const std::string& text, const std::string& where)
+    : json(std::make_unique<Json>(parse_json(text, where))), where(where) {
     if (!json->is_object()) fail("%s: not a JSON object", where.c_str());
 }
 

@@ -66,7 +66,8 @@ Safetensors::Safetensors(const std::string& path) : path(path), file(path) {
     if (!json.is_object()) fail("%s: not a safetensors file: its header is no JSON object", p);
     try {
         for (const auto& [name, value] : json.items()) {
-            if (name != "__metadata__") entries.emplace_back(name, read_entry(value, path + ": tensor " + name, 8 + int64_t(header_bytes), size));
+            if (name != "__metadata__")
+                entries.emplace_back(name, read_entry(value, path + ": tensor " + name, 8 + int64_t(header_bytes), size));
             else
                 for (const auto& [key, text] : value.items()) metadata.emplace_back(key, text.get<std::string>());
         }

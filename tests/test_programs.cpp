@@ -1032,7 +1032,8 @@ TEST_CASE("a dry run of every preset takes no memory") {
     std::map<std::string, std::vector<std::string>> columns;  // by the first word or two of a row
     for (std::string row; std::getline(rows, row);) {
         std::istringstream words(row.substr(0, 2) == "  " ? row.substr(28) : "");
-        for (std::string word, unit; words >> word;) columns[row.substr(2, row.find("  ", 6) - 2)].push_back(words >> unit ? word + " " + unit : word);
+        std::vector<std::string>& cells = columns[row.substr(2, row.find("  ", 6) - 2)];
+        for (std::string word, unit; words >> word;) cells.push_back(words >> unit ? word + " " + unit : word);
     }
     CHECK(columns["  at 256K"] == std::vector<std::string>{"32.00 GiB", "4.00 GiB", "0 B"});
     CHECK(columns["  at 1K"] == std::vector<std::string>{"128.00 MiB", "16.00 MiB", "0 B"});
@@ -1088,7 +1089,8 @@ TEST_CASE("train refuses bad flags") {
     refuse(attention + Arguments{"--head-dim", "264"}, {"--head-dim", "256"});
     refuse(attention + Arguments{"--rope-base", "0.5"}, {"--rope-base 0.5"});
     const Arguments dry = {"--dry-run", "--preset", "jamba-tiny"};
-    for (const char* memory : {"80", "GB", "80XB", "-1GB", "80 GB "}) refuse(dry + Arguments{std::string("--memory=") + memory}, {"--memory", "80GB"});
+    for (const char* memory : {"80", "GB", "80XB", "-1GB", "80 GB "})
+        refuse(dry + Arguments{std::string("--memory=") + memory}, {"--memory", "80GB"});
     refuse(dry + Arguments{"--bits", "4"}, {"--bits 4", "8 or 16"});
     refuse({"--dry-run", "--compare", "jamba-tiny,gpt-5"}, {"gpt-5"});
     refuse(place + kModel + Arguments{"--memory", "80GB"}, {"--memory", "--dry-run"});
@@ -1528,7 +1530,8 @@ TEST_CASE("what others wrote is quoted, and each thing has its name") {
     });
     at.refuse("infer", {"--checkpoint", at / "run"}, {path, "M\\nerror: \\x1b[31mred"});
     change_header(path, good, [&](Json& h) { h["__metadata__"]["machine"] = "a\033[31m\nb"; });
-    const std::string out = at.succeed("train", {"--data", at / "data", "--out", at / "run", "--resume", "--steps", "3", "--peak-flops", "1e11"}).out;
+    const Arguments resume = {"--data", at / "data", "--out", at / "run", "--resume", "--steps", "3", "--peak-flops", "1e11"};
+    const std::string out = at.succeed("train", resume).out;
     CHECK(out.find("written on a\\x1b[31m\\nb;") != std::string::npos);
     fs::remove_all(at / "dir");
     fs::create_directories(at / "dir/model.safetensors");
@@ -1567,9 +1570,10 @@ TEST_CASE("limits are errors, not signals, and nothing waits for ever") {
             std::this_thread::sleep_for(std::chrono::milliseconds(5));
         CHECK(truncate((at / "data/train_000000.bin").c_str(), 2000) == 0);
     }};
-    at.refuse("train", train_flags(at, "cut", 1000000) + Arguments{"--save-every", "0"}, {at / "data/train_000000.bin", "cut short"}, meanwhile);
+    const Arguments unsaved = {"--save-every", "0"};
+    at.refuse("train", train_flags(at, "cut", 1000000) + unsaved, {at / "data/train_000000.bin", "cut short"}, meanwhile);
     make_data(at);
-    at.refuse("train", train_flags(at, "long", 1000000) + Arguments{"--save-every", "0"}, {"log.jsonl", "File too large"}, {.file_bytes = 3000});
+    at.refuse("train", train_flags(at, "long", 1000000) + unsaved, {"log.jsonl", "File too large"}, {.file_bytes = 3000});
     if (sanitized()) return;
     for (const rlim_t megabytes : {150, 200, 300, 350, 400, 450, 600})
         at.refuse("train", train_flags(at, "other", 2), {"memory is limited", "OMP_NUM_THREADS"}, {.memory_bytes = megabytes << 20});

@@ -77,7 +77,8 @@ static const Target& target() {
     static const std::map<std::string, Target> targets = {
         {"safetensors", {safetensors, little_endian(uint64_t(header.size())) + header + std::string(14, 'x')}},
         {"tokens", {tokens, shard}},
-        {"dataset", {dataset, "{\"tokenizer\":" + Tokenizer().to_json() + R"(,"train_tokens":3,"val_tokens":3,"documents":1,"split":"pieces"})"}},
+        {"dataset",
+         {dataset, "{\"tokenizer\":" + Tokenizer().to_json() + R"(,"train_tokens":3,"val_tokens":3,"documents":1,"split":"pieces"})"}},
         {"config", {config, Config().to_json()}},
         {"tokenizer", {tokenizer, Tokenizer().to_json()}},
         {"layers", {layers, "ME(ME)F*2"}}};
