@@ -1850,12 +1850,11 @@ __global__ void __launch_bounds__(kThreads, 1) attention_forward_kernel(floatX* 
         total = total * shrink + row_sum(sum);
         largest = most;
         if (tile.first == 0) factor[tile.row] = shrink;
-        __syncthreads();
         UNROLL for (int part = 0; part < parts; part++) {
             if (part * kPart >= a.S) break;
             if (part > 0) __syncthreads();  // right may be in use
             tile.load(tile.right, {v + j0 * a.ld_kv, a.ld_kv, keys - j0}, part);
-            __syncthreads();
+            __syncthreads();  // p and factor are there, too
             UNROLL for (int n = 0; n < kOutPieces; n++) {
                 const int i = (warp_id() + n * kWarps) / kPartPieces * kPiece;
                 if (i < kTile)

@@ -426,7 +426,7 @@ FAULTS = {
     "attention_forward_kernel": [
         ("group", "group = h / (a.H / a.G)", "group = h % a.G"), ("past", "visible = a.past + t0", "visible = t0"), ("last keys", "keys = a.past + min(t0 + kTile, int64_t(a.T))", "keys = a.past + t0"),
         ("largest", "real most = largest", "real most = kLowest"), ("shrink", "exp_(largest - most);\n        total", "real(1);\n        total"), ("total", "total * shrink + row_sum(sum)", "total + row_sum(sum)"),
-        ("factor is there", "= shrink;\n        __syncthreads();", "= shrink;"), ("right in use", "if (part > 0) __syncthreads();  //", "//"),
+        ("right in use", "if (part > 0) __syncthreads();  //", "//"),
         ("values are there", "keys - j0}, part);\n            __syncthreads();", "keys - j0}, part);"), ("sums shrink", "*= factor[i + tile.at.row(e)]", "*= 1"),
         ("factor in use", "__syncthreads();  // factor is in use", "// factor is in use"), ("row of the sum", "row_sum(sum)", "sum"), ("lse", "largest + log_(total)", "largest"),
         ("rows of lse", "if (lse && tile.row < rows)", "if (lse)"), ("end", "log_(total);\n    }\n    __syncthreads();", "log_(total);\n    }"), ("most of the row", "most = row_max(most);", ""),
