@@ -1823,13 +1823,27 @@ __device__ __forceinline__ real row_max(real x) {
     return x;
 }
 
+// Heads wider than 128 have two blocks, each with the sums of half their columns: more would not fit into registers.
+template <int parts>
+struct HeadBlock {
+    int S, first;    // first part
+    unsigned index;  // of the block, among those with other heads or tiles
+    __device__ __forceinline__ explicit HeadBlock(int S) : S(S) {
+        const unsigned blocks = S > parts * kPart ? 2 : 1;
+        first = int(blockIdx.x % blocks) * parts;
+        index = blockIdx.x / blocks;
+    }
+    __device__ __forceinline__ bool has(int part) const { return (first + part) * kPart < S; }
+};
+
 template <int parts>
 __global__ void __launch_bounds__(kThreads, 1) attention_forward_kernel(floatX* out, real* lse, Attention a) {
     ATTENTION_TILE(tile, a);
     SHARED(real[kTile], factor);
     // The last tiles see the most keys: they begin.
-    const int h = int(blockIdx.x % a.H), b = int(blockIdx.x / a.H % a.B), group = h / (a.H / a.G);
-    const int64_t t0 = (ceil_div(a.T, kTile) - 1 - blockIdx.x / (a.H * a.B)) * kTile, rows = a.T - t0;
+    const HeadBlock<parts> block(a.S);
+    const int h = int(block.index % a.H), b = int(block.index / a.H % a.B), group = h / (a.H / a.G);
+    const int64_t t0 = (ceil_div(a.T, kTile) - 1 - block.index / (a.H * a.B)) * kTile, rows = a.T - t0;
     const int64_t keys = a.past + min(t0 + kTile, int64_t(a.T));
     const floatX *const k = a.k + b * a.stride_kv + group * a.S, *const v = a.v + b * a.stride_kv + group * a.S;
     const HeadRows q{a.q + (int64_t(b) * a.T + t0) * a.ld_q + h * a.S, a.ld_q, rows};
@@ -1851,27 +1865,28 @@ __global__ void __launch_bounds__(kThreads, 1) attention_forward_kernel(floatX* 
         largest = most;
         if (tile.first == 0) factor[tile.row] = shrink;
         UNROLL for (int part = 0; part < parts; part++) {
-            if (part * kPart >= a.S) break;
+            if (!block.has(part)) break;
             if (part > 0) __syncthreads();  // right may be in use
-            tile.load(tile.right, {v + j0 * a.ld_kv, a.ld_kv, keys - j0}, part);
+            tile.load(tile.right, {v + j0 * a.ld_kv, a.ld_kv, keys - j0}, block.first + part);
             __syncthreads();  // p and factor are there, too
             UNROLL for (int n = 0; n < kOutPieces; n++) {
                 const int i = (warp_id() + n * kWarps) / kPartPieces * kPiece;
                 if (i < kTile)
                     UNROLL for (int e = 0; e < 8; e++) sums[part][n][e] *= factor[i + tile.at.row(e)];
             }
-            tile.accumulate<false>(sums[part], tile.right, part);
+            tile.accumulate<false>(sums[part], tile.right, block.first + part);
         }
         __syncthreads();  // factor is in use
     }
     if (tile.first == 0) {
         factor[tile.row] = 1 / total;
-        if (lse && tile.row < rows) lse[(int64_t(b) * a.T + t0 + tile.row) * a.H + h] = largest + log_(total);
+        if (lse && block.first == 0 && tile.row < rows) lse[(int64_t(b) * a.T + t0 + tile.row) * a.H + h] = largest + log_(total);
     }
     __syncthreads();
     const int64_t width = int64_t(a.H) * a.S;
     UNROLL for (int part = 0; part < parts; part++)
-        if (part * kPart < a.S) tile.write(out + (int64_t(b) * a.T + t0) * width + h * a.S, width, rows, sums[part], part, factor);
+        if (block.has(part))
+            tile.write(out + (int64_t(b) * a.T + t0) * width + h * a.S, width, rows, sums[part], block.first + part, factor);
 }
 
 // delta (B * T, H) = sum_s d_out out; a warp for each
@@ -1886,22 +1901,22 @@ __global__ void attention_delta_kernel(real* delta, const floatX* d_out, const f
 
 // For a tile of queries and one of keys: p and, when d_v needs p no more, d_score in its place. d_v += p^T d_out, if there is a d_v.
 template <int parts, bool with_d_v>
-__device__ __forceinline__ void attention_d_scores(const AttentionTile& tile, Sum (*d_v)[kOutPieces], const HeadRows& q, const HeadRows& k,
-                                                   const HeadRows& v, const HeadRows& d_out, int64_t visible, const real* lse,
-                                                   const real* delta, int H) {
+__device__ __forceinline__ void attention_d_scores(const AttentionTile& tile, const HeadBlock<parts>& block, Sum (*d_v)[kOutPieces],
+                                                   const HeadRows& q, const HeadRows& k, const HeadRows& v, const HeadRows& d_out,
+                                                   int64_t visible, const real* lse, const real* delta, int H) {
     const bool there = tile.row < q.rows;
     tile.multiply(q, k);
     tile.probabilities(there ? visible : -1, there ? lse[int64_t(tile.row) * H] : 0);
     tile.multiply(d_out, v);
     if constexpr (with_d_v) {
         UNROLL for (int part = 0; part < parts; part++) {
-            if (part * kPart >= tile.S) break;
+            if (!block.has(part)) break;
             if (tile.S > kPart) {  // else it is there
                 __syncthreads();
-                tile.load(tile.left, d_out, part);
+                tile.load(tile.left, d_out, block.first + part);
                 __syncthreads();
             }
-            tile.accumulate<true>(d_v[part], tile.left, part);
+            tile.accumulate<true>(d_v[part], tile.left, block.first + part);
         }
         __syncthreads();  // p is in use
     }
@@ -1912,8 +1927,9 @@ template <int parts>
 __global__ void __launch_bounds__(kThreads, 1)
 attention_backward_keys_kernel(floatX* d_k, floatX* d_v, const floatX* d_out, const real* lse, const real* delta, Attention a) {
     ATTENTION_TILE(tile, a);
-    const int group = int(blockIdx.x % a.G), b = int(blockIdx.x / a.G % a.B);
-    const int64_t j0 = int64_t(blockIdx.x / (a.G * a.B)) * kTile, at = b * a.stride_kv + j0 * a.ld_kv + group * a.S;
+    const HeadBlock<parts> block(a.S);
+    const int group = int(block.index % a.G), b = int(block.index / a.G % a.B);
+    const int64_t j0 = int64_t(block.index / (a.G * a.B)) * kTile, at = b * a.stride_kv + j0 * a.ld_kv + group * a.S;
     const HeadRows k{a.k + at, a.ld_kv, a.T - j0}, v{a.v + at, a.ld_kv, a.T - j0};
     Sum sum_k[parts][kOutPieces], sum_v[parts][kOutPieces];
     UNROLL for (int part = 0; part < parts; part++)
@@ -1922,27 +1938,29 @@ attention_backward_keys_kernel(floatX* d_k, floatX* d_v, const floatX* d_out, co
         for (int64_t t0 = j0; t0 < a.T; t0 += kTile) {
             const int64_t row = int64_t(b) * a.T + t0, width = int64_t(a.H) * a.S, rows = a.T - t0;
             const HeadRows q{a.q + row * a.ld_q + h * a.S, a.ld_q, rows}, d{d_out + row * width + h * a.S, width, rows};
-            attention_d_scores<parts, true>(tile, sum_v, q, k, v, d, t0 + tile.row - j0, lse + row * a.H + h, delta + row * a.H + h, a.H);
+            attention_d_scores<parts, true>(tile, block, sum_v, q, k, v, d, t0 + tile.row - j0, lse + row * a.H + h,
+                                            delta + row * a.H + h, a.H);
             UNROLL for (int part = 0; part < parts; part++) {
-                if (part * kPart >= a.S) break;
+                if (!block.has(part)) break;
                 __syncthreads();  // left may be in use
-                tile.load(tile.left, q, part);
+                tile.load(tile.left, q, block.first + part);
                 __syncthreads();
-                tile.accumulate<true>(sum_k[part], tile.left, part);
+                tile.accumulate<true>(sum_k[part], tile.left, block.first + part);
             }
         }
     UNROLL for (int part = 0; part < parts; part++)
-        if (part * kPart < a.S) {
-            tile.write(d_k + at, a.ld_kv, k.rows, sum_k[part], part, nullptr);
-            tile.write(d_v + at, a.ld_kv, k.rows, sum_v[part], part, nullptr);
+        if (block.has(part)) {
+            tile.write(d_k + at, a.ld_kv, k.rows, sum_k[part], block.first + part, nullptr);
+            tile.write(d_v + at, a.ld_kv, k.rows, sum_v[part], block.first + part, nullptr);
         }
 }
 template <int parts>
 __global__ void __launch_bounds__(kThreads, 1)
 attention_backward_queries_kernel(floatX* d_q, const floatX* d_out, const real* lse, const real* delta, Attention a) {
     ATTENTION_TILE(tile, a);
-    const int h = int(blockIdx.x % a.H), b = int(blockIdx.x / a.H % a.B), group = h / (a.H / a.G);
-    const int64_t t0 = (ceil_div(a.T, kTile) - 1 - blockIdx.x / (a.H * a.B)) * kTile, rows = a.T - t0;
+    const HeadBlock<parts> block(a.S);
+    const int h = int(block.index % a.H), b = int(block.index / a.H % a.B), group = h / (a.H / a.G);
+    const int64_t t0 = (ceil_div(a.T, kTile) - 1 - block.index / (a.H * a.B)) * kTile, rows = a.T - t0;
     const int64_t row = int64_t(b) * a.T + t0, width = int64_t(a.H) * a.S;
     const HeadRows q{a.q + row * a.ld_q + h * a.S, a.ld_q, rows}, d{d_out + row * width + h * a.S, width, rows};
     Sum sum_q[parts][kOutPieces];
@@ -1951,17 +1969,18 @@ attention_backward_queries_kernel(floatX* d_q, const floatX* d_out, const real* 
     for (int64_t j0 = 0; j0 <= t0; j0 += kTile) {
         const int64_t at = b * a.stride_kv + j0 * a.ld_kv + group * a.S;
         const HeadRows k{a.k + at, a.ld_kv, a.T - j0}, v{a.v + at, a.ld_kv, a.T - j0};
-        attention_d_scores<parts, false>(tile, nullptr, q, k, v, d, t0 + tile.row - j0, lse + row * a.H + h, delta + row * a.H + h, a.H);
+        attention_d_scores<parts, false>(tile, block, nullptr, q, k, v, d, t0 + tile.row - j0, lse + row * a.H + h, delta + row * a.H + h,
+                                         a.H);
         UNROLL for (int part = 0; part < parts; part++) {
-            if (part * kPart >= a.S) break;
+            if (!block.has(part)) break;
             __syncthreads();  // right may be in use
-            tile.load(tile.right, k, part);
+            tile.load(tile.right, k, block.first + part);
             __syncthreads();
-            tile.accumulate<false>(sum_q[part], tile.right, part);
+            tile.accumulate<false>(sum_q[part], tile.right, block.first + part);
         }
     }
     UNROLL for (int part = 0; part < parts; part++)
-        if (part * kPart < a.S) tile.write(d_q + row * a.ld_q + h * a.S, a.ld_q, rows, sum_q[part], part, nullptr);
+        if (block.has(part)) tile.write(d_q + row * a.ld_q + h * a.S, a.ld_q, rows, sum_q[part], block.first + part, nullptr);
 }
 
 // One query: a block for a head and a share of its keys. Groups of lanes have a key at a time, and the columns of the head in vectors; each
@@ -2063,13 +2082,13 @@ struct AttentionScratch : Scratch {
 };
 size_t attention_scratch(int B, int T, int H, int S) { return AttentionScratch(nullptr, B, T, H, S).used; }
 
-// Calls f with the number of parts of a head of this size.
+// Calls f with the number of parts of a head of this size that a block has, and the number of blocks that share a head.
 template <class F>
 void with_parts(int S, F&& f) {
+    static_assert(kMaxHeadSize <= 4 * kPart);
     if (S < 8 || S > kMaxHeadSize || S % 8) fail("heads of size %d: multiples of 8 from 8 to %d are supported", S, kMaxHeadSize);
-    if (S <= kPart) f(std::integral_constant<int, 1>());
-    else if (S <= 2 * kPart) f(std::integral_constant<int, 2>());
-    else f(std::integral_constant<int, kMaxHeadSize / kPart>());
+    if (S <= kPart) f(std::integral_constant<int, 1>(), 1);
+    else f(std::integral_constant<int, 2>(), S <= 2 * kPart ? 1 : 2);
 }
 void attention_step(floatX* out, const Attention& a, void* scratch, cudaStream_t stream) {
     int lanes = 1;
@@ -2085,9 +2104,9 @@ void attention_step(floatX* out, const Attention& a, void* scratch, cudaStream_t
 }
 void attention_forward(floatX* out, real* lse, const Attention& a, void* scratch, cudaStream_t stream) {
     if (a.B == 0 || a.T == 0) return;
-    with_parts(a.S, [&](auto parts) {
+    with_parts(a.S, [&](auto parts, int blocks) {
         if (a.T == 1 && !lse) return attention_step(out, a, scratch, stream);
-        LAUNCH(attention_forward_kernel<parts>, blocks_for(ceil_div(a.T, kTile) * a.B * a.H, 1), kThreads, 0, stream)(out, lse, a);
+        LAUNCH(attention_forward_kernel<parts>, blocks_for(ceil_div(a.T, kTile) * a.B * a.H * blocks, 1), kThreads, 0, stream)(out, lse, a);
         CHECK_LAUNCH();
     });
 }
@@ -2097,9 +2116,11 @@ void attention_backward(floatX* d_q, floatX* d_k, floatX* d_v, const floatX* d_o
     real* const delta = AttentionScratch(scratch, a.B, a.T, a.H, a.S).delta;
     const int64_t heads = int64_t(a.B) * a.T * a.H, tiles = ceil_div(a.T, kTile);
     LAUNCH(attention_delta_kernel, blocks_for(heads, kWarps), kThreads, 0, stream)(delta, d_out, out, heads, a.S);
-    with_parts(a.S, [&](auto parts) {
-        LAUNCH(attention_backward_keys_kernel<parts>, blocks_for(tiles * a.B * a.G, 1), kThreads, 0, stream)(d_k, d_v, d_out, lse, delta, a);
-        LAUNCH(attention_backward_queries_kernel<parts>, blocks_for(tiles * a.B * a.H, 1), kThreads, 0, stream)(d_q, d_out, lse, delta, a);
+    with_parts(a.S, [&](auto parts, int blocks) {
+        LAUNCH(attention_backward_keys_kernel<parts>, blocks_for(tiles * a.B * a.G * blocks, 1), kThreads, 0, stream)
+        (d_k, d_v, d_out, lse, delta, a);
+        LAUNCH(attention_backward_queries_kernel<parts>, blocks_for(tiles * a.B * a.H * blocks, 1), kThreads, 0, stream)
+        (d_q, d_out, lse, delta, a);
     });
     CHECK_LAUNCH();
 }

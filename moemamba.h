@@ -25,7 +25,7 @@
 // ------------------------------------------------------------------------------------------------------------------
 // Two compilers. nvcc builds define USE_CUDA; g++ builds run the same kernels through cpu/simt.h. Three spellings differ:
 //   LAUNCH(kernel, grid, block, shared_bytes, stream)(arguments);    a launch
-//   SHARED(float[32][33], tile);                                     static shared memory, 16-byte aligned
+//   SHARED(float[32][33], tile);                                     static shared memory, 32-byte aligned
 //   DYNAMIC_SHARED(float, buffer);                                   dynamic shared memory, 16-byte aligned
 #ifdef USE_CUDA
 #include <cublas_v2.h>
@@ -33,7 +33,7 @@
 #include <cuda_runtime.h>
 #include <mma.h>
 #define LAUNCH(kernel, ...) kernel<<<__VA_ARGS__>>>
-#define SHARED(type, name) __shared__ __align__(16) std::type_identity_t<type> name
+#define SHARED(type, name) __shared__ __align__(32) std::type_identity_t<type> name
 #define DYNAMIC_SHARED(type, name)                            \
     extern __shared__ __align__(16) unsigned char name##_bytes[]; \
     type* name = reinterpret_cast<type*>(name##_bytes)
@@ -193,7 +193,7 @@ struct ScanGradients {  // shapes and ld of what they are gradients of
 struct Rotary {
     const floatX* in;  // (B, T, heads, S) with ld_in
     int ld_in;
-    int B, T, heads, S;  // S even, unless base is 0
+    int B, T, heads, S;  // S even
     int64_t position;    // of the first of the T tokens
     double base;         // 0: nothing turns, it is a copy
 };

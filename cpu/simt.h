@@ -714,7 +714,7 @@ template <class T, class Key> SIMT_UNWATCHED T& shared(const char* name) {
         if (w.arrays[i].key == &key) return *reinterpret_cast<T*>(w.arrays[i].data);
     Thread* t = self;
     self = nullptr;
-    void* p = add_array(w, &key, name, sizeof(T), std::max<size_t>(16, alignof(T)));
+    void* p = add_array(w, &key, name, sizeof(T), std::max<size_t>(32, alignof(T)));
     self = t;
     return *static_cast<T*>(p);
 }

@@ -21,7 +21,7 @@ LAYER_TESTS = "a layer gives the same on the GPU*"  # and of those, the ones of 
 BUILD = "build/mutants"
 # A function whose name begins so is tested on its own layer first; most faults show there, and only the others need all tests.
 LAYERS = {"embedding|Embedding|sort_|bucket_of|counting_sort": "embedding", "rmsnorm": "rmsnorm", "slice": "slice_norm",
-          "rotate": "rotate", "attention|Attention|PlainSum|TensorCoreSum|row_sum|row_max|OnlineSum|with_parts": "attention", "linear|matmul": "linear", "conv|Conv|with_conv": "conv",
+          "rotate": "rotate", "attention|Attention|PlainSum|TensorCoreSum|row_sum|row_max|HeadBlock|OnlineSum|with_parts": "attention", "linear|matmul": "linear", "conv|Conv|with_conv": "conv",
           "scan|Scan|exchange|load_states|store_states|load_decay|with_split|State": "scan",
           "route|Router|dispatch|Dispatch|gather|combine|expert": "moe", "swiglu": "feed-forward", "relu": "relu",
           "softmax_of_row|classifier": "classifier", "softmax_forward": "softmax", "sum_kernel|sum_all": "sum", "adamw": "adamw"}
@@ -427,26 +427,27 @@ FAULTS = {
         ("group", "group = h / (a.H / a.G)", "group = h % a.G"), ("past", "visible = a.past + t0", "visible = t0"), ("last keys", "keys = a.past + min(t0 + kTile, int64_t(a.T))", "keys = a.past + t0"),
         ("largest", "real most = largest", "real most = kLowest"), ("shrink", "exp_(largest - most);\n        total", "real(1);\n        total"), ("total", "total * shrink + row_sum(sum)", "total + row_sum(sum)"),
         ("right in use", "if (part > 0) __syncthreads();  //", "//"),
-        ("values are there", "keys - j0}, part);\n            __syncthreads();", "keys - j0}, part);"), ("sums shrink", "*= factor[i + tile.at.row(e)]", "*= 1"),
+        ("values are there", "keys - j0}, block.first + part);\n            __syncthreads();", "keys - j0}, block.first + part);"), ("sums shrink", "*= factor[i + tile.at.row(e)]", "*= 1"),
         ("factor in use", "__syncthreads();  // factor is in use", "// factor is in use"), ("row of the sum", "row_sum(sum)", "sum"), ("lse", "largest + log_(total)", "largest"),
-        ("rows of lse", "if (lse && tile.row < rows)", "if (lse)"), ("end", "log_(total);\n    }\n    __syncthreads();", "log_(total);\n    }"), ("most of the row", "most = row_max(most);", ""),
+        ("rows of lse", "block.first == 0 && tile.row < rows)", "block.first == 0)"), ("end", "log_(total);\n    }\n    __syncthreads();", "log_(total);\n    }"), ("most of the row", "most = row_max(most);", ""),
     ],
     "row_sum": [("half", "kRowThreads / 2", "kRowThreads / 4")],
     "row_max": [("half", "kRowThreads / 2", "kRowThreads / 4")],
+    "HeadBlock": [("one block", "S > parts * kPart ? 2 : 1", "1"), ("first part", "% blocks) * parts", "% blocks)"), ("beyond", "(first + part) * kPart < S", "part * kPart < S")],
     "attention_delta_kernel": [("bounds", "if (i >= count) return;", "if (i > count) return;"), ("lanes", "s += kWarp", "s += 2 * kWarp")],
     "attention_d_scores": [
         ("rows beyond", "there ? visible : -1", "visible"), ("d_out there", "if (tile.S > kPart) {", "if (false) {"), ("left in use", "{  // else it is there\n                __syncthreads();", "{"),
-        ("loaded", "tile.load(tile.left, d_out, part);\n                __syncthreads();", "tile.load(tile.left, d_out, part);"), ("p in use", "__syncthreads();  // p is in use", "// p is in use"),
+        ("loaded", "tile.load(tile.left, d_out, block.first + part);\n                __syncthreads();", "tile.load(tile.left, d_out, block.first + part);"), ("p in use", "__syncthreads();  // p is in use", "// p is in use"),
         ("lse of the row", "lse[int64_t(tile.row) * H]", "lse[0]"), ("delta of the row", "delta[int64_t(tile.row) * H]", "delta[0]"),
     ],
     "attention_backward_keys_kernel": [
         ("one head", "h < (group + 1) * (a.H / a.G); h++", "h < group * (a.H / a.G) + 1; h++"), ("one tile of queries", "t0 < a.T; t0 += kTile", "t0 < j0 + 1; t0 += kTile"),
-        ("left in use", "__syncthreads();  // left may be in use", "// in use"), ("loaded", "tile.load(tile.left, q, part);\n                __syncthreads();", "tile.load(tile.left, q, part);"),
-        ("diagonal", "t0 + tile.row - j0, lse", "t0 + tile.row - j0 + 1, lse"), ("d_v", "k.rows, sum_v[part], part", "k.rows, sum_k[part], part"),
+        ("left in use", "__syncthreads();  // left may be in use", "// in use"), ("loaded", "tile.load(tile.left, q, block.first + part);\n                __syncthreads();", "tile.load(tile.left, q, block.first + part);"),
+        ("diagonal", "t0 + tile.row - j0, lse", "t0 + tile.row - j0 + 1, lse"), ("d_v", "k.rows, sum_v[part]", "k.rows, sum_k[part]"),
     ],
     "attention_backward_queries_kernel": [
         ("one tile of keys", "j0 <= t0; j0 += kTile", "j0 <= 0; j0 += kTile"), ("right in use", "__syncthreads();  // right may be in use", "// in use"),
-        ("loaded", "tile.load(tile.right, k, part);\n            __syncthreads();", "tile.load(tile.right, k, part);"), ("group", "group = h / (a.H / a.G)", "group = h % a.G"),
+        ("loaded", "tile.load(tile.right, k, block.first + part);\n            __syncthreads();", "tile.load(tile.right, k, block.first + part);"), ("group", "group = h / (a.H / a.G)", "group = h % a.G"),
         ("diagonal", "t0 + tile.row - j0, lse", "t0 + tile.row - j0 - 1, lse"),
     ],
     "OnlineSum": [("total", "total *= by;", ""), ("sums", "sum[n].v[i] *= by", "sum[n].v[i] *= 1")],
@@ -463,7 +464,7 @@ FAULTS = {
                                   ("last share", "int n = 0; n < shares; n++) sum", "int n = 0; n < shares - 1; n++) sum")],
     "attention_step": [("one share", "share = ceil_div(a.keys(), attention_shares(a.B, a.H, a.keys()))", "share = ceil_div(a.keys(), attention_shares(a.B, a.H, a.keys())) - 1")],
     "attention_forward": [("tiles", "ceil_div(a.T, kTile) * a.B", "(ceil_div(a.T, kTile) - 1) * a.B")],
-    "attention_backward": [("scratch", "AttentionScratch(scratch, a.B, a.T, a.H, a.S).delta", "static_cast<real*>(nullptr)"), ("queries", "blocks_for(tiles * a.B * a.H, 1)", "blocks_for(tiles * a.B * a.G, 1)")],
+    "attention_backward": [("scratch", "AttentionScratch(scratch, a.B, a.T, a.H, a.S).delta", "static_cast<real*>(nullptr)"), ("queries", "blocks_for(tiles * a.B * a.H * blocks, 1)", "blocks_for(tiles * a.B * a.G * blocks, 1)")],
 
     # ---- dispatch and combine
     "dispatch_plan": [("empty slots", ".slots = slots", ".slots = 0"), ("capacity", ".capacity = to.capacity", ".capacity = 0"),

@@ -25,8 +25,9 @@ def dynamic_shared(kernel, split, floatX, real):
         return steps * channels * (real + 2 * floatX) + (steps * columns + 2 * channels) * real
     if kernel == "scan_backward_kernel":
         return 64 * channels * (real + 3 * floatX) + (64 * columns + 2 * channels + warps * 4 * columns) * real
-    if kernel == "rmsnorm_backward_kernel":  # at the width of the largest preset
-        return min(8, (48 << 10) // (768 * real)) * 768 * real
+    if kernel in ("rmsnorm_backward_kernel", "slice_norm_backward_kernel"):  # at the width of the 100m presets; at the rank of jamba-v0.1
+        width = 768 if kernel[0] == "r" else 256
+        return min(8, (48 << 10) // (width * real)) * width * real
     return None
 
 
