@@ -1795,11 +1795,17 @@ struct AttentionTile {
                 }
         }
     }
-    // p = exp(score - lse), 0 for keys that the query does not see; then, with the d_p in scores, p becomes d_score = p (d_p - delta) scale
-    __device__ __forceinline__ void probabilities(int64_t visible, real lse) const {
-        for (int c = first; c < kTile; c += kRowThreads)
-            p[row * kLdScores + c] = floatX(c <= visible ? exp_(scores[row * kLdScores + c] * scale - lse) : real(0));
+    // p = exp(score - lse), 0 for keys that the query does not see. Returns the sum of what the thread has computed, before rounding.
+    __device__ __forceinline__ real probabilities(int64_t visible, real lse) const {
+        real sum = 0;
+        for (int c = first; c < kTile; c += kRowThreads) {
+            const real x = c <= visible ? exp_(scores[row * kLdScores + c] * scale - lse) : real(0);
+            p[row * kLdScores + c] = floatX(x);
+            sum += x;
+        }
+        return sum;
     }
+    // With the d_p in scores, p becomes d_score = p (d_p - delta) scale.
     __device__ __forceinline__ void d_scores(real delta) const {
         for (int c = first; c < kTile; c += kRowThreads) {
             floatX& x = p[row * kLdScores + c];
@@ -1855,11 +1861,10 @@ __global__ void __launch_bounds__(kThreads, 1) attention_forward_kernel(floatX* 
         tile.multiply(q, {k + j0 * a.ld_kv, a.ld_kv, keys - j0}, j0 > 0);
         const int64_t visible = a.past + t0 + tile.row - j0;
         const real* const scores = tile.scores + tile.row * kLdScores;
-        real most = largest, sum = 0;
+        real most = largest;
         for (int c = tile.first; c < kTile && c <= visible; c += kRowThreads) most = max(most, scores[c] * tile.scale);
         most = row_max(most);
-        tile.probabilities(visible, most);
-        for (int c = tile.first; c < kTile && c <= visible; c += kRowThreads) sum += exp_(scores[c] * tile.scale - most);
+        const real sum = tile.probabilities(visible, most);
         const real shrink = exp_(largest - most);
         total = total * shrink + row_sum(sum);
         largest = most;
