@@ -286,49 +286,53 @@ struct Decoding {
     int bits = 16;       // of a number in the weights and in the KV cache; the recurrent state has float32
     double memory = 0;   // bytes, of a device; 0: not asked
 };
-static void print_decoding(const std::vector<std::pair<std::string, Config>>& models, const Decoding& decoding) {
-    std::vector<std::unique_ptr<Model>> all;
-    for (const auto& [name, config] : models) all.push_back(std::make_unique<Model>(config, plain::layers));
-    const auto row = [&](const std::string& title, const std::function<std::string(Model&)>& text) {
+// Models side by side, a row for each thing that is said of them.
+struct Table {
+    std::vector<std::string> names;
+    std::vector<std::unique_ptr<Model>> models;
+
+    void add(const std::string& name, const Config& config) {
+        names.push_back(name);
+        models.push_back(std::make_unique<Model>(config, plain::layers));
+    }
+    void header(const std::string& title) const {
         printf("  %-26s", title.c_str());
-        for (const auto& model : all) printf(" %18s", text(*model).c_str());
+        for (const std::string& name : names) printf(" %18s", name.c_str());
         printf("\n");
-    };
-    printf("\nmemory for decoding a sequence\n  %-26s", ("KV cache, " + std::to_string(decoding.bits) + " bit").c_str());
-    for (const auto& [name, config] : models) printf(" %18s", name.c_str());
-    printf("\n");
+    }
+    void row(const std::string& title, const std::function<std::string(Model&)>& text) const {
+        printf("  %-26s", title.c_str());
+        for (const auto& model : models) printf(" %18s", text(*model).c_str());
+        printf("\n");
+    }
+};
+static void print_decoding(const Table& table, const Decoding& decoding) {
+    printf("\nmemory for decoding a sequence\n");
+    table.header("KV cache, " + std::to_string(decoding.bits) + " bit");
     for (int64_t context = 1 << 10; context <= 1 << 20; context *= 4)
-        row("  at " + std::to_string(context >> 10) + "K",
-            [&](Model& m) { return bytes_text(m.decode_state_bytes(context, decoding.bits).cache); });
-    row("recurrent state, always", [&](Model& m) { return bytes_text(m.decode_state_bytes(0, decoding.bits).recurrent); });
+        table.row("  at " + std::to_string(context >> 10) + "K",
+                  [&](Model& m) { return bytes_text(m.decode_state_bytes(context, decoding.bits).cache); });
+    table.row("recurrent state, always", [&](Model& m) { return bytes_text(m.decode_state_bytes(0, decoding.bits).recurrent); });
     const auto weights = [&](Model& m) { return double(m.parameter_count()) * decoding.bits / 8; };
-    row("weights", [&](Model& m) { return bytes_text(weights(m)); });
+    table.row("weights", [&](Model& m) { return bytes_text(weights(m)); });
     if (decoding.memory > 0)
-        row("tokens in " + bytes_text(decoding.memory), [&](Model& m) -> std::string {
+        table.row("tokens in " + bytes_text(decoding.memory), [&](Model& m) -> std::string {
             const double left = decoding.memory - weights(m) - m.decode_state_bytes(0, decoding.bits).recurrent;
             const double token = m.decode_state_bytes(1, decoding.bits).cache;
             return left < 0 ? "does not fit" : token == 0 ? "any" : count_text(int64_t(left / token));
         });
 }
-// Presets side by side.
-static void compare(const std::string& names, const Decoding& decoding) {
-    std::vector<std::pair<std::string, Config>> models;
-    std::istringstream list(names);
-    for (std::string name; std::getline(list, name, ',');) models.emplace_back(name, find_preset(name).config);
-    if (models.empty()) fail("--compare needs names of presets, with commas between them (see --list-presets)");
-    printf("  %-26s", "");
-    for (const auto& [name, config] : models) printf(" %18s", name.c_str());
-    const auto row = [&](const char* title, const std::function<std::string(const Model&)>& text) {
-        printf("\n  %-26s", title);
-        for (const auto& [name, config] : models) printf(" %18s", text(Model(config, plain::layers)).c_str());
-    };
-    row("layers", [](const Model& m) { return m.config.layers; });
-    row("width", [](const Model& m) { return std::to_string(m.config.d_model); });
-    row("parameters", [](const Model& m) { return count_text(m.parameter_count()); });
-    row("active per token", [](const Model& m) { return count_text(m.active_parameter_count()); });
-    row("without embedding and head", [](const Model& m) { return count_text(m.active_parameter_count() - m.outer_parameter_count()); });
-    printf("\n");
-    print_decoding(models, decoding);
+static void compare(const std::string& presets, const Decoding& decoding) {
+    Table table;
+    std::istringstream list(presets);
+    for (std::string name; std::getline(list, name, ',');) table.add(name, find_preset(name).config);
+    table.header("");
+    table.row("layers", [](Model& m) { return m.config.layers; });
+    table.row("width", [](Model& m) { return std::to_string(m.config.d_model); });
+    table.row("parameters", [](Model& m) { return count_text(m.parameter_count()); });
+    table.row("active per token", [](Model& m) { return count_text(m.active_parameter_count()); });
+    table.row("without embedding and head", [](Model& m) { return count_text(m.active_parameter_count() - m.outer_parameter_count()); });
+    print_decoding(table, decoding);
 }
 // "80GB": decimal, as makers of memory count; GiB and MiB are binary.
 static double parse_bytes(const std::string& flag, const std::string& text) {
@@ -357,7 +361,9 @@ static void dry_run(const Config& config, const Layers& layers, const Run& run, 
         total += double(arena->bytes);
     }
     printf("  %-36s %14s\n", "total", bytes_text(total).c_str());
-    print_decoding({{"this model", config}}, decoding);
+    Table table;
+    table.add("this model", config);
+    print_decoding(table, decoding);
 }
 
 static void list_presets() {
