@@ -835,7 +835,8 @@ SIMT_UNWATCHED inline int barrier(bool vote, const char* name, const Location& w
     return int(t.votes);
 }
 
-// Waits for all lanes of the mask that exist, at one line of the source. The last to come does their common work: meet(lanes, members).
+// Waits for all lanes of the mask that exist, at one line of the source. The last to come does their common work: meet(lanes, members),
+// which is not watched if it says so itself.
 template <class F>
 SIMT_UNWATCHED void gather(uint32_t mask, const char* name, const Location& where, F&& meet) {
     Thread& t = *self;
@@ -869,7 +870,7 @@ SIMT_UNWATCHED inline uint64_t exchange(uint32_t mask, uint64_t value, int sourc
         self = nullptr;
         stop("%s with mask 0x%08x: asks for the value of a lane that is not in it, or is not there.\n  Such a value is undefined.", name, mask);
     }
-    gather(mask, name, where, [&](Thread* lanes, uint32_t members) {
+    gather(mask, name, where, [&](Thread* lanes, uint32_t members) SIMT_UNWATCHED {
         uint32_t votes = 0;
         for (uint32_t m = members; m; m &= m - 1) votes |= uint32_t(lanes[__builtin_ctz(m)].value != 0) << __builtin_ctz(m);
         for (uint32_t m = members; m; m &= m - 1) {
@@ -932,7 +933,7 @@ namespace simt {
 SIMT_UNWATCHED inline int matrix_row(int lane, int i) { return (lane * 5 + i * 2) % 16; }
 SIMT_UNWATCHED inline int matrix_column(int lane, int i) { return (lane / 16 * 8 + i) ^ 5; }
 template <class T> SIMT_UNWATCHED void check_matrix(const T* memory, unsigned ld, const char* name, const Location& where) {
-    gather(~0u, name, where, [](Thread*, uint32_t) {});
+    gather(~0u, name, where, [](Thread*, uint32_t) SIMT_UNWATCHED {});
     Thread* t = self;
     self = nullptr;
     if (t->warp->exists != ~0u) stop("%s: not all 32 lanes are there.\n  Launch whole warps.", name);
@@ -968,7 +969,7 @@ SIMT_UNWATCHED void mma_sync(fragment<accumulator, 16, 16, 16, float>& d, const 
                              const fragment<accumulator, 16, 16, 16, float>& c, SIMT_HERE) {
     struct Given { decltype(&d) out; decltype(&a) left; decltype(&b) right; decltype(&c) in; } given{&d, &a, &b, &c};
     simt::self->value = uint64_t(&given);
-    simt::gather(~0u, "mma_sync()", where, [](simt::Thread* lanes, uint32_t) {
+    simt::gather(~0u, "mma_sync()", where, [](simt::Thread* lanes, uint32_t) SIMT_UNWATCHED {
         float of_a[16][16], of_b[16][16];
         for (int lane = 0; lane < 32; lane++)
             for (int i = 0; i < 8; i++) {
