@@ -241,6 +241,9 @@ static int infer(int argc, char** argv) {
         if (fs::is_directory(path)) path = (fs::path(path) / "model.safetensors").string();
         const Safetensors file(path);
         config = Config::from_json(file.meta("config"), path);
+        if (!config.causal())
+            fail("%s: its experts choose their tokens from a whole batch (--routing expert-choice), later ones included: such a model can be "
+                 "trained and compared, not continue a text", path.c_str());
         tokenizer = Tokenizer::from_json(file.meta("tokenizer"), path);
         if (config.vocab < tokenizer.vocab)
             fail("%s: its model has %d tokens, its tokenizer %d", path.c_str(), config.vocab, tokenizer.vocab);

@@ -2136,7 +2136,7 @@ constexpr int kRouterWarps = 4, kLaneExperts = kMaxExperts / kWarp;
 static_assert(kMaxExperts <= kBuckets);
 void check_experts(int E, int K) {
     if (E < 1 || E > kMaxExperts) fail("%d experts: this build supports 1 to %d", E, kMaxExperts);
-    if (K < 1 || K > E) fail("%d experts per token out of %d", K, E);
+    if (K < 0 || K > E) fail("%d experts per token out of %d", K, E);
 }
 
 // From p, the row's logits in the lanes of a warp, to everything that the router gives.
@@ -2305,6 +2305,7 @@ __global__ void router_backward_kernel(floatX* d_logits, int ld_d, const real* d
         const int e = lane + i * kWarp;
         p[i] = e < E ? out.probs[row * E + e] : 0;
         d_p[i] = e < E ? balance_weight * E * (real(load[e]) / rows) / rows : 0;
+        if (K == 0 && e < E) d_p[i] += d_gates[row * E + e];  // the experts chose
     }
     // gate = p / S with S the sum of the K chosen p:  d_p = (d_gate - sum of d_gate gate) / S
     real pull = 0, chosen_sum = 1;
@@ -2357,6 +2358,77 @@ void dispatch_plan(const Dispatch& to, const int* experts, void* scratch, cudaSt
     const DispatchScratch s(scratch, choices);
     counting_sort({.position_of = to.slot, .placed = to.choice, .slots = slots, .load = to.load, .offset = to.offset, .counts = s.counts,
                    .keys = experts, .count = int(choices), .buckets = to.E, .capacity = to.capacity}, stream);
+}
+
+// Expert Choice: a block per expert. It first finds the probability of the last row that the expert takes, 8 bits at a time from the top:
+// counts the rows that agree with the bits found so far by their next 8, and takes those 8 where the count from above reaches how many are
+// wanted. Then it goes over the rows again and takes what is larger, and of what is equal the first.
+using ProbabilityBits = std::conditional_t<sizeof(real) == 8, uint64_t, uint32_t>;
+__device__ __forceinline__ ProbabilityBits bits_of(real p) {  // which are in the order of the numbers, as none is negative; of a NaN: 0
+    if (!(p > 0)) return 0;
+    if constexpr (sizeof(real) == 8) return ProbabilityBits(__double_as_longlong(p));
+    else return __float_as_uint(p);
+}
+// How many threads of the block before this one say so; `all`: and in the whole block.
+__device__ __forceinline__ int block_rank(bool yes, int& all) {
+    SHARED(int[kThreads / kWarp], of_warp);
+    const unsigned lanes = __ballot_sync(kAllLanes, yes);
+    if (lane_id() == 0) of_warp[warp_id()] = __popc(lanes);
+    __syncthreads();
+    int rank = __popc(lanes & ((1u << lane_id()) - 1));
+    all = 0;
+    for (int w = 0; w < kThreads / kWarp; w++) {
+        rank += w < warp_id() ? of_warp[w] : 0;
+        all += of_warp[w];
+    }
+    __syncthreads();  // of_warp may be needed again
+    return rank;
+}
+__global__ void expert_choice_kernel(Dispatch to, const real* probs) {
+    SHARED(int[kBuckets], found);
+    SHARED(int[2], reached);  // the next 8 bits, and the rows above them
+    const int e = blockIdx.x, t = threadIdx.x;
+    ProbabilityBits last = 0;  // of the last row that is taken: the bits found so far
+    int wanted = to.capacity;  // of the rows that agree with them
+    for (int shift = 8 * (sizeof(real) - 1); shift >= 0; shift -= 8) {
+        found[t] = 0;
+        __syncthreads();
+        for (int64_t r = t; r < to.rows; r += kThreads) {
+            const ProbabilityBits p = bits_of(probs[r * to.E + e]);
+            if (p >> shift >> 8 == last >> shift >> 8) atomicAdd(&found[p >> shift & (kBuckets - 1)], 1);  // integers: the order does not matter
+        }
+        __syncthreads();
+        int above = 0;
+        for (int bucket = t + 1; bucket < kBuckets; bucket++) above += found[bucket];
+        if (above < wanted && above + found[t] >= wanted) reached[0] = t, reached[1] = above;
+        __syncthreads();
+        last |= ProbabilityBits(reached[0]) << shift;
+        wanted -= reached[1];
+    }
+    int taken = 0, equal = 0;  // rows before this round's
+    for (int64_t first = 0; first < to.rows; first += kThreads) {
+        const int64_t r = first + t;
+        const ProbabilityBits p = r < to.rows ? bits_of(probs[r * to.E + e]) : 0;
+        const bool is_last = r < to.rows && p == last;
+        int now_equal, now_taken;
+        const int rank = equal + block_rank(is_last, now_equal);
+        const bool take = r < to.rows && (p > last || (is_last && rank < wanted));
+        const int slot = e * to.capacity + taken + block_rank(take, now_taken);
+        if (r < to.rows) to.slot[r * to.E + e] = take ? slot : -1;
+        if (take) to.choice[slot] = int(r * to.E + e);
+        equal += now_equal;
+        taken += now_taken;
+    }
+    if (t > 0) return;
+    to.load[e] = to.capacity;
+    to.offset[e] = e * to.capacity;
+    if (e == to.E - 1) to.offset[to.E] = to.E * to.capacity;
+}
+void expert_choice_plan(const Dispatch& to, const real* probs, cudaStream_t stream) {
+    if (to.rows == 0) return;
+    if (int64_t(to.rows) * to.E > std::numeric_limits<int>::max()) fail("%d rows for %d experts: over 2^31; use a smaller batch", to.rows, to.E);
+    LAUNCH(expert_choice_kernel, to.E, kThreads, 0, stream)(to, probs);
+    CHECK_LAUNCH();
 }
 
 template <int width>
@@ -2750,6 +2822,7 @@ const Layers layers = {
     .router_scratch = router_scratch,
     .dispatch_plan = dispatch_plan,
     .dispatch_scratch = dispatch_scratch,
+    .expert_choice_plan = expert_choice_plan,
     .dispatch_forward = dispatch_forward,
     .dispatch_backward = dispatch_backward,
     .combine_forward = combine_forward,
@@ -2921,6 +2994,13 @@ void Config::resolve() {
             fail("--head-dim %d: must be a multiple of 8, at most %d (it is --d-model / --heads if not given)", head_dim, kMaxHeadSize);
         if (rope_base != 0 && rope_base <= 1) fail("--rope-base %g: must be 0 (no positions) or larger than 1", rope_base);
     }
+    if (routing != "token-choice" && routing != "expert-choice")
+        fail("--routing %s: there are token-choice and expert-choice", printable(routing).c_str());
+    if (expert_choice()) {
+        if (top_k != 1 || renormalize) fail("--routing expert-choice goes with --top-k 1 and --renormalize 0: no token chooses");
+        if (capacity == 0) fail("--routing expert-choice needs --capacity above 0: of T * B tokens an expert takes capacity * T * B / experts");
+        balance_loss = 0;  // all experts have as many tokens
+    }
     if (!d_ff) d_ff = (swiglu_ff ? 2 : 4) * d_model;
     if (!d_expert) d_expert = (swiglu_experts ? 2 : 3) * d_model;
 }
@@ -2936,7 +3016,7 @@ std::string Config::to_json() const { return fields_to_json(*this).text(); }
 Config Config::from_json(const std::string& text, const std::string& where) {
     Config config;
     const JsonObject json(text, where + ": the model's config");
-    const std::string added[] = {"mamba-norms", "heads", "kv-heads", "head-dim", "rope-base", "swiglu-ff"};  // older files do without
+    const std::string added[] = {"mamba-norms", "heads", "kv-heads", "head-dim", "rope-base", "swiglu-ff", "routing"};  // older files lack them
     each_field(config, [&](const char* flag, auto& field, auto...) {
         if (json.has(flag) || std::find(std::begin(added), std::end(added), flag) == std::end(added)) json.get(flag, field);
     });
@@ -3277,7 +3357,8 @@ struct FeedForwardLayer : Layer {
 };
 
 struct ExpertsLayer : Layer {
-    const int C, F, E, K;
+    const bool expert_choice;
+    const int C, F, E, K;                   // K = E with Expert Choice: any number of them may choose a token
     const bool swiglu;
     const int F_in;                         // outputs of the first product: 2F or F
     Tensor router, in, out;                 // (E, C); per expert (F_in, C), (C, F)
@@ -3289,8 +3370,8 @@ struct ExpertsLayer : Layer {
     real* d_gates;
 
     ExpertsLayer(Model& model, const std::string& name)
-        : Layer(model, name), C(model.config.d_model), F(model.config.d_expert), E(model.config.experts), K(model.config.top_k),
-          swiglu(model.config.swiglu_experts), F_in(swiglu ? 2 * F : F) {
+        : Layer(model, name), expert_choice(model.config.expert_choice()), C(model.config.d_model), F(model.config.d_expert),
+          E(model.config.experts), K(expert_choice ? E : model.config.top_k), swiglu(model.config.swiglu_experts), F_in(swiglu ? 2 * F : F) {
         model.expert_layers++;
         model.add(router, name + "router.weight", {E, C}, Init::normal, fan_in(C), Tensor::decayed);
         model.add_block(in, name + "experts.in", int64_t(E) * F_in * C, Init::normal, fan_in(C), Tensor::decayed);
@@ -3302,8 +3383,10 @@ struct ExpertsLayer : Layer {
             model.add_part(out, expert + "down_proj.weight", C, F);
         }
     }
+    // Rows of each expert; 0: no limit. Without Expert Choice nothing is dropped but in training.
+    int capacity(int64_t rows, bool training) const { return training || expert_choice ? model.config.capacity_rows(int(rows)) : 0; }
     int64_t slots(const Plan& plan) const {
-        const int64_t n = Dispatch::slots(plan.rows(), E, K, plan.training ? model.config.capacity_rows(int(plan.rows())) : 0);
+        const int64_t n = Dispatch::slots(plan.rows(), E, K, capacity(plan.rows(), plan.training));
         if (n > std::numeric_limits<int>::max())
             fail("%lld tokens in a batch make %lld rows for the experts, more than 2^31 - 1: use a smaller batch, --top-k or --capacity",
                  (long long)plan.rows(), (long long)n);
@@ -3313,8 +3396,8 @@ struct ExpertsLayer : Layer {
         const int64_t rows = plan.rows(), n = slots(plan);
         plan.arena.add(&routing.probs, name + "router probabilities", rows * E);
         plan.arena.add(&routing.lse, name + "router logsumexp", rows);
-        plan.arena.add(&routing.gates, name + "gates", rows * K);
-        plan.arena.add(&routing.experts, name + "chosen experts", rows * K);
+        plan.arena.add(&routing.gates, name + "gates", expert_choice ? 0 : rows * K);
+        plan.arena.add(&routing.experts, name + "chosen experts", expert_choice ? 0 : rows * K);
         plan.arena.add(&slot, name + "slots of choices", rows * K);
         plan.arena.add(&choice, name + "choices of slots", n);
         plan.arena.add(&offset, name + "expert offsets", E + 1);
@@ -3335,18 +3418,20 @@ struct ExpertsLayer : Layer {
     }
     Dispatch to(const Pass& p) const {
         int* const load = model.buffers.counters + int64_t(p.part % model.planned_parts) * model.counters + first_counter;
-        return {slot, choice, load, offset, p.rows(), E, K, p.training ? model.config.capacity_rows(p.rows()) : 0};
+        return {slot, choice, load, offset, p.rows(), E, K, capacity(p.rows(), p.training)};
     }
     Router router_of(const Pass& p, const floatX* normed) const {
-        return {normed, router.master, p.rows(), C, E, K, bool(model.config.renormalize)};
+        return {normed, router.master, p.rows(), C, E, expert_choice ? 0 : K, bool(model.config.renormalize)};
     }
+    const real* gates() const { return expert_choice ? routing.probs : routing.gates; }
     void forward(const Pass& p, const floatX* normed, floatX* branch, bool accumulate) override {
         const Layers& l = model.layers;
         const cudaStream_t stream = model.stream;
         char* const scratch = model.buffers.scratch;
         const Dispatch to = this->to(p);
         l.router_forward(routing, router_of(p, normed), scratch, stream);
-        l.dispatch_plan(to, routing.experts, scratch, stream);
+        if (expert_choice) l.expert_choice_plan(to, routing.probs, stream);
+        else l.dispatch_plan(to, routing.experts, scratch, stream);
         if (p.training) l.router_losses(model.buffers.losses + Model::kBalance, routing.probs, routing.lse, to.load, scratch, p.rows(), E, stream);
         const bool counted = to.capacity == 0 && (p.training || to.slots() > kFewSlots);
         if (counted) l.download(host_offset.data(), offset, (E + 1) * sizeof(int), stream);
@@ -3357,7 +3442,7 @@ struct ExpertsLayer : Layer {
         if (swiglu) l.swiglu_forward(hidden, gate_up, to.slots(), F, stream);
         else l.relu_forward(hidden, hidden, int64_t(to.slots()) * F, stream);
         l.experts_forward(y, {hidden, out.weight, to, known, F, C}, stream);
-        l.combine_forward(branch, y, routing.gates, to, C, accumulate, stream);
+        l.combine_forward(branch, y, gates(), to, C, accumulate, stream);
     }
     void backward(const Pass& p, floatX* d_normed, const floatX* d_out, const floatX* normed, bool accumulate) override {
         const Layers& l = model.layers;
@@ -3366,7 +3451,7 @@ struct ExpertsLayer : Layer {
         const bool add = p.part > 0;
         const int* const known = to.capacity ? nullptr : host_offset.data();
         const real share = real(1) / real(p.parts * model.expert_layers);
-        l.combine_backward(d_slots, d_gates, d_out, y, routing.gates, to, C, stream);
+        l.combine_backward(d_slots, d_gates, d_out, y, gates(), to, C, stream);
         l.experts_backward(d_hidden, out.grad, d_slots, {hidden, out.weight, to, known, F, C}, add, stream);
         if (swiglu) l.swiglu_backward(d_gate_up, d_hidden, gate_up, to.slots(), F, stream);
         else l.relu_backward(d_hidden, d_hidden, hidden, int64_t(to.slots()) * F, stream);
@@ -3375,12 +3460,13 @@ struct ExpertsLayer : Layer {
         l.router_backward(d_normed, router.grad, d_gates, routing, to.load, router_of(p, normed), real(model.config.balance_loss) * share,
                           real(model.config.z_loss) * share, model.buffers.scratch, stream);
     }
-    int64_t products(int) const override { return router.count + (in.count + out.count) / E * K; }
-    int64_t idle_parameters() const override { return (in.count + out.count) / E * (E - K); }
+    double experts_per_token() const { return expert_choice ? std::min<double>(model.config.capacity, E) : K; }
+    int64_t products(int) const override { return router.count + int64_t(double((in.count + out.count) / E) * experts_per_token()); }
+    int64_t idle_parameters() const override { return in.count + out.count + router.count - products(1); }
     int counters() const override { return E; }
     void report(Losses& losses, const int* load, int rows, double share) const override {
-        const int capacity = model.config.capacity_rows(rows);
-        const double choices = double(rows) * K;
+        const int capacity = this->capacity(rows, true);
+        const double choices = double(rows) * model.config.top_k;
         for (int e = 0; e < E; e++) {
             losses.expert_load = std::max(losses.expert_load, load[e] / (choices / E));
             if (capacity) losses.dropped += std::max(0, load[e] - capacity) / choices * share / model.expert_layers;
@@ -3816,6 +3902,9 @@ std::vector<real> Model::token_losses(const int* tokens, const int* targets, int
 }
 
 void Model::start(DecodeState& state, int B, int64_t context) {
+    if (!config.causal())
+        fail("this model cannot continue a text: its experts choose their tokens from the whole batch (--routing expert-choice), later ones "
+             "included");
     if (state.B != B || state.context != context) {
         state.arena.release();
         state.B = B;

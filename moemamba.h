@@ -93,11 +93,12 @@ struct Config {
     int swiglu_ff = 1;           // 0: ReLU
     int d_expert = 0;            // F of experts; 0 = 3 C with ReLU, 2 C with SwiGLU
     int experts = 8;             // E
+    std::string routing = "token-choice";  // who chooses: or "expert-choice", where each expert takes its most probable tokens of the batch
     int top_k = 1;               // K
     double capacity = 1.0;       // rows per expert = floor(capacity * T * B * K / E) in training; 0 = no limit, no token dropped
     int swiglu_experts = 0;      // 0: ReLU
     int renormalize = 0;         // divide the K gates by their sum (Mixtral)
-    double balance_loss = 0.01;  // weight of the load-balancing loss, averaged over the E layers
+    double balance_loss = 0.01;  // weight of the load-balancing loss, averaged over the E layers; 0 with expert-choice
     double z_loss = 0.0;         // weight of mean(logsumexp(logits)^2), likewise
     int tied = 0;                // head shares the embedding's table
     double norm_eps = 1e-5;
@@ -122,6 +123,7 @@ struct Config {
         f("swiglu-ff", c.swiglu_ff, "1: SwiGLU in dense feed-forward layers, 0: ReLU", 0, 1);
         f("d-expert", c.d_expert, "width of an expert; 0 = 3 C with ReLU, 2 C with SwiGLU", 0, kMost);
         f("experts", c.experts, "experts E in each E layer", 1, kMaxExperts);
+        f("routing", c.routing, "token-choice, or expert-choice: each expert takes its share of the batch; not causal, for comparisons", 0, 0);
         f("top-k", c.top_k, "experts K that a token goes to", 1, c.experts);
         f("capacity", c.capacity, "rows per expert over an even share, in training; 0 = drop nothing", 0, 1e6);
         f("swiglu-experts", c.swiglu_experts, "1: SwiGLU experts, 0: ReLU", 0, 1);
@@ -135,6 +137,8 @@ struct Config {
     void resolve();                                 // replaces every 0 that means "derived"; fails on what cannot be built
     std::vector<std::string> steps() const;         // {"M", "E", ...}, a parallel group is one entry: "ME"
     int count(char letter) const;                   // how many layers of that kind
+    bool expert_choice() const { return routing == "expert-choice"; }
+    bool causal() const { return !(expert_choice() && count('E')); }  // or else a token's output depends on later tokens
     int padded_vocab() const { return (vocab + 7) / 8 * 8; }
     int capacity_rows(int rows) const;              // per expert; 0 = no limit
     std::string to_json() const;
@@ -209,7 +213,8 @@ struct Attention {       // head h reads the keys and values of head h / (H / G)
 struct Router {
     const floatX* x;     // (rows, C)
     const real* weight;  // (E, C)
-    int rows, C, E, K;   // E <= kMaxExperts
+    int rows, C, E, K;   // E <= kMaxExperts; K = 0: the experts choose. Then Routing's experts and gates are not used: gates are the
+                         // probs, d_gates (rows, E)
     bool renormalize;    // divide the K gates by their sum
 };
 struct Routing {  // what the router gives
@@ -223,6 +228,7 @@ struct Routing {  // what the router gives
 struct Dispatch {
     int *slot, *choice;  // (rows, K), -1 if dropped; (slots), -1 if empty
     int *load, *offset;  // (E) choices of each expert, before dropping; (E+1)
+    // Expert Choice: K = E, and choice row * E + e is taken if expert e has chosen the row.
     int rows, E, K, capacity;
     int slots() const { return int(slots(rows, E, K, capacity)); }
     static int64_t slots(int64_t rows, int E, int K, int capacity) { return capacity > 0 ? int64_t(E) * capacity : rows * K; }
@@ -350,6 +356,9 @@ struct Layers {
     // -------- dispatch: rows to the experts that they chose, and back
     void (*dispatch_plan)(const Dispatch& to, const int* experts, void* scratch, cudaStream_t stream);  // all four arrays of `to`
     size_t (*dispatch_scratch)(int64_t choices);
+    // Expert Choice (arXiv 2202.09368): the same four arrays. Expert e takes the `capacity` rows (1 to rows) of largest probs[:, e], ties
+    // to the earlier row; its slots are in the order of the rows. probs (rows, E)
+    void (*expert_choice_plan)(const Dispatch& to, const real* probs, cudaStream_t stream);
     // out (slots, C): out[s] = x[choice[s] / K], or 0 for an empty slot
     void (*dispatch_forward)(floatX* out, const floatX* x, const Dispatch& to, int C, cudaStream_t stream);
     // d_x (rows, C): d_x[r] = sum_k d_out[slot[r, k]] (+ d_x if accumulate)

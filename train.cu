@@ -606,6 +606,10 @@ static int train(int argc, char** argv) {
         return 0;
     }
 
+    if (!config.causal() && options.sample_every > 0) fail("--sample-every: with --routing expert-choice a model cannot continue a text");
+    if (!config.causal())
+        fprintf(stderr, "warning: with --routing expert-choice a token's experts depend on the tokens after it: losses, validation's too, are not "
+                        "those of a model that predicts text, and infer refuses it\n");
     Loader train(*data.train, run.seq_len, "training");
     std::unique_ptr<Loader> val;
     if (options.eval_every > 0 && data.val->count > 0) val = std::make_unique<Loader>(*data.val, run.seq_len, "validation");

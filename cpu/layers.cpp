@@ -1344,6 +1344,7 @@ void router_backward(floatX* d_x, real* d_weight, const real* d_gates, const Rou
             mean += d_gate[k] * out.gates[choices + k];
         }
         for (int k = 0; k < K; k++) d[chosen[k]] += router.renormalize ? (d_gate[k] - mean) / total : d_gate[k];
+        for (int e = 0; e < E && K == 0; e++) d[e] += d_gates[row + e];  // the experts chose
         real dot = 0;
         for (int e = 0; e < E; e++) dot += p[e] * d[e];
         for (int e = 0; e < E; e++) d[e] = p[e] * (d[e] - dot + z_weight * 2 * out.lse[r] / rows);
@@ -1366,6 +1367,27 @@ void dispatch_plan(const Dispatch& to, const int* experts, void*, cudaStream_t) 
         to.slot[i] = place < to.offset[e + 1] ? place : -1;
         if (to.slot[i] >= 0) to.choice[place] = i;
     }
+}
+void expert_choice_plan(const Dispatch& to, const real* probs, cudaStream_t) {
+    if (to.rows == 0) return;
+    const int E = to.E, capacity = to.capacity;
+    std::fill_n(to.slot, int64_t(to.rows) * E, -1);
+#pragma omp parallel for if (worth_threads(int64_t(to.rows) * E))
+    for (int e = 0; e < E; e++) {
+        const auto p = [&](int64_t row) { return probs[row * E + e] > 0 ? probs[row * E + e] : 0; };  // no NaN, which has no order
+        const auto more_probable = [&](int a, int b) { return p(a) > p(b) || (p(a) == p(b) && a < b); };
+        std::vector<int> rows(to.rows);
+        std::iota(rows.begin(), rows.end(), 0);
+        std::nth_element(rows.begin(), rows.begin() + capacity - 1, rows.end(), more_probable);
+        std::sort(rows.begin(), rows.begin() + capacity);
+        for (int i = 0; i < capacity; i++) {
+            const int slot = e * capacity + i, choice = rows[i] * E + e;
+            to.slot[choice] = slot;
+            to.choice[slot] = choice;
+        }
+        to.load[e] = capacity;
+    }
+    for (int e = 0; e <= E; e++) to.offset[e] = e * capacity;
 }
 void dispatch_forward(floatX* out, const floatX* x, const Dispatch& to, int C, cudaStream_t) {
     const int slots = to.rows > 0 ? to.slots() : 0;
@@ -1626,6 +1648,7 @@ const Layers layers = {
     .router_scratch = router_scratch,
     .dispatch_plan = dispatch_plan,
     .dispatch_scratch = [](int64_t) -> size_t { return 0; },
+    .expert_choice_plan = expert_choice_plan,
     .dispatch_forward = dispatch_forward,
     .dispatch_backward = dispatch_backward,
     .combine_forward = combine_forward,

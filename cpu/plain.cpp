@@ -12,6 +12,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <numeric>
 #include <vector>
 
 namespace plain {
@@ -424,7 +425,7 @@ void attention_backward(floatX* d_q, floatX* d_k, floatX* d_v, const floatX* d_o
 void router_forward(const Routing& out, const Router& r, void*, cudaStream_t) {
     for (int64_t row = 0; row < r.rows; row++) {
         real *p = out.probs + row * r.E, *gates = out.gates + row * r.K, largest = -INFINITY, sum = 0, S = 0;
-        int* experts = out.experts + row * r.K;
+        int* experts = out.experts + row * r.K;  // K = 0: no row chooses
         for (int64_t e = 0; e < r.E; e++) {
             p[e] = 0;
             for (int64_t c = 0; c < r.C; c++) p[e] += real(r.x[row * r.C + c]) * r.weight[e * r.C + c];
@@ -464,7 +465,7 @@ void router_losses(real* losses, const real* probs, const real* lse, const int* 
 }
 // The choice of experts has no derivative, nor has f; the probabilities have.
 //   d_p[e] = balance_weight E f[e] / rows  (balance)
-//   d_p[experts[k]] += d_gate[k],  or if renormalised:  (d_gate[k] - sum_j d_gate[j] gate[j]) / S
+//   d_p[experts[k]] += d_gate[k],  or if renormalised:  (d_gate[k] - sum_j d_gate[j] gate[j]) / S,  or if experts choose:  d_p[e] += d_gate[e]
 //   d_l[e] = p[e] (d_p[e] - sum_j p[j] d_p[j])  (softmax)  +  z_weight 2 lse / rows p[e],  as dlse/dl[e] = p[e]
 //   d_x[c] += sum_e d_l[e] weight[e, c];  d_weight[e, c] += sum_r d_l[e] x[c]
 void router_backward(floatX* d_x, real* d_weight, const real* d_gates, const Routing& out, const int* load, const Router& r,
@@ -479,6 +480,7 @@ void router_backward(floatX* d_x, real* d_weight, const real* d_gates, const Rou
             d_gate_gate += d_gate[k] * gates[k];
         }
         for (int64_t k = 0; k < r.K; k++) d_p[experts[k]] += r.renormalize ? (d_gate[k] - d_gate_gate) / S : d_gate[k];
+        for (int64_t e = 0; e < r.E && r.K == 0; e++) d_p[e] += d_gates[row * r.E + e];
         for (int64_t e = 0; e < r.E; e++) p_d_p += p[e] * d_p[e];
         for (int64_t e = 0; e < r.E; e++) d_l[e] = p[e] * (d_p[e] - p_d_p + z_weight * 2 * out.lse[row] / r.rows);
         for (int64_t c = 0; c < r.C; c++) {
@@ -506,6 +508,25 @@ void dispatch_plan(const Dispatch& to, const int* experts, void*, cudaStream_t) 
         const int e = experts[i];
         to.slot[i] = next[e] < to.offset[e + 1] ? next[e]++ : -1;
         if (to.slot[i] >= 0) to.choice[to.slot[i]] = int(i);
+    }
+}
+// Expert Choice: every expert has its rows in the order of their probability, the earlier of equal ones first, and takes the first of them.
+void expert_choice_plan(const Dispatch& to, const real* probs, cudaStream_t) {
+    std::vector<int> rows(to.rows);
+    for (int e = 0; e < to.E && to.rows > 0; e++) {
+        const auto p = [&](int64_t row) { return probs[row * to.E + e] > 0 ? probs[row * to.E + e] : 0; };  // a NaN is as unlikely as can be
+        std::iota(rows.begin(), rows.end(), 0);
+        std::stable_sort(rows.begin(), rows.end(), [&](int a, int b) { return p(a) > p(b); });
+        std::sort(rows.begin(), rows.begin() + to.capacity);
+        for (int64_t r = 0; r < to.rows; r++) to.slot[r * to.E + e] = -1;
+        for (int i = 0; i < to.capacity; i++) {
+            const int slot = e * to.capacity + i, choice = rows[i] * to.E + e;
+            to.slot[choice] = slot;
+            to.choice[slot] = choice;
+        }
+        to.load[e] = to.capacity;
+        to.offset[e] = e * to.capacity;
+        to.offset[e + 1] = (e + 1) * to.capacity;
     }
 }
 //   out[s] = x[choice[s] / K], or 0 for an empty slot
@@ -695,6 +716,7 @@ const Layers layers = {
     .router_scratch = no_scratch,
     .dispatch_plan = dispatch_plan,
     .dispatch_scratch = no_scratch,
+    .expert_choice_plan = expert_choice_plan,
     .dispatch_forward = dispatch_forward,
     .dispatch_backward = dispatch_backward,
     .combine_forward = combine_forward,

@@ -102,6 +102,8 @@ inline void sincospi(double x, double* sine, double* cosine) { *sine = std::sin(
 inline void sincospif(float x, float* sine, float* cosine) { *sine = float(std::sin(x * M_PI)), *cosine = float(std::cos(x * M_PI)); }
 __forceinline__ float __fdividef(float x, float y) { return x / y; }
 __forceinline__ int __popc(unsigned x) { return std::popcount(x); }
+__forceinline__ unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
+__forceinline__ long long __double_as_longlong(double x) { return std::bit_cast<long long>(x); }
 // Of a number and a NaN they return the number, as fmin and fmax do.
 template <class T> requires std::is_arithmetic_v<T> constexpr T min(T a, T b) { return b < a || !(a == a) ? b : a; }
 template <class T> requires std::is_arithmetic_v<T> constexpr T max(T a, T b) { return a < b || !(a == a) ? b : a; }

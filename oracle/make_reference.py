@@ -456,6 +456,30 @@ def make_jamba_moe():
                     "JambaSparseMoeBlock, its load_balancing_loss_func; z_loss as in Switch")
 
 
+def make_expert_choice():
+    """Expert Choice (arXiv 2202.09368): each expert takes its `capacity` most probable tokens of all."""
+    r, E, C, D_ff, T = Random(62), 4, 12, 20, 23
+    capacity = T // E
+    x, router, dout = r.leaf(T, C), r.leaf(E, C, scale=0.6), r(T, C)
+    w = {"gate": r.leaf(E, D_ff, C, scale=C**-0.5), "up": r.leaf(E, D_ff, C, scale=C**-0.5), "down": r.leaf(E, C, D_ff, scale=D_ff**-0.5)}
+    probs = (x @ router.T).softmax(-1)
+    weight, rows = probs.topk(capacity, dim=0)  # (capacity, E)
+    out = torch.zeros(T, C)
+    for e in range(E):
+        out = out.index_add(0, rows[:, e], weight[:, e, None] * swiglu(x[rows[:, e]], *(w[n][e] for n in ("gate", "up", "down"))))
+    aux = E * (capacity / T * probs.mean(0)).sum()  # of an even load: nothing to learn from
+    z = (x @ router.T).logsumexp(-1).square().mean()
+    takers = F.one_hot(rows, T).sum((0, 1))
+    assert (takers == 0).any() and (takers > 1).any(), takers
+    ordered = probs.sort(0, descending=True).values  # no near tie that float32 could decide otherwise
+    assert (ordered[capacity - 1] - ordered[capacity]).min() > 1e-3, "near tie: change the seed"
+    tensors = {"x": x, "router.weight": router, **w, "router_probs": probs, "out": out, "dout": dout, "aux_loss": aux,
+               "z_loss": z}
+    save("expert_choice.safetensors", with_grads(tensors, (dout * out).sum() + 0.001 * z), T=T, d_model=C, d_ff=D_ff, E=E,
+         expert_capacity=capacity, z_weight=0.001, activation="swiglu: down(silu(gate x) * up x)",
+         loss_is="sum(dout * out) + 0.001 * z_loss", source="plain PyTorch")
+
+
 def make_layers():
     r = Random(6)
     tensors = {}
@@ -572,7 +596,8 @@ def make_adamw():
         "order": "grads are as given, before clipping; steps, m and v after each step, first index"})
 
 
-for make in make_mamba_mixer, make_mamba_lm, make_mixtral_lm, make_jamba_lm, make_switch, make_mixtral, make_jamba_moe, make_layers, make_adamw:
+for make in make_mamba_mixer, make_mamba_lm, make_mixtral_lm, make_jamba_lm, make_switch, make_mixtral, make_jamba_moe, \
+        make_expert_choice, make_layers, make_adamw:
     make()
 print(f"{'file':26}{'bytes':>9}{'tensors':>9}")
 for row in summary + [("all", sum(s[1] for s in summary), sum(s[2] for s in summary))]:

@@ -1086,6 +1086,10 @@ TEST_CASE("train refuses bad flags") {
     const Arguments attention = place + Arguments{"--layers", "A", "--d-model", "48"};
     refuse(attention + Arguments{"--heads", "5"}, {"--heads 5", "--d-model 48"});
     refuse(attention + Arguments{"--heads", "3", "--kv-heads", "2"}, {"--kv-heads 2", "--heads 3"});
+    const Arguments experts = place + Arguments{"--layers", "ME", "--routing"};
+    refuse(experts + Arguments{"random"}, {"--routing random", "expert-choice"});
+    refuse(experts + Arguments{"expert-choice", "--top-k", "2"}, {"--routing expert-choice", "--top-k 1"});
+    refuse(experts + Arguments{"expert-choice", "--capacity", "0"}, {"--routing expert-choice", "--capacity above 0"});
     refuse(attention + Arguments{"--heads", "4"}, {"--head-dim 12", "multiple of 8"});
     refuse(attention + Arguments{"--head-dim", "264"}, {"--head-dim", "256"});
     refuse(attention + Arguments{"--rope-base", "0.5"}, {"--rope-base 0.5"});
@@ -1342,6 +1346,20 @@ TEST_CASE("multiple choice") {
     write_text(path, "\n");
     at.refuse("infer", arguments, {"no questions"});
     at.refuse("infer", arguments + Arguments{"--prompt", "a"}, {"--choices", "no prompt"});
+}
+
+TEST_CASE("experts that choose their tokens: trained with a warning, not sampled from") {
+    const Workplace at;
+    make_data(at);
+    const Result trained = at.succeed("train", train_flags(at, "run", 3) + Arguments{"--routing", "expert-choice"});
+    CHECK(trained.err.find("warning: with --routing expert-choice") != std::string::npos);
+    CHECK(losses(at / "run", "val").size() == 1);
+    for (const Json& line : read_log(at / "run", "train")) {
+        CHECK(line.at("expert_load") == 1);
+        CHECK(line.at("aux") == 0);
+    }
+    at.refuse("infer", {"--checkpoint", at / "run", "--prompt", "a"}, {"run/model.safetensors", "expert-choice", "not continue a text"});
+    at.refuse("train", train_flags(at, "other", 3) + Arguments{"--routing", "expert-choice", "--sample-every", "1"}, {"--sample-every", "expert-choice"});
 }
 
 // ---- streams, names and numbers that somebody else made

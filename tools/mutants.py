@@ -23,7 +23,7 @@ BUILD = "build/mutants"
 LAYERS = {"embedding|Embedding|sort_|bucket_of|counting_sort": "embedding", "rmsnorm": "rmsnorm", "slice": "slice_norm",
           "rotate": "rotate", "attention|Attention|PlainSum|TensorCoreSum|row_sum|row_max|HeadBlock|OnlineSum|with_parts": "attention", "linear|matmul": "linear", "conv|Conv|with_conv": "conv",
           "scan|Scan|exchange|load_states|store_states|load_decay|with_split|State": "scan",
-          "route|Router|dispatch|Dispatch|gather|combine|expert": "moe", "swiglu": "feed-forward", "relu": "relu",
+          "route|Router|dispatch|Dispatch|gather|combine|expert|block_rank|bits_of": "moe", "swiglu": "feed-forward", "relu": "relu",
           "softmax_of_row|classifier": "classifier", "softmax_forward": "softmax", "sum_kernel|sum_all": "sum", "adamw": "adamw"}
 # Compiling takes the time. No test of a layer in one of these groups comes through a function of another group: three faults, one from
 # each, are compiled together, and tested each on its own layer.
@@ -378,6 +378,7 @@ FAULTS = {
         ("ld", "row * ld_d", "row * E"),
         ("bounds", "row >= rows", "row > rows"),
         ("gate's", "d_p[i] += d;", "d_p[i] = d;"),
+        ("experts' choice", "if (K == 0 && e < E)", "if (K < 0)"),
     ],
     "router_backward": [("weight overwritten", "r.rows, true, stream", "r.rows, false, stream"), ("input overwritten", "r.E, true, stream", "r.E, false, stream")],
 
@@ -469,6 +470,23 @@ FAULTS = {
     # ---- dispatch and combine
     "dispatch_plan": [("empty slots", ".slots = slots", ".slots = 0"), ("capacity", ".capacity = to.capacity", ".capacity = 0"),
                       ("scratch", "const DispatchScratch s(scratch, choices)", "const DispatchScratch s(static_cast<char*>(scratch) + 256, choices)")],
+    "block_rank": [("itself too", "<< lane_id()) - 1)", "<< lane_id()))"), ("warps", "w < warp_id() ?", "w <= warp_id() ?"),
+                   ("all", "all += of_warp[w]", "all = of_warp[w]")],
+    "expert_choice_kernel": [
+        ("wanted one less", "wanted = to.capacity;", "wanted = to.capacity - 1;"),
+        ("not cleared", "found[t] = 0;", ""),
+        ("other prefixes", "p >> shift >> 8 == last >> shift >> 8", "true"),
+        ("a bucket too many", "bucket = t + 1;", "bucket = t;"),
+        ("not enough", "above + found[t] >= wanted", "above + found[t] > wanted"),
+        ("wanted stays", "wanted -= reached[1];", ""),
+        ("all equal ones", "rank < wanted", "true"),
+        ("no equal one", "(is_last && rank < wanted)", "false"),
+        ("equal ones before", "equal += now_equal;", ""),
+        ("taken before", "taken += now_taken;", ""),
+        ("not taken", "take ? slot : -1", "slot"),
+        ("last offset", "to.offset[to.E] = to.E * to.capacity", "to.offset[to.E] = 0"),
+        ("load", "to.load[e] = to.capacity", "to.load[e] = 0"),
+    ],
     "dispatch_forward_kernel": [("row of the choice", "from / K", "from"), ("empty slots", "from < 0 ?", "from < -1 ?")],
     "dispatch_forward": [("slots", "to.slots(), row", "to.slots() - 1, row")],
     "dispatch_backward": [("accumulate", "C, accumulate", "C, false")],
