@@ -19,14 +19,16 @@
 namespace fs = std::filesystem;
 
 struct Options {
+    static constexpr int kMostSamples = 1 << 16;  // of a batch
     std::string checkpoint, preset, prompt, prompt_file, choices, device = "auto";
-    int64_t tokens = 256, samples = 1;
+    int64_t tokens = 256;
+    int samples = 1;
     Sampling sampling;
     bool bench = false;
 
     void check() const {
         if (tokens < 0 || tokens > UINT32_MAX) fail("--tokens %lld: must be from 0 to 2^32 - 1", (long long)tokens);
-        if (samples < 1 || samples > INT32_MAX) fail("--samples %lld: must be from 1 to 2^31 - 1", (long long)samples);
+        if (samples < 1 || samples > kMostSamples) fail("--samples %d: must be from 1 to %d", samples, kMostSamples);
         if (sampling.temperature != 0 && !(sampling.temperature >= 1e-3 && std::isfinite(sampling.temperature)))
             fail("--temperature %g: must be 0, or at least 0.001", sampling.temperature);
         if (sampling.top_k < 0) fail("--top-k %d: must be at least 0", sampling.top_k);
@@ -45,27 +47,35 @@ static void print(const std::string& text) {
         fail("cannot write the text: %s", strerror(errno));
 }
 
+// One text appears as it is drawn; several, which are drawn in one batch, one after the other when they are done.
 static void sample(Model& model, const Tokenizer& tokenizer, const std::vector<int>& prompt, const std::string& prompt_text,
                    const Options& options) {
+    const bool alone = options.samples == 1;
+    std::vector<std::string> texts(options.samples, prompt_text);
+    if (alone) print(prompt_text);
+    const double start = omp_get_wtime();
+    double first = start, shown = start;
+    int64_t count = 0;
     DecodeState state;
-    for (int64_t i = 0; i < options.samples && !interrupted; i++) {
-        if (options.samples > 1) print((i ? "\n" : "") + std::string("---- sample ") + std::to_string(i + 1) + "\n");
-        print(prompt_text);
-        const double start = omp_get_wtime();
-        double first = start;
-        int64_t count = 0;
-        generate(model, state, tokenizer, prompt, options.tokens, options.sampling, i, [&](int token) {
-            if (count++ == 0) first = omp_get_wtime();
-            print(tokenizer.decode(token));
-            return !interrupted;
-        });
-        print("\n");
-        const double decoding = omp_get_wtime() - first;
-        fprintf(stderr, "[prompt: %zu tokens in %.0f ms; text: %lld tokens", std::max<size_t>(prompt.size(), 1), 1e3 * (first - start),
-                (long long)count);
-        if (count > 1) fprintf(stderr, ", %.1f tokens/s", double(count - 1) / decoding);
-        fprintf(stderr, "]\n");
-    }
+    generate(model, state, tokenizer, prompt, options.tokens, options.sampling, 0, options.samples, [&](int text, int token) {
+        const double now = omp_get_wtime();
+        if (count++ == 0) first = now;
+        if (alone) print(tokenizer.decode(token));
+        else texts[text] += tokenizer.decode(token);
+        if (!alone && now - shown >= 1) {
+            shown = now;
+            fprintf(stderr, "%lld of at most %lld tokens\n", (long long)count, (long long)(options.tokens * options.samples));
+        }
+        return !interrupted;
+    });
+    const double decoding = omp_get_wtime() - first;
+    if (alone) print("\n");
+    for (int i = 0; i < options.samples && !alone; i++)
+        print((i ? "\n---- sample " : "---- sample ") + std::to_string(i + 1) + "\n" + texts[i] + "\n");
+    fprintf(stderr, "[prompt: %zu tokens in %.0f ms; text: %lld tokens", std::max<size_t>(prompt.size(), 1), 1e3 * (first - start),
+            (long long)count);
+    if (count > options.samples) fprintf(stderr, ", %.1f tokens/s", double(count - options.samples) / decoding);
+    fprintf(stderr, "]\n");
 }
 
 // ------------------------------------------------------------------------------------------------------------------
@@ -222,7 +232,7 @@ static int infer(int argc, char** argv) {
     command.add("--top-k", options.sampling.top_k, "draw from the k most probable tokens; 0 = all");
     command.add("--top-p", options.sampling.top_p, "of those, from the fewest that have this share of the probability");
     command.add("--seed", options.sampling.seed, "same seed, same text");
-    command.add("--samples", options.samples, "texts to draw");
+    command.add("--samples", options.samples, "texts to draw, side by side; they are printed when all of them are done");
     command.add("--device", options.device, "auto, cpu, simt, plain or cuda; auto is the fastest there is");
     command.add("--choices", options.choices,
                 "instead of drawing text, answer multiple choice: a file of lines {\"context\": ..., \"choices\": [...], \"label\": from 0}; a "

@@ -241,6 +241,9 @@ void download(void* to_host, const void* from_device, size_t bytes, cudaStream_t
     if (bytes > 0) CUDA_CHECK(cudaMemcpyAsync(to_host, from_device, bytes, cudaMemcpyDeviceToHost, stream));
     synchronize(stream);
 }
+void copy(void* to, const void* from, size_t bytes, cudaStream_t stream) {
+    if (bytes > 0) CUDA_CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream));
+}
 
 // ------------------------------------------------------------------------------------------------------------------
 // Matrix products by cuBLAS, which is column-major: a row-major matrix is its transpose there, so C^T = B^T A^T.
@@ -2791,6 +2794,7 @@ const Layers layers = {
     .upload = upload,
     .upload_later = upload_later,
     .download = download,
+    .copy = copy,
     .synchronize = synchronize,
     .linear_forward = linear_forward,
     .linear_backward = linear_backward,
@@ -3917,6 +3921,17 @@ void Model::start(DecodeState& state, int B, int64_t context) {
     for (const Arena::Entry& entry : state.arena.entries) layers.zero(entry.memory, entry.bytes, stream);
 }
 
+// Both arenas have the same tensors, of which the first dimension is the sequence; `to` may have room for more tokens.
+void Model::copy_state(DecodeState& to, const DecodeState& from) {
+    for (size_t i = 0; i < to.arena.entries.size(); i++) {
+        const Arena::Entry &all = to.arena.entries[i], &one = from.arena.entries[i];
+        const size_t stride = all.bytes / to.B;
+        for (int b = 0; b < to.B; b++) layers.copy(static_cast<char*>(all.memory) + b * stride, one.memory, one.bytes, stream);
+    }
+    to.position = from.position;
+    to.current = from.current;
+}
+
 Model::StateBytes Model::decode_state_bytes(int64_t context, int bits) {
     Arena arena("one sequence, without its tokens");
     int64_t elements = 0;
@@ -3987,17 +4002,35 @@ int sample_token(const real* probs, int V, bool greedy, int top_k, double top_p,
 }
 
 void generate(Model& model, DecodeState& state, const Tokenizer& tokenizer, std::vector<int> prompt, int64_t count,
-              const Sampling& sampling, int64_t sample, const std::function<bool(int)>& emit) {
+              const Sampling& sampling, int64_t sample, int texts, const std::function<bool(int, int)>& emit) {
     if (prompt.empty()) prompt.push_back(tokenizer.end_of_text);
-    model.start(state, 1, int64_t(prompt.size()) + count);
+    const int64_t length = int64_t(prompt.size()), V = model.config.vocab;
+    DecodeState alone;  // reads the prompt for all of them
+    model.start(state, texts, length + count);
+    if (texts > 1) model.start(alone, 1, length);
+    std::vector<int> tokens(texts);
     for (int64_t i = 0; i < count; i++) {
-        const real* probs = model.decode(state, prompt.data(), int(prompt.size()), real(sampling.temperature));
-        if (!std::isfinite(std::accumulate(probs, probs + tokenizer.vocab, 0.0)))
-            fail("the model's probabilities are not finite: its weights are damaged, perhaps by too high a learning rate");
-        const double u = random_uniform(sampling.seed, kSampleStream, uint64_t(sample) << 32 | uint64_t(i));
-        const int token = sample_token(probs, tokenizer.vocab, sampling.temperature == 0, sampling.top_k, sampling.top_p, u);
-        if (token == tokenizer.end_of_text || !emit(token)) return;
-        prompt.assign(1, token);
+        const bool first = i == 0;
+        const real* probs = model.decode(first && texts > 1 ? alone : state, first ? prompt.data() : tokens.data(), first ? int(length) : 1,
+                                         real(sampling.temperature));
+        if (first && texts > 1) model.copy_state(state, alone);
+        bool finite = true;
+#pragma omp parallel for if (texts > 1) reduction(&& : finite)
+        for (int text = 0; text < texts; text++) {
+            if (!first && tokens[text] == tokenizer.end_of_text) continue;  // it has ended: what it still computes, nobody reads
+            const real* p = probs + (first ? 0 : text * V);
+            finite = finite && std::isfinite(std::accumulate(p, p + tokenizer.vocab, 0.0));
+            const double u = random_uniform(sampling.seed, kSampleStream, uint64_t(sample + text) << 32 | uint64_t(i));
+            tokens[text] = sample_token(p, tokenizer.vocab, sampling.temperature == 0, sampling.top_k, sampling.top_p, u);
+        }
+        if (!finite) fail("the model's probabilities are not finite: its weights are damaged, perhaps by too high a learning rate");
+        bool all_ended = true;
+        for (int text = 0; text < texts; text++) {
+            if (tokens[text] == tokenizer.end_of_text) continue;
+            all_ended = false;
+            if (!emit(text, tokens[text])) return;
+        }
+        if (all_ended) return;
     }
 }
 

@@ -273,6 +273,7 @@ struct Layers {
     // Returns at once: from_host, of allocate_host, must stay as it is until the next synchronize() or download().
     void (*upload_later)(void* to_device, const void* from_host, size_t bytes, cudaStream_t stream);
     void (*download)(void* to_host, const void* from_device, size_t bytes, cudaStream_t stream);  // returns when done
+    void (*copy)(void* to, const void* from, size_t bytes, cudaStream_t stream);  // both on the device; they do not overlap
     void (*synchronize)(cudaStream_t stream);
 
     // -------- linear, no bias:  out = in W^T (+ out if accumulate);  out (rows, O) with ld_out
@@ -552,6 +553,7 @@ struct Model {
 
     // ---- decoding: T tokens of each of the state's B sequences; T = the prompt, a part of it, or 1. No token is dropped.
     void start(DecodeState& state, int B, int64_t context);  // takes the memory, unless it has it from an earlier start
+    void copy_state(DecodeState& to, const DecodeState& from);   // each sequence of `to` goes on after what `from`, of one sequence, has read
     // probabilities of the next token at this temperature (0: as 1), (B, V) on the host, valid until the next call
     const real* decode(DecodeState& state, const int* tokens, int T, real temperature);
     std::vector<real> logits(const int* tokens, int B, int T);  // (B, T, V), for tests and small inputs
@@ -624,13 +626,14 @@ struct Model {
 // greedy: the largest, ties to the lower index.
 int sample_token(const real* probs, int V, bool greedy, int top_k, double top_p, double u);
 
-// Feeds the prompt, then draws up to `count` tokens and hands each to `emit`, until end-of-text or until `emit` returns false.
-// `sample` tells apart texts drawn with one seed. An empty prompt starts from end-of-text: that is what a new document follows in
-// training, and there has to be something to predict from. Memory, for all of the text, is taken first.
+// Reads the prompt once, then draws so many texts side by side, of up to `count` tokens each, and hands each token to emit(text, token),
+// until every text has met its end-of-text or `emit` returns false. Text i is sample number sample + i of the seed: to rounding it does
+// not depend on which others are drawn with it. An empty prompt starts from end-of-text: that is what a new document follows in
+// training, and there has to be something to predict from. Memory, for all of the texts, is taken first.
 struct Sampling {
     double temperature = 0.8, top_p = 1.0;  // temperature 0: always the most probable token
     int top_k = 0;                          // 0: all
     uint64_t seed = 0;
 };
 void generate(Model& model, DecodeState& state, const Tokenizer& tokenizer, std::vector<int> prompt, int64_t count,
-              const Sampling& sampling, int64_t sample, const std::function<bool(int)>& emit);
+              const Sampling& sampling, int64_t sample, int texts, const std::function<bool(int, int)>& emit);

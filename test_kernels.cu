@@ -1372,6 +1372,54 @@ TEST_CASE("a prompt at once, in parts, or token by token: the same probabilities
         }
 }
 
+TEST_CASE("texts drawn side by side are those drawn one at a time", "[model]") {
+    for (const Layers* on : devices())
+        for (const Family& f : families()) DYNAMIC_SECTION(on->device << ": " << f.name) {
+            if (!f.config.causal()) continue;
+            INFO("MOEMAMBA_TEST_SEED=" << seed);
+            Model model(f.config, *on);
+            initialize_off_centre(model);
+            const int V = f.config.vocab, texts = 3, T = 12, first = 5;  // tokens; of them in the prompt
+            const Batch batch(V, texts, T);
+            DecodeState alone, together;
+            model.start(together, texts, T);
+            model.start(alone, 1, first);
+            model.decode(alone, batch.tokens.data(), first, 0);
+            model.copy_state(together, alone);
+            std::vector<std::vector<double>> got(texts), want(texts);
+            for (int t = first; t < T; ++t) {
+                const real* probs = model.decode(together, batch.columns(t, 1).data(), 1, 0);
+                for (int i = 0; i < texts; ++i) got[i].insert(got[i].end(), probs + i * V, probs + (i + 1) * V);
+            }
+            for (int i = 0; i < texts; ++i) {
+                model.start(alone, 1, T);
+                model.decode(alone, batch.tokens.data(), first, 0);
+                for (int t = first; t < T; ++t) {
+                    const real* probs = model.decode(alone, &batch.tokens[i * T + t], 1, 0);
+                    want[i].insert(want[i].end(), probs, probs + V);
+                }
+                CHECK(distance(got[i], want[i]) <= by_precision(1e-11, 1e-5, 5e-2));
+            }
+            if (kMixedPrecision) continue;  // there, rounding decides what is drawn
+            Tokenizer tokenizer;
+            tokenizer.vocab = V;
+            tokenizer.end_of_text = 3;  // soon drawn
+            std::vector<std::vector<int>> drawn(texts), drawn_alone(texts);
+            generate(model, together, tokenizer, {7, 8, 9}, 20, {.seed = seed}, 4, texts, [&](int text, int token) {
+                drawn[text].push_back(token);
+                return true;
+            });
+            for (int i = 0; i < texts; ++i)
+                generate(model, alone, tokenizer, {7, 8, 9}, 20, {.seed = seed}, 4 + i, 1, [&](int text, int token) {
+                    CHECK(text == 0);
+                    drawn_alone[i].push_back(token);
+                    return true;
+                });
+            CHECK(drawn == drawn_alone);
+            CHECK(drawn[0] != drawn[1]);
+        }
+}
+
 TEST_CASE("accumulated parts of a batch give the gradients of the whole", "[model]") {
     for (Family f : families()) DYNAMIC_SECTION(f.name) {
         if (f.config.expert_choice()) continue;

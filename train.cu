@@ -499,7 +499,7 @@ static void train_steps(Model& model, const Options& options, const Run& run, co
         if (due(options.sample_every)) {
             printf("sample after step %d: %s", step, options.sample_prompt.c_str());
             const Sampling sampling{.seed = run.seed};
-            generate(model, sampler, data.tokenizer, prompt, options.sample_tokens, sampling, step, [&](int token) {
+            generate(model, sampler, data.tokenizer, prompt, options.sample_tokens, sampling, step, 1, [&](int, int token) {
                 fputs(data.tokenizer.decode(token).c_str(), stdout);
                 return true;
             });

@@ -1617,6 +1617,7 @@ const Layers layers = {
     .upload = copy,
     .upload_later = copy,
     .download = copy,
+    .copy = copy,
     .synchronize = [](cudaStream_t) {},
     .linear_forward = linear_forward,
     .linear_backward = linear_backward,

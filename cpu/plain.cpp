@@ -685,6 +685,7 @@ const Layers layers = {
     .upload = copy,
     .upload_later = copy,
     .download = copy,
+    .copy = copy,
     .synchronize = synchronize,
     .linear_forward = linear_forward,
     .linear_backward = linear_backward,

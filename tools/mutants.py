@@ -487,6 +487,7 @@ FAULTS = {
         ("last offset", "to.offset[to.E] = to.E * to.capacity", "to.offset[to.E] = 0"),
         ("load", "to.load[e] = to.capacity", "to.load[e] = 0"),
     ],
+    "expert_choice_plan": [("an expert less", "to.E, kThreads, 0", "to.E - 1, kThreads, 0")],
     "dispatch_forward_kernel": [("row of the choice", "from / K", "from"), ("empty slots", "from < 0 ?", "from < -1 ?")],
     "dispatch_forward": [("slots", "to.slots(), row", "to.slots() - 1, row")],
     "dispatch_backward": [("accumulate", "C, accumulate", "C, false")],
