@@ -1161,67 +1161,100 @@ void attention_tile(floatX* out, real* lse, const Attention& a, int64_t b, int h
         if (lse) lse[(row + r) * a.H + h] = largest[r] + std::log(total[r]);
     }
 }
-// One query, by dot products: each key and value is read once for all heads of its group. Shares of the keys go to threads.
+// One query, by dot products. Shares of the keys go to threads, which read the cache in the order of memory: a row of it has the keys of all
+// heads, and then their values. Each is read once for the heads of its group.
+constexpr int kStepKeys = 64;
 struct StepScratch {
-    real *sums, *largest, *total;  // (B, G, shares, H / G, S); (B, G, shares, H / G)
+    real *sums, *largest, *total, *scores;  // (B, shares, H, S); (B, shares, H); (B, shares, H, kStepKeys)
+    size_t bytes;
     StepScratch(void* scratch, int64_t B, int H, int S, int shares) {
         Cutter cutter(scratch);
-        sums = cutter.cut<real>(B * H * shares * S);
-        largest = cutter.cut<real>(B * H * shares);
-        total = cutter.cut<real>(B * H * shares);
+        sums = cutter.cut<real>(B * shares * H * S);
+        largest = cutter.cut<real>(B * shares * H);
+        total = cutter.cut<real>(B * shares * H);
+        scores = cutter.cut<real>(B * shares * H * kStepKeys);
         bytes = cutter.bytes();
     }
-    size_t bytes;
 };
 int step_shares() { return omp_get_max_threads(); }
 size_t attention_scratch(int B, int, int H, int S) { return StepScratch(nullptr, B, H, S, step_shares()).bytes; }
-void attention_share(real* sums, real* largest, real* total, const floatX* q, const floatX* k, const floatX* v, int ld, int64_t keys, int heads,
-                     int S) {
-    constexpr int kKeys = 64;
-    real scores[kKeys];
+// Calls f(s, count) for the vectors of S numbers: where each begins, and how many it has: kLanes, known to the compiler, but for the last.
+template <class F>
+void each_vector(int S, F&& f) {
+    int s = 0;
+    for (; s + kLanes <= S; s += kLanes) f(s, std::integral_constant<int, kLanes>());
+    if (s < S) f(s, S - s);
+}
+void attention_share(real* sums, real* largest, real* total, real* scores, const floatX* q, const floatX* k, const floatX* v, int ld,
+                     int64_t keys, int H, int heads, int S) {
+    constexpr int kRows = 4;  // keys at a time, for sums that do not wait for each other
     const real scale = 1 / std::sqrt(real(S));
-    std::fill_n(sums, int64_t(heads) * S, real(0));
-    std::fill_n(largest, heads, std::numeric_limits<real>::lowest());
-    std::fill_n(total, heads, real(0));
-    for (int64_t j0 = 0; j0 < keys; j0 += kKeys)
-        for (int h = 0; h < heads; h++) {
-            const int n = int(std::min<int64_t>(kKeys, keys - j0));
-            real most = largest[h];
-            for (int j = 0; j < n; j++) {
-                const floatX *const key = k + (j0 + j) * ld, *const query = q + h * S;
-                vec sum = {};
-                for (int s = 0; s < S; s += kLanes) {
-                    const int count = std::min(kLanes, S - s);
-                    sum += load_vec(query + s, count) * load_vec(key + s, count);
+    std::fill_n(sums, int64_t(H) * S, real(0));
+    std::fill_n(largest, H, std::numeric_limits<real>::lowest());
+    std::fill_n(total, H, real(0));
+    for (int64_t j0 = 0; j0 < keys; j0 += kStepKeys) {
+        const int n = int(std::min<int64_t>(kStepKeys, keys - j0));
+        // f(j, h, rows) for kRows keys from j on and each head h: where the head finds them. Past the last key, it is the last again.
+        const auto each_part = [&](const floatX* in, auto f) {
+            for (int j = 0; j < n; j += kRows) {
+                const floatX* rows[kRows];
+                for (int i = 0; i < kRows; i++) rows[i] = in + (j0 + std::min(j + i, n - 1)) * ld;
+                for (int h = 0; h < H; h++) {
+                    if (h && h % heads == 0) for (const floatX*& row : rows) row += S;
+                    f(j, h, rows);
                 }
-                scores[j] = sum_lanes(sum) * scale;
-                most = std::max(most, scores[j]);
             }
-            const real shrink = exp(largest[h] - most);
-            total[h] = total[h] * shrink + exp_and_sum(scores, n, most);
+        };
+        each_part(k, [&](int j, int h, const floatX* const* key) {
+            vec sum[kRows] = {};
+            each_vector(S, [&](int s, auto count) {
+                const vec query = load_vec(q + h * S + s, count);
+#pragma GCC unroll 4
+                for (int i = 0; i < kRows; i++) {
+                    __builtin_prefetch(key[i] + s + kRows * ld);  // no processor foresees that it will be needed
+                    sum[i] += query * load_vec(key[i] + s, count);
+                }
+            });
+#pragma GCC unroll 4
+            for (int i = 0; i < kRows; i++) scores[h * kStepKeys + j + i] = sum_lanes(sum[i]) * scale;
+        });
+        for (int h = 0; h < H; h++) {
+            real* const p = scores + h * kStepKeys;
+            const real most = std::max(largest[h], *std::max_element(p, p + n)), shrink = exp(largest[h] - most);
+            total[h] = total[h] * shrink + exp_and_sum(p, n, most);
             largest[h] = most;
-            for (int s = 0; s < S; s += kLanes) {
-                const int count = std::min(kLanes, S - s);
-                vec sum = load_vec(sums + h * S + s, count) * shrink;
-                for (int j = 0; j < n; j++) sum += scores[j] * load_vec(v + (j0 + j) * ld + s, count);
-                store_vec(sums + h * S + s, sum, count);
-            }
+            std::fill(p + n, p + kStepKeys, real(0));
+#pragma omp simd
+            for (int s = 0; s < S; s++) sums[h * S + s] *= shrink;
         }
+        each_part(v, [&](int j, int h, const floatX* const* value) {
+            const real* const p = scores + h * kStepKeys + j;
+            each_vector(S, [&](int s, auto count) {
+                vec sum = load_vec(sums + h * S + s, count);
+#pragma GCC unroll 4
+                for (int i = 0; i < kRows; i++) {
+                    __builtin_prefetch(value[i] + s + kRows * ld);
+                    sum += p[i] * load_vec(value[i] + s, count);
+                }
+                store_vec(sums + h * S + s, sum, count);
+            });
+        });
+    }
 }
 void attention_step(floatX* out, const Attention& a, void* scratch) {
-    const int shares = step_shares(), heads = a.H / a.G, S = a.S;
-    const StepScratch part(scratch, a.B, a.H, S, shares);
+    const int shares = step_shares(), H = a.H, S = a.S;
+    const StepScratch part(scratch, a.B, H, S, shares);
 #pragma omp parallel for collapse(2) if (worth_threads(a.keys() * a.G * S * a.B))
-    for (int64_t group = 0; group < int64_t(a.B) * a.G; group++)
+    for (int64_t b = 0; b < a.B; b++)
         for (int share = 0; share < shares; share++) {
-            const int64_t b = group / a.G, g = group % a.G, at = (group * shares + share) * heads;
+            const int64_t at = (b * shares + share) * H;
             const Range keys(a.keys(), share, shares);
-            const int64_t from = b * a.stride_kv + keys.begin * a.ld_kv + g * S;
-            attention_share(part.sums + at * S, part.largest + at, part.total + at, a.q + b * a.ld_q + g * heads * S, a.k + from, a.v + from,
-                            a.ld_kv, keys.end - keys.begin, heads, S);
+            const int64_t from = b * a.stride_kv + keys.begin * a.ld_kv;
+            attention_share(part.sums + at * S, part.largest + at, part.total + at, part.scores + at * kStepKeys, a.q + b * a.ld_q, a.k + from,
+                            a.v + from, a.ld_kv, keys.end - keys.begin, H, H / a.G, S);
         }
-    for (int64_t head = 0; head < int64_t(a.B) * a.H; head++) {
-        const auto at = [&](int share) { return (head / heads * shares + share) * heads + head % heads; };
+    for (int64_t head = 0; head < int64_t(a.B) * H; head++) {
+        const auto at = [&](int share) { return (head / H * shares + share) * H + head % H; };
         real most = part.largest[at(0)], total = 0;
         for (int n = 1; n < shares; n++) most = std::max(most, part.largest[at(n)]);
         real sum[kMaxHeadSize] = {};
