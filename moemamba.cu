@@ -3911,11 +3911,17 @@ void Model::start(DecodeState& state, int B, int64_t context) {
              "included");
     if (state.B != B || state.context != context) {
         state.arena.release();
-        state.B = B;
-        state.context = context;
+        state.B = 0;
         for (const auto& step : steps)
             for (const auto& layer : step->layers) layer->plan_state(state.arena, B, context);
-        state.arena.allocate(layers);
+        try {
+            state.arena.allocate(layers);
+        } catch (const Error& e) {
+            fail("%s. It is for %d texts of at most %lld tokens each, with the prompt: ask for fewer or shorter ones", e.what(), B,
+                 (long long)context);
+        }
+        state.B = B;
+        state.context = context;
     }
     state.position = state.current = 0;
     for (const Arena::Entry& entry : state.arena.entries) layers.zero(entry.memory, entry.bytes, stream);

@@ -108,6 +108,10 @@ constexpr int kSchedules = 2;  // which memory is touched does not hang on the o
 #else
 constexpr int kSchedules = 5;
 #endif
+#ifndef USE_CUDA
+// To close device memory to the host takes a fifth of the time, and the host's code is the same in every precision: one of them is enough.
+[[maybe_unused]] const bool closed = simt::options.closed = simt::options.closed && sizeof(floatX) == sizeof(float);
+#endif
 struct Schedule {
 #ifdef USE_CUDA
     explicit Schedule(int) {}
@@ -507,7 +511,7 @@ Case moe(Moe m) {
         const floatX* d_out = r.in<floatX>("d_out", {rows, C});
         r.in<real>("d_losses", 2, constants({balance_weight, z_weight}));
         floatX* d_y = r.out<floatX>("d_y", {slots, C});
-        real* d_gates = r.out<real>("d_gates", {rows, K});
+        real* d_gates = r.out<real>(expert_choice ? "d_probs" : "d_gates", {rows, K});  // which are one thing where experts choose
         r->combine_backward(d_y, d_gates, d_out, y, gates, to, C, r.stream);
         floatX* d_hidden = r.out<floatX>("d_hidden", {slots, F});
         real* d_out_weight = r.out<real>("d_out_weight", {E * C, F}, add_weight);
@@ -667,7 +671,7 @@ const std::vector<Case>& cases() {
         scan(2, 7, 5 * kWidth / 2, 16, true, true, 0, true),  // rows of z allow the widest loads, those of u do not
         scan(4, 3 * chunk + 5, 3, 16, true, true), scan(9, 2 * chunk + 3, 20, 4, true, true),  // on simt: two segments of two chunks; one of three
         attention({1, 1, 1, 1, 8}), attention({2, 5, 2, 2, 16}), attention({2, 37, 6, 2, 24, 0, 8}), attention({1, 130, 2, 1, 64}),
-        attention({1, 67, 3, 3, 72, 0, 0, 4}), attention({1, 35, 4, 1, 128}), attention({1, 66, 1, 1, 256}), attention({3, 2, 4, 4, 40, 5}),
+        attention({1, 67, 3, 3, 72, 0, 0, 4}), attention({1, 35, 4, 1, 128}), attention({1, 40, 1, 1, 256}), attention({3, 2, 4, 4, 40, 5}),
         attention({2, 70, 2, 1, 32, 33}), attention({2, 1, 6, 2, 24, 36}), attention({1, 1, 4, 4, 8, 300}),
         attention({1, 1, 2, 1, 256, 700, 0, 3}),
         attention({5, 1, 4, 1, 136, 7}),
@@ -714,7 +718,7 @@ const std::vector<Case>& long_cases() {
                                   // Of equal probabilities the first rows are taken: of an only expert, all are 1; more rows than a block.
                                   moe({.rows = 700, .C = 8, .F = 4, .E = 1, .K = 1, .capacity = 300, .expert_choice = true}),
                                   moe({.rows = 600, .C = 8, .F = 4, .E = 3, .K = 3, .capacity = 280, .expert_choice = true, .skew = 9}),
-                                  moe({.rows = 9000, .C = 2, .F = 2, .E = 3, .K = 1, .capacity = 2900}), embedding(9000, 300, 2),
+                                  moe({.rows = 9000, .C = 2, .F = 2, .E = 3, .K = 1, .capacity = 2900}), embedding(8200, 300, 2),
                                   // One expert has it all.
                                   moe({.rows = 21, .C = 40, .F = 16, .E = 6, .K = 1, .capacity = 0, .few = true, .skew = 20}),
                                   moe({.rows = 70, .C = 40, .F = 16, .E = 6, .K = 1, .capacity = 0, .add_weight = false, .skew = 20}),
@@ -804,8 +808,8 @@ TEST_CASE("what is cut by the GPU's multiprocessors gives the same on one that h
     const size_t with_few = scratch();
     const ManyMultiprocessors many;
     CHECK(scratch() > with_few);  // of segments, which it has now
-    for (const Case& c : selected({scan(2, 5 * chunk + 3, 40, 50, true, true), scan(1, 4 * chunk + 1, 24, 33, false, true, 3, true),
-                                   scan(2, 3 * chunk, 40, 17, true, false), scan(3, 5 * chunk + 3, 40, 16, true, true),
+    for (const Case& c : selected({scan(1, 5 * chunk + 3, 40, 50, true, true), scan(1, 4 * chunk + 1, 24, 33, false, true, 3, true),
+                                   scan(2, 3 * chunk, 40, 17, true, false), scan(2, 5 * chunk + 3, 40, 16, true, true),
                                    conv(2, 133, 40, 4, 40, true, true), rmsnorm(700, 40, true, false), sums(70001)}))
         DYNAMIC_SECTION(c.name) { check_gpu(c); }
 }

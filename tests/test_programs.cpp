@@ -1607,6 +1607,10 @@ TEST_CASE("limits are errors, not signals, and nothing waits for ever") {
     at.succeed("train", train_flags(at, "enough", 2), {.memory_bytes = rlim_t(800) << 20});
     at.succeed("train", train_flags(at, "single", 2), {.memory_bytes = rlim_t(500) << 20, .threads = "1"});
     at.succeed("data_prep", {"--input", at / "text.txt", "--output", at / "small"}, {.memory_bytes = rlim_t(100) << 20});
+    at.succeed("train", train_flags(at, "attention", 1) + Arguments{"--layers", "A"});
+    for (const Arguments& more : {Arguments{"--tokens", "4000000000"}, Arguments{"--tokens", "4000000", "--samples", "60000"}})
+        at.refuse("infer", Arguments{"--checkpoint", at / "attention", "--prompt", "a"} + more,
+                  {"cannot allocate", "decode state", "of at most " + more[1].substr(0, 1) + "00000", "fewer or shorter"});
 }
 
 // ---- system calls that fail, and moments at which a program is killed: each of them once
