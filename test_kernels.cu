@@ -1362,7 +1362,9 @@ TEST_CASE("a prompt at once, in parts, or token by token: the same probabilities
             const std::vector<double> at_once = decode({T - 2, 1, 1});
             const double tolerance = by_precision(1e-11, 1e-5, 5e-2);
             CHECK(distance(decode({1, 5, 2, T - 10, 1, 1}), at_once) <= tolerance);
-            CHECK(distance(decode(std::vector<int>(T, 1)), at_once) <= tolerance);
+            // Under simt.h, which is slow, one family shows it, with every kind of state.
+            if (on != &gpu::layers || std::string(f.name) == "Jamba")
+                CHECK(distance(decode(std::vector<int>(T, 1)), at_once) <= tolerance);
 
             const std::vector<real> logits = model.logits(batch.tokens.data(), B, T);
             std::vector<double> probs;
@@ -1379,7 +1381,7 @@ TEST_CASE("a prompt at once, in parts, or token by token: the same probabilities
 TEST_CASE("texts drawn side by side are those drawn one at a time", "[model]") {
     for (const Layers* on : devices())
         for (const Family& f : families()) DYNAMIC_SECTION(on->device << ": " << f.name) {
-            if (!f.config.causal()) continue;
+            if (!f.config.causal() || (on == &gpu::layers && std::string(f.name) != "Jamba")) continue;  // as above
             INFO("MOEMAMBA_TEST_SEED=" << seed);
             Model model(f.config, *on);
             initialize_off_centre(model);

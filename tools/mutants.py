@@ -114,6 +114,7 @@ FAULTS = {
     "matmul": [("accumulate", "accumulate ? 1 : 0", "0"), ("transposition", "op(a.transposed), n, m, k, &one, b.data, in, b.ld, a.data, in, a.ld, &keep",
                                                         "op(false), n, m, k, &one, b.data, in, b.ld, a.data, in, a.ld, &keep")],
     "zero": [("half", "memory, 0, bytes, stream", "memory, 0, bytes / 2, stream")],
+    "copy": [("half", "to, from, bytes, cuda", "to, from, bytes / 2, cuda")],
     "linear_forward": [("accumulate", "l.I, accumulate", "l.I, false")],
     "linear_backward": [
         ("accumulate", "l.O, accumulate", "l.O, false"),
