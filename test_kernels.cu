@@ -671,7 +671,7 @@ const std::vector<Case>& cases() {
         scan(2, 7, 5 * kWidth / 2, 16, true, true, 0, true),  // rows of z allow the widest loads, those of u do not
         scan(4, 3 * chunk + 5, 3, 16, true, true), scan(9, 2 * chunk + 3, 20, 4, true, true),  // on simt: two segments of two chunks; one of three
         attention({1, 1, 1, 1, 8}), attention({2, 5, 2, 2, 16}), attention({2, 37, 6, 2, 24, 0, 8}), attention({1, 130, 2, 1, 64}),
-        attention({1, 67, 3, 3, 72, 0, 0, 4}), attention({1, 35, 4, 1, 128}), attention({1, 40, 1, 1, 256}), attention({3, 2, 4, 4, 40, 5}),
+        attention({1, 67, 3, 3, 72, 0, 0, 4}), attention({1, 35, 4, 1, 128}), attention({1, 40, 1, 1, 256}), attention({1, 9, 2, 1, 136}), attention({3, 2, 4, 4, 40, 5}),
         attention({2, 70, 2, 1, 32, 33}), attention({2, 1, 6, 2, 24, 36}), attention({1, 1, 7, 7, 8, 300}),
         attention({1, 1, 2, 1, 256, 700, 0, 3}),
         attention({5, 1, 4, 1, 136, 7}),

@@ -435,7 +435,7 @@ FAULTS = {
     ],
     "row_sum": [("half", "kRowThreads / 2", "kRowThreads / 4")],
     "row_max": [("half", "kRowThreads / 2", "kRowThreads / 4")],
-    "HeadBlock": [("one block", "S > parts * kPart ? 2 : 1", "1"), ("first part", "% blocks) * parts", "% blocks)"), ("beyond", "(first + part) * kPart < S", "part * kPart < S")],
+    "HeadBlock": [("one block", "S > parts * kPart ? 2 : 1", "1"), ("first part", "% blocks) * parts", "% blocks)"), ("beyond", "(first + part) * kPart < S", "part * kPart < S", "a part past the end loads zeros and stores nothing: it takes time")],
     "attention_delta_kernel": [("bounds", "if (i >= count) return;", "if (i > count) return;"), ("lanes", "s += kWarp", "s += 2 * kWarp")],
     "attention_d_scores": [
         ("rows beyond", "there ? visible : -1", "visible"), ("d_out there", "if (tile.S > kPart) {", "if (false) {"), ("left in use", "{  // else it is there\n                __syncthreads();", "{"),
