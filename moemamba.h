@@ -67,7 +67,7 @@ inline constexpr int kScanChunk = 64;
 inline int64_t scan_chunks(int T) { return (T + kScanChunk - 1) / kScanChunk; }
 
 // The largest that every implementation of the layers serves.
-inline constexpr int kMaxStates = 64, kMaxConv = 8, kMaxExperts = 256, kMaxHeadSize = 256;
+inline constexpr int kMaxStates = 64, kMaxConv = 8, kMaxExperts = 256, kMaxHeadSize = 256, kMaxDelay = 32;
 
 // ------------------------------------------------------------------------------------------------------------------
 // Config: what defines a model. One list of fields serves flags, presets, checkpoints and --help.
@@ -193,6 +193,24 @@ struct ScanGradients {  // shapes and ld of what they are gradients of
     floatX *d_u, *d_dt, *d_B_t, *d_C_t, *d_z;
     real *d_A_log, *d_skip, *d_dt_bias;
     real* d_initial_state;  // overwritten; or null
+};
+// A selective scan in a closed loop (Conba). States of a channel: h (N), gain k, pending gradient p, outputs y of the last `tau` steps, the
+// newest first: all that plant.initial_state (B, D, states()) and its gradient have.
+struct ClosedLoop {
+    Scan plant;
+    const real* gain;           // (D) k_0, or null: no control
+    const real* delay;          // (D) delta, or null: none
+    const real *zeta, *gamma;   // (D, N) of scaling, or null: none
+    const real* output_noise;   // (D) nu, or null: none
+    real state_noise;           // sigma
+    uint64_t noise_seed;        // of this layer in this step of training; 0: no noise at all
+    real alpha, kappa, eps;     // adaptation of k: rate (0: none), bound, width in which |e| is smooth
+    int tau;                    // 1 to kMaxDelay
+    int states() const { return plant.N + 2 + tau; }
+};
+struct ClosedLoopGradients {
+    ScanGradients plant;
+    real *d_gain, *d_delay, *d_zeta, *d_gamma, *d_output_noise;  // null where what they are gradients of is
 };
 struct Rotary {
     const floatX* in;  // (B, T, heads, S) with ld_in
@@ -329,6 +347,17 @@ struct Layers {
     void (*scan_backward)(const ScanGradients& d, const floatX* d_out, const real* d_final_state, const Scan& s, const real* chunk_states,
                           void* scratch, cudaStream_t stream);
     size_t (*scan_scratch)(int B, int T, int D, int N);
+
+    // -------- selective scan in a closed loop (Conba; after MixCon, doi 10.3233/FAIA240593, as README explains), per channel, over time:
+    //   e_t = y_{t-1} - u_t;  k_t = clip(k_{t-1} + alpha s(e_t) p_{t-1}, -kappa, kappa),  s(e) = e / sqrt(e^2 + eps^2),  k_{-1} = k_0 + state
+    //   v_t = u_t - k_t e_t + delta y_{t-tau};  h_t = exp(dt_t A) h_{t-1} + dt_t v_t B_t + sigma w_t
+    //   y_t = sum_n C_{t,n} r_n h_{t,n} + skip u_t + nu n_t,  r_n = silu(zeta_n h_{t,n} + gamma_n);  p_t = dt_t (C_t . B_t) e_t
+    //   out_t = y_t silu(z_t)
+    // Shapes as of the scan; final_state (B, D, states()), chunk_states (B, scan_chunks(T), D, states()).
+    void (*closed_loop_forward)(floatX* out, real* final_state, real* chunk_states, const ClosedLoop& c, void* scratch, cudaStream_t stream);
+    void (*closed_loop_backward)(const ClosedLoopGradients& d, const floatX* d_out, const real* d_final_state, const ClosedLoop& c,
+                                 const real* chunk_states, void* scratch, cudaStream_t stream);
+    size_t (*closed_loop_scratch)(int B, int T, int D, int N, int tau);
 
     // -------- rotary positions (RoPE, arXiv 2104.09864):  in every head the pair (x[i], x[i + S/2]) turns by (position + t) base^(-2i/S)
     // out (B, T, heads, S) with ld_out, and from one sequence to the next stride_out elements; it may be in, at the same rows. back: turns

@@ -403,6 +403,49 @@ Case scan(int B, int T, int D, int N, bool initial, bool final, int R = 0, bool 
     }};
 }
 
+struct Loop {
+    int B, T, D, N, tau = 3;
+    bool control = true, delay = true, scaling = true, noise = true, initial = true, final = true;
+    double alpha = 0.1, kappa = 0.5, eps = 0.1;
+};
+Case closed_loop(Loop l) {
+    return {title("closed_loop", {{"B", l.B}, {"T", l.T}, {"D", l.D}, {"N", l.N}, {"tau", l.tau}, {"control", l.control}, {"delay", l.delay},
+                                  {"scaling", l.scaling}, {"noise", l.noise}, {"initial", l.initial}, {"final", l.final}, {"alpha", l.alpha},
+                                  {"kappa", l.kappa}, {"eps", l.eps}}), [=](Run& r) {
+        const auto& [B, T, D, N, tau, control, delay, scaling, noise, initial, final, alpha, kappa, eps] = l;
+        const int states = N + 2 + tau;
+        const Shape shape{B * T, D}, row{B * T, N}, all{B * D, states}, of_channel{D, N};
+        ClosedLoop c{.plant = {r.in<floatX>("u", shape), r.in<floatX>("dt", shape), r.in<floatX>("B_t", row), r.in<floatX>("C_t", row), N,
+                               r.in<floatX>("z", shape), D, r.in<real>("A_log", of_channel, [N = N](uint64_t stream, int64_t i) {
+                                   return std::log(1 + i % N) + 0.1 * random_normal(seed, stream, i);
+                               }), r.in<real>("skip", D, normal(0.2, 0.5)), r.in<real>("dt_bias", D, normal(0.5, -1)),
+                               r.in<real>("initial_state", initial ? all : 0, normal(0.2)), B, T, D, N},
+                     .gain = r.in<real>("gain", control ? D : 0, normal(0.2)), .delay = r.in<real>("delay", delay ? D : 0, normal(0.1)),
+                     .zeta = r.in<real>("zeta", scaling ? of_channel : 0, normal(0.3)),
+                     .gamma = r.in<real>("gamma", scaling ? of_channel : 0, normal(0.2, 1.28)),
+                     .output_noise = r.in<real>("output_noise", noise ? D : 0, normal(0.1)), .state_noise = real(noise ? 0.05 : 0),
+                     .noise_seed = noise ? seed : 0, .alpha = real(alpha), .kappa = real(kappa), .eps = real(eps), .tau = tau};
+        floatX* out = r.out<floatX>("out", shape);
+        real* final_state = r.out<real>("final_state", final ? all : 0);
+        real* chunk_states = r.out<real>("chunk_states", {B * scan_chunks(T) * D, states});
+        void* scratch = r.scratch(r->closed_loop_scratch(B, T, D, N, tau));
+        r->closed_loop_forward(out, final_state, chunk_states, c, scratch, r.stream);
+        if (r.forward_only) return;
+        const floatX* d_out = r.in<floatX>("d_out", shape);
+        const real* d_final_state = r.in<real>("d_final_state", final ? all : 0);
+        const ClosedLoopGradients d{
+            .plant = {r.out<floatX>("d_u", shape), r.out<floatX>("d_dt", shape), r.out<floatX>("d_B_t", row), r.out<floatX>("d_C_t", row),
+                      r.out<floatX>("d_z", shape), r.out<real>("d_A_log", of_channel, accumulated), r.out<real>("d_skip", D, accumulated),
+                      r.out<real>("d_dt_bias", D, accumulated), r.out<real>("d_initial_state", initial ? all : 0)},
+            .d_gain = r.out<real>("d_gain", control ? D : 0, accumulated), .d_delay = r.out<real>("d_delay", delay ? D : 0, accumulated),
+            .d_zeta = r.out<real>("d_zeta", scaling ? of_channel : 0, accumulated),
+            .d_gamma = r.out<real>("d_gamma", scaling ? of_channel : 0, accumulated),
+            .d_output_noise = r.out<real>("d_output_noise", noise ? D : 0, accumulated)};
+        c.plant.initial_state = nullptr;  // chunk_states has it
+        r->closed_loop_backward(d, d_out, d_final_state, c, chunk_states, scratch, r.stream);
+    }};
+}
+
 // q, k and v lie as the Model has them: in rows [q | k | v] of `gap` more elements; with a past, k and v are a cache with room for more.
 struct Heads {
     int B, T, H, G, S, past = 0, gap = 0;
@@ -1015,8 +1058,24 @@ void check_gradient(const std::string& name, const std::vector<double>& gradient
     CHECK(distance(got, want) <= 1e-6);
 }
 
+// Every subset of the loop's terms, and its edges.
+std::vector<Case> closed_loops() {
+    std::vector<Loop> loops;
+    for (int terms = 0; terms < 32; ++terms)
+        loops.push_back({.B = 2, .T = 9, .D = 3, .N = 4, .control = bool(terms & 1), .delay = bool(terms & 2), .scaling = bool(terms & 4),
+                         .noise = bool(terms & 8), .initial = bool(terms & 1), .final = bool(terms & 2), .alpha = terms & 16 ? 0.1 : 0});
+    loops.insert(loops.end(), {{.B = 1, .T = 1, .D = 1, .N = 1, .tau = 1}, {.B = 1, .T = 5, .D = 3, .N = 2, .tau = 8},
+                               {.B = 1, .T = kScanChunk + 5, .D = 2, .N = 3, .tau = 2}, {.B = 1, .T = 12, .D = 5, .N = 3, .kappa = 0.05},
+                               {.B = 1, .T = 12, .D = 3, .N = 3, .eps = 0.02}, {.B = 1, .T = 3, .D = 2, .N = kMaxStates, .tau = kMaxDelay}});
+    std::vector<Case> all;
+    for (const Loop& loop : loops) all.push_back(closed_loop(loop));
+    return all;
+}
+
 TEST_CASE("a layer's gradients are those of its forward function", kDouble ? "[layers][fd]" : "[.double]") {
-    for (const Case& c : cases()) DYNAMIC_SECTION(c.name) {
+    std::vector<Case> all = cases();
+    for (const Case& c : closed_loops()) all.push_back(c);
+    for (const Case& c : all) DYNAMIC_SECTION(c.name) {
         INFO("MOEMAMBA_TEST_SEED=" << seed);
         const Run base(plain::layers, c.body);
         std::vector<const Array*> upstream;

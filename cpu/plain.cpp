@@ -330,6 +330,165 @@ void scan_backward(const ScanGradients& g, const floatX* d_out, const real* d_fi
 }
 
 // ------------------------------------------------------------------------------------------------------------------
+// Selective scan in a closed loop: see moemamba.h for the equations. One step of one channel, from its states to its states; what it
+// computes on the way is what the backward pass asks for.
+struct LoopStep {
+    real u, delta, CB;                     // inputs: u, softplus(dt + dt_bias), C_t . B_t
+    real e, smooth_sign, d_smooth_sign;    // error; s(e) and s'(e)
+    real gain, moved, delayed, v, y;       // k_t, and before the clip; y_{t-tau}; input of the plant; output before the gate
+};
+real loop_noise(const ClosedLoop& c, int64_t row, int64_t d, int64_t n) {  // n < N: of a state; N: of the output
+    const uint64_t counter = uint64_t((row * c.plant.D + d) * (c.plant.N + 1) + n);
+    return c.noise_seed ? real(random_normal(c.noise_seed, kNoiseStream, counter)) : 0;
+}
+LoopStep loop_step(const ClosedLoop& c, int64_t row, int64_t d, real* state) {
+    const Scan& s = c.plant;
+    const int64_t N = s.N;
+    real *const h = state, &gain = state[N], &pending = state[N + 1], *const past = state + N + 2;
+    const floatX *const B_t = s.B_t + row * s.ld_bc, *const C_t = s.C_t + row * s.ld_bc;
+    LoopStep x{};
+    x.u = real(s.u[row * s.D + d]);
+    x.delta = softplus(real(s.dt[row * s.D + d]) + s.dt_bias[d]);
+    for (int64_t n = 0; n < N; n++) x.CB += real(C_t[n]) * real(B_t[n]);
+    x.e = past[0] - x.u;
+    const real length = std::sqrt(x.e * x.e + c.eps * c.eps);
+    x.smooth_sign = x.e / length;
+    x.d_smooth_sign = c.eps * c.eps / (length * length * length);
+    x.moved = gain + c.alpha * x.smooth_sign * pending;
+    x.gain = gain = std::clamp(x.moved, -c.kappa, c.kappa);
+    pending = x.delta * x.CB * x.e;
+    x.delayed = past[c.tau - 1];
+    x.v = x.u - (c.gain ? x.gain * x.e : 0) + (c.delay ? c.delay[d] * x.delayed : 0);
+    x.y = s.skip[d] * x.u + (c.output_noise ? c.output_noise[d] * loop_noise(c, row, d, N) : 0);
+    for (int64_t n = 0; n < N; n++) {
+        const real A = -std::exp(s.A_log[d * N + n]);
+        h[n] = std::exp(x.delta * A) * h[n] + x.delta * x.v * real(B_t[n]) + c.state_noise * loop_noise(c, row, d, n);
+        x.y += real(C_t[n]) * h[n] * (c.zeta ? silu(c.zeta[d * N + n] * h[n] + c.gamma[d * N + n]) : 1);
+    }
+    std::copy_backward(past, past + c.tau - 1, past + c.tau);
+    past[0] = x.y;
+    return x;
+}
+// State k is what the gain has become beyond k_0: so that a state of zeros is the start.
+void loop_start(const ClosedLoop& c, int64_t d, const real* from, real* state) {
+    for (int64_t i = 0; i < c.states(); i++) state[i] = from ? from[i] : 0;
+    state[c.plant.N] += c.gain ? c.gain[d] : 0;
+}
+constexpr int kMaxLoopStates = kMaxStates + 2 + kMaxDelay;
+void closed_loop_forward(floatX* out, real* final_state, real* chunk_states, const ClosedLoop& c, void*, cudaStream_t) {
+    const Scan& s = c.plant;
+    const int64_t T = s.T, D = s.D, states = c.states();
+    for (int64_t b = 0; b < s.B && T > 0; b++)
+        for (int64_t d = 0; d < D; d++) {
+            real state[kMaxLoopStates];
+            loop_start(c, d, s.initial_state ? s.initial_state + (b * D + d) * states : nullptr, state);
+            for (int64_t t = 0; t < T; t++) {
+                const int64_t row = b * T + t, chunk = b * scan_chunks(s.T) + t / kScanChunk;
+                if (chunk_states && t % kScanChunk == 0) std::copy_n(state, states, chunk_states + (chunk * D + d) * states);
+                const LoopStep x = loop_step(c, row, d, state);
+                out[row * D + d] = floatX(x.y * silu(real(s.z[row * s.ld_z + d])));
+            }
+            if (!final_state) continue;
+            std::copy_n(state, states, final_state + (b * D + d) * states);
+            final_state[(b * D + d) * states + s.N] -= c.gain ? c.gain[d] : 0;
+        }
+}
+// Backward through one step. d_state: in, the gradient of the states after it; out, of those before it. before, after: the states.
+//   y_t reached out_t, and as past[0] whatever read it later:  d_y = d_out silu(z) + d_past[0];  the older ones move back one place
+//   each n:  x = zeta h + gamma;  d_h += d_y C (r + h silu'(x) zeta);  d_zeta += d_y C h silu'(x) h;  d_gamma += d_y C h silu'(x);  d_C += d_y r h
+//   p_t = delta CB e:  d_delta += d_p CB e;  d_e = d_p delta CB;  d_CB = d_p delta e
+//   plant:  d_v = sum_n d_h delta B;  d_delta += sum_n d_h (A a h_{t-1} + v B);  d_B += d_h delta v + d_CB C;  d_C += d_CB B;  d_h_{t-1} = a d_h
+//   v_t:  d_u += d_v;  d_k += -d_v e;  d_e += -d_v k;  d_delay += d_v y_{t-tau};  d_y_{t-tau} += d_v delay
+//   k_t:  d_moved = d_k, or 0 where the clip binds;  d_k_{t-1} = d_moved;  d_p_{t-1} = d_moved alpha s(e);  d_e += d_moved alpha p_{t-1} s'(e)
+//   e_t:  d_y_{t-1} += d_e;  d_u -= d_e
+void loop_step_backward(const ClosedLoopGradients& g, real* d_state, real* d_B, real* d_C, real d_out, const ClosedLoop& c, const LoopStep& x,
+                        int64_t row, int64_t d, const real* before, const real* after) {
+    const Scan& s = c.plant;
+    const int64_t N = s.N;
+    const floatX *const B_t = s.B_t + row * s.ld_bc, *const C_t = s.C_t + row * s.ld_bc;
+    const real z = real(s.z[row * s.ld_z + d]), d_p = d_state[N + 1];
+    real* const d_past = d_state + N + 2;
+    const real d_y = d_out * silu(z) + d_past[0];
+    std::copy(d_past + 1, d_past + c.tau, d_past);
+    d_past[c.tau - 1] = 0;
+    real d_u = d_y * s.skip[d], d_v = 0, d_delta = d_p * x.CB * x.e, d_e = d_p * x.delta * x.CB;
+    const real d_CB = d_p * x.delta * x.e;
+    g.plant.d_skip[d] += d_y * x.u;
+    if (c.output_noise) g.d_output_noise[d] += d_y * loop_noise(c, row, d, N);
+    for (int64_t n = 0; n < N; n++) {
+        const int64_t i = d * N + n;
+        const real A = -std::exp(s.A_log[i]), decayed = std::exp(x.delta * A) * before[n], h = after[n], B = real(B_t[n]), C = real(C_t[n]);
+        real r = 1, d_r = 0;  // and its derivative by zeta h + gamma
+        if (c.zeta) {
+            r = silu(c.zeta[i] * h + c.gamma[i]);
+            d_r = d_silu(c.zeta[i] * h + c.gamma[i]);
+            g.d_zeta[i] += d_y * C * h * d_r * h;
+            g.d_gamma[i] += d_y * C * h * d_r;
+        }
+        d_state[n] += d_y * C * (c.zeta ? r + h * d_r * c.zeta[i] : 1);
+        d_C[n] += d_y * r * h + d_CB * B;
+        d_B[n] += d_state[n] * x.delta * x.v + d_CB * C;
+        d_v += d_state[n] * x.delta * B;
+        d_delta += d_state[n] * (A * decayed + x.v * B);
+        g.plant.d_A_log[i] += d_state[n] * x.delta * decayed * A;
+        d_state[n] *= std::exp(x.delta * A);
+    }
+    d_u += d_v;
+    if (c.delay) {
+        g.d_delay[d] += d_v * x.delayed;
+        d_past[c.tau - 1] += d_v * c.delay[d];
+    }
+    if (c.gain) {
+        d_state[N] -= d_v * x.e;
+        d_e -= d_v * x.gain;
+    }
+    if (x.moved != x.gain) d_state[N] = 0;  // clipped
+    d_state[N + 1] = d_state[N] * c.alpha * x.smooth_sign;
+    d_e += d_state[N] * c.alpha * before[N + 1] * x.d_smooth_sign;
+    d_past[0] += d_e;
+    d_u -= d_e;
+    const real d_dt = d_delta * d_softplus(real(s.dt[row * s.D + d]) + s.dt_bias[d]);
+    g.plant.d_u[row * s.D + d] = floatX(d_u);
+    g.plant.d_dt[row * s.D + d] = floatX(d_dt);
+    g.plant.d_z[row * s.ld_z + d] = floatX(d_out * x.y * d_silu(z));
+    g.plant.d_dt_bias[d] += d_dt;
+}
+// As of the scan: the steps of a chunk once more from the states before it, then backward through them.
+void closed_loop_backward(const ClosedLoopGradients& g, const floatX* d_out, const real* d_final_state, const ClosedLoop& c,
+                          const real* chunk_states, void*, cudaStream_t) {
+    const Scan& s = c.plant;
+    const int64_t T = s.T, D = s.D, N = s.N, states = c.states();
+    std::vector<real> d_state(D * states);
+    for (int64_t b = 0; b < s.B && T > 0; b++) {
+        for (int64_t i = 0; i < D * states; i++) d_state[i] = d_final_state ? d_final_state[b * D * states + i] : 0;
+        for (int64_t d = 0; c.gain && d_final_state && d < D; d++) g.d_gain[d] -= d_state[d * states + N];
+        for (int64_t chunk = scan_chunks(s.T) - 1; chunk >= 0; chunk--) {
+            const int64_t first = b * T + chunk * kScanChunk, steps = std::min<int64_t>(kScanChunk, T - chunk * kScanChunk);
+            real d_B[kScanChunk][kMaxStates] = {}, d_C[kScanChunk][kMaxStates] = {};
+            for (int64_t d = 0; d < D; d++) {
+                real state[kScanChunk + 1][kMaxLoopStates];
+                LoopStep step[kScanChunk];
+                std::copy_n(chunk_states + ((b * scan_chunks(s.T) + chunk) * D + d) * states, states, state[0]);
+                for (int64_t i = 0; i < steps; i++) {
+                    std::copy_n(state[i], states, state[i + 1]);
+                    step[i] = loop_step(c, first + i, d, state[i + 1]);
+                }
+                for (int64_t i = steps - 1; i >= 0; i--)
+                    loop_step_backward(g, &d_state[d * states], d_B[i], d_C[i], real(d_out[(first + i) * D + d]), c, step[i], first + i, d,
+                                       state[i], state[i + 1]);
+            }
+            for (int64_t i = 0; i < steps; i++)
+                for (int64_t n = 0; n < N; n++) {
+                    g.plant.d_B_t[(first + i) * s.ld_bc + n] = floatX(d_B[i][n]);
+                    g.plant.d_C_t[(first + i) * s.ld_bc + n] = floatX(d_C[i][n]);
+                }
+        }
+        for (int64_t d = 0; c.gain && d < D; d++) g.d_gain[d] += d_state[d * states + N];
+        for (int64_t i = 0; g.plant.d_initial_state && i < D * states; i++) g.plant.d_initial_state[b * D * states + i] = d_state[i];
+    }
+}
+
+// ------------------------------------------------------------------------------------------------------------------
 // Rotary positions: the plane of x[i] and x[i + S/2] is turned by an angle that grows with the position, so that the product of a query and a
 // key depends on how far apart they are. The angle is kept in double: at position 10^6 a float would have lost three of its digits.
 //   (x[i], x[j]) becomes (x[i] cos - x[j] sin,  x[j] cos + x[i] sin),  j = i + S/2,  angle = position base^(-2i/S)
@@ -707,6 +866,9 @@ const Layers layers = {
     .scan_forward = scan_forward,
     .scan_backward = scan_backward,
     .scan_scratch = no_scratch,
+    .closed_loop_forward = closed_loop_forward,
+    .closed_loop_backward = closed_loop_backward,
+    .closed_loop_scratch = no_scratch,
     .rotate = rotate,
     .attention_forward = attention_forward,
     .attention_backward = attention_backward,

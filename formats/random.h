@@ -5,7 +5,7 @@
 #include <cmath>
 #include <cstdint>
 
-enum RandomStream : uint64_t { kInitStream = 1, kShuffleStream, kSampleStream };
+enum RandomStream : uint64_t { kInitStream = 1, kShuffleStream, kSampleStream, kNoiseStream };
 
 // The finaliser of splitmix64 (Steele, Lea, Flood 2014), applied to each of the three words in turn.
 inline uint64_t random_bits(uint64_t seed, uint64_t stream, uint64_t counter) {
