@@ -1206,6 +1206,21 @@ const std::vector<Reference>& references() {
     return all;
 }
 
+TEST_CASE("the closed loop agrees with PyTorch", "[layers][oracle]") {
+    const Reference ref{"closed_loop.safetensors", "", closed_loop({.B = 2, .T = 23, .D = 6, .N = 5, .noise = false, .kappa = 0.4}), {}, {}};
+    const Safetensors file(oracle + "/" + ref.file);
+    const Run run(plain::layers, ref.layer.body, false, [&](const Array& a) -> std::optional<std::vector<double>> {
+        if (a.role == Array::sum) return std::vector<double>(a.shape.count());
+        return read(file, ref.find(a.name, true));
+    });
+    for (const Array& a : run.arrays) {
+        const std::string name = ref.find(a.name, false);
+        if (a.role == Array::input || !file.has(name)) continue;
+        INFO(a.name);
+        CHECK(distance(a.result(), read(file, name)) <= kOracleClose);
+    }
+}
+
 TEST_CASE("layers agree with PyTorch and transformers", "[layers][oracle]") {
     for (const Layers* on : devices())
         for (const Reference& ref : references()) DYNAMIC_SECTION(on->device << ": " << ref.file << ' ' << ref.layer.name) {

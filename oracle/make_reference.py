@@ -120,6 +120,27 @@ def scan(u, dt_raw, dt_bias, A, B, C, D, z, h):
     return y, y * F.silu(z), h
 
 
+def closed_loop(u, dt_raw, dt_bias, A, B, C, D, z, gain, delay, zeta, gamma, state, alpha, kappa, eps):
+    """scan, in a closed loop, as shared/facts/mixcon.md defines it; state (B,D,N+2+tau): h, what the gain has become beyond `gain`,
+    the pending gradient of the error, the last outputs, newest first. Returns y before the gate, y * silu(z), the last state."""
+    N = A.shape[1]
+    dt = F.softplus(dt_raw + dt_bias)
+    h, k, p = state[..., :N], gain + state[..., N], state[..., N + 1]
+    past = list(state[..., N + 2:].unbind(-1))
+    ys = []
+    for t in range(u.shape[1]):
+        e = past[0] - u[:, t]
+        k = (k + alpha * e / (e**2 + eps**2).sqrt() * p).clamp(-kappa, kappa)
+        v = u[:, t] - k * e + delay * past[-1]
+        h = torch.exp(dt[:, t, :, None] * A) * h + (dt[:, t] * v)[..., None] * B[:, t, None, :]
+        y = (C[:, t, None, :] * F.silu(zeta * h + gamma) * h).sum(-1) + D * u[:, t]
+        p = dt[:, t] * (C[:, t] * B[:, t]).sum(-1)[:, None] * e
+        past = [y] + past[:-1]
+        ys.append(y)
+    y = torch.stack(ys, 1)
+    return y, y * F.silu(z), torch.cat([h, (k - gain)[..., None], p[..., None], torch.stack(past, -1)], -1)
+
+
 def mamba(x, w, conv_state=None, h=None, eps=None):
     """The mixer, w by Hugging Face's names; with eps, RMSNorm on dt, B and C. Returns its output and both states."""
     D, N = w["A_log"].shape
@@ -480,6 +501,22 @@ def make_expert_choice():
          loss_is="sum(dout * out) + 0.001 * z_loss", source="plain PyTorch")
 
 
+def make_closed_loop():
+    r, B, T, D, N, tau = Random(71), 2, 23, 6, 5, 3
+    A_log = (torch.arange(1.0, N + 1).log() + r(D, N, scale=0.1)).requires_grad_()
+    s = dict(u=r.leaf(B, T, D), dt=r.leaf(B, T, D), dt_bias=r.leaf(D, scale=0.5, plus=-1), A=-torch.exp(A_log), B_t=r.leaf(B, T, N),
+             C_t=r.leaf(B, T, N, scale=0.5), skip=r.leaf(D, scale=0.2, plus=0.5), z=r.leaf(B, T, D), gain=r.leaf(D, scale=0.2), delay=r.leaf(D, scale=0.2),
+             zeta=r.leaf(D, N, scale=0.3), gamma=r.leaf(D, N, scale=0.2, plus=1.28), initial_state=r.leaf(B, D, N + 2 + tau, scale=0.3))
+    constants = dict(alpha=0.1, kappa=0.4, eps=0.1)
+    y, out, final_state = closed_loop(*s.values(), **constants)
+    gains = final_state[..., N] + s["gain"]
+    assert (gains.abs() == 0.4).any() and (gains.abs() < 0.4).any()  # clipped, and not
+    dout, dfinal_state = r(B, T, D), r(B, D, N + 2 + tau)
+    tensors = dict(A_log=A_log, **s, out=out, final_state=final_state, dout=dout, dfinal_state=dfinal_state)
+    save("closed_loop.safetensors", with_grads(tensors, (dout * out).sum() + (dfinal_state * final_state).sum()), tau=tau, **constants,
+         loss_is="sum(dout * out) + sum(dfinal_state * final_state)", source="plain PyTorch, from shared/facts/mixcon.md")
+
+
 def make_layers():
     r = Random(6)
     tensors = {}
@@ -597,7 +634,7 @@ def make_adamw():
 
 
 for make in make_mamba_mixer, make_mamba_lm, make_mixtral_lm, make_jamba_lm, make_switch, make_mixtral, make_jamba_moe, \
-        make_expert_choice, make_layers, make_adamw:
+        make_expert_choice, make_closed_loop, make_layers, make_adamw:
     make()
 print(f"{'file':26}{'bytes':>9}{'tensors':>9}")
 for row in summary + [("all", sum(s[1] for s in summary), sum(s[2] for s in summary))]:
