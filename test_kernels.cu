@@ -1206,6 +1206,18 @@ const std::vector<Reference>& references() {
     return all;
 }
 
+TEST_CASE("the closed loop on the CPU", "[layers][cpu]") {
+    for (const Case& c : closed_loops()) DYNAMIC_SECTION(c.name) {
+        const Run want(plain::layers, c.body);
+        check_memory(want);
+        for (const int threads : {1, 2, 5}) {
+            const Threads set(threads);
+            Run got(cpu::layers, c.body);
+            check_memory(got);
+            check_close(got, want);
+        }
+    }
+}
 TEST_CASE("the closed loop agrees with PyTorch", "[layers][oracle]") {
     const Reference ref{"closed_loop.safetensors", "", closed_loop({.B = 2, .T = 23, .D = 6, .N = 5, .noise = false, .kappa = 0.4}), {}, {}};
     const Safetensors file(oracle + "/" + ref.file);

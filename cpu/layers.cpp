@@ -752,16 +752,18 @@ struct ScanBlock {
         for (int n = 0; n < N; n++) A[n] = exp(A[n]) * -kLog2e;
     }
     // (channels, N) in memory, (N, lanes) here; from null: zeros, to null: nothing
-    void load_state(vec* state, const real* from) const {
+    void load_state(vec* state, const real* from) const { load_rows(state, from, N); }
+    void store_state(real* to, const vec* state) const { store_rows(to, state, N); }
+    void load_rows(vec* state, const real* from, int width) const {
         real* to = reinterpret_cast<real*>(state);
-        if (count < kLanes || !from) std::fill_n(state, N, vec{});
+        if (count < kLanes || !from) std::fill_n(state, width, vec{});
         for (int lane = 0; lane < count && from; lane++)
-            for (int n = 0; n < N; n++) to[n * kLanes + lane] = from[int64_t(lane) * N + n];
+            for (int n = 0; n < width; n++) to[n * kLanes + lane] = from[int64_t(lane) * width + n];
     }
-    void store_state(real* to, const vec* state) const {
+    void store_rows(real* to, const vec* state, int width) const {
         const real* from = reinterpret_cast<const real*>(state);
         for (int lane = 0; lane < count && to; lane++)
-            for (int n = 0; n < N; n++) to[int64_t(lane) * N + n] = from[n * kLanes + lane];
+            for (int n = 0; n < width; n++) to[int64_t(lane) * width + n] = from[n * kLanes + lane];
     }
 };
 inline real* offset_or_null(real* x, int64_t offset) { return x ? x + offset : nullptr; }
@@ -893,6 +895,28 @@ void scan_forward(floatX* out, real* final_state, real* chunk_states, const Scan
             }
 }
 
+// Gradients of B_t and C_t, which all channels share. Of one chunk, from d_BC (N, kScanChunk, 2), to (count, 2, N):
+void sum_channels(real* to, const vec* d_BC, int count, int N) {
+    for (int t = 0; t < count; t++)
+        for (int n = 0; n < N; n++)
+            for (int of : {0, 1}) to[(2 * t + of) * N + n] = sum_lanes(d_BC[(n * kScanChunk + t) * 2 + of]);
+}
+// from d_BC (groups, B, T, 2, N):
+void sum_groups(const ScanGradients& out, const real* d_BC, int groups, const Scan& s) {
+    const int64_t rows = int64_t(s.B) * s.T, N = s.N;
+#pragma omp parallel for if (worth_threads(rows * 2 * N * groups))
+    for (int64_t row = 0; row < rows; row++)
+        for (int n = 0; n < N; n++) {
+            real d_b = 0, d_c = 0;
+            for (int group = 0; group < groups; group++) {
+                const real* from = d_BC + (group * rows + row) * 2 * N;
+                d_b += from[n];
+                d_c += from[N + n];
+            }
+            store(out.d_B_t[row * s.ld_bc + n], d_b);
+            store(out.d_C_t[row * s.ld_bc + n], d_c);
+        }
+}
 void scan_backward(const ScanGradients& out, const floatX* d_out, const real* d_final_state, const Scan& s, const real* chunk_states,
                    void* scratch, cudaStream_t) {
     const int B = s.B, T = s.T, D = s.D, N = s.N;
@@ -1019,26 +1043,10 @@ void scan_backward(const ScanGradients& out, const floatX* d_out, const real* d_
                             store_ahead(out.d_z + at_z, load_vec(d_out + at, block.count) * y[t] * d_silu, block.count);
                         }
                     }
-                    real* to = w.d_BC + (int64_t(group) * B * T + row) * 2 * N;
-                    for (int t = 0; t < count; t++)
-                        for (int n = 0; n < N; n++)
-                            for (int of : {0, 1}) to[(2 * t + of) * N + n] = sum_lanes(d_BC[(n * kScanChunk + t) * 2 + of]);
+                    sum_channels(w.d_BC + (int64_t(group) * B * T + row) * 2 * N, d_BC, count, N);
                 }
             }
-
-    const int64_t rows = int64_t(B) * T;
-#pragma omp parallel for if (worth_threads(rows * 2 * N * w.groups))
-    for (int64_t row = 0; row < rows; row++)
-        for (int n = 0; n < N; n++) {
-            real d_b = 0, d_c = 0;
-            for (int group = 0; group < w.groups; group++) {
-                const real* from = w.d_BC + (group * rows + row) * 2 * N;
-                d_b += from[n];
-                d_c += from[N + n];
-            }
-            store(out.d_B_t[row * s.ld_bc + n], d_b);
-            store(out.d_C_t[row * s.ld_bc + n], d_c);
-        }
+    sum_groups(out, w.d_BC, w.groups, s);
 #pragma omp parallel for if (parallel)
     for (int i = 0; i < w.blocks; i++)
         for (int n = 0; n < N + 2; n++) {
@@ -1049,6 +1057,239 @@ void scan_backward(const ScanGradients& out, const floatX* d_out, const real* d_
                 const int64_t d = i * kLanes + lane;
                 if (n < N) out.d_A_log[d * N + n] -= sum[lane] * std::exp(s.A_log[d * N + n]);  // dA/dA_log = A
                 else (n == N ? out.d_skip : out.d_dt_bias)[d] += sum[lane];
+            }
+        }
+}
+
+// ------------------------------------------------------------------------------------------------------------------
+// Selective scan in a closed loop: blocks of channels as in the scan, but time cannot be cut, since the output comes back as input.
+// In lanes past the last channel nothing is read, and what is computed there is not stored.
+constexpr int kMaxLoopStates = kMaxStates + 2 + kMaxDelay;
+struct LoopBlock : ScanBlock {
+    vec gain, delay, output_noise, zeta[kMaxStates], gamma[kMaxStates];
+    LoopBlock(int block, const ClosedLoop& c) : ScanBlock(block, c.plant) {
+        const auto load_or_zero = [&](const real* x) { return x ? load_vec(x + d, count) : vec{}; };
+        gain = load_or_zero(c.gain), delay = load_or_zero(c.delay), output_noise = load_or_zero(c.output_noise);
+        load_state(zeta, offset_or_null(c.zeta, int64_t(d) * N));
+        load_state(gamma, offset_or_null(c.gamma, int64_t(d) * N));
+    }
+    vec noise(const ClosedLoop& c, int64_t row, int n) const {  // n < N: of a state; N: of the output
+        vec w = {};
+        for (int lane = 0; lane < count; lane++)
+            w[lane] = real(random_normal(c.noise_seed, kNoiseStream, uint64_t((row * c.plant.D + d + lane) * (N + 1) + n)));
+        return w;
+    }
+};
+// What the steps of a chunk compute. y[tau + t] is the output of step t, so that y[t] is the one that is tau steps older.
+struct LoopChunk {
+    int count;
+    real CB[kScanChunk];
+    vec u[kScanChunk], delta[kScanChunk], e[kScanChunk], sign[kScanChunk], gain[kScanChunk], moved[kScanChunk], pending[kScanChunk],
+        v[kScanChunk], y[kMaxDelay + kScanChunk];  // pending: before the step
+    vec *h, *decay;  // (count + 1, N) the state before each step, and after the last; (count, N). Or null: nobody asks for them
+    // From the states before the chunk to those after it.
+    void run(vec* state, const LoopBlock& block, const ClosedLoop& c, int64_t row, int steps) {
+        const Scan& s = c.plant;
+        const int N = s.N, tau = c.tau;
+        const bool noisy = c.noise_seed && c.state_noise != 0;
+        count = steps;
+        for (int m = 0; m < tau; m++) y[tau - 1 - m] = state[N + 2 + m];
+        for (int t = 0; t < count; t++, row++) {
+            const floatX *const b_t = s.B_t + row * s.ld_bc, *const c_t = s.C_t + row * s.ld_bc;
+            const int64_t at = row * s.D + block.d;
+            CB[t] = 0;
+            for (int n = 0; n < N; n++) CB[t] += load(c_t[n]) * load(b_t[n]);
+            u[t] = load_vec(s.u + at, block.count);
+            delta[t] = softplus(load_vec(s.dt + at, block.count) + block.dt_bias);
+            e[t] = y[tau + t - 1] - u[t];
+            sign[t] = e[t] / each_lane(e[t] * e[t] + c.eps * c.eps, [](real x) { return std::sqrt(x); });
+            pending[t] = state[N + 1];
+            moved[t] = state[N] + c.alpha * sign[t] * pending[t];
+            vec clipped = moved[t] > c.kappa ? c.kappa + vec{} : moved[t];
+            gain[t] = state[N] = clipped < -c.kappa ? vec{} - c.kappa : clipped;
+            state[N + 1] = delta[t] * CB[t] * e[t];
+            v[t] = u[t] - (c.gain ? gain[t] * e[t] : vec{}) + block.delay * y[t];
+            vec sum = block.skip * u[t];
+            if (c.noise_seed && c.output_noise) sum += block.output_noise * block.noise(c, row, N);
+            const vec delta_v = delta[t] * v[t];
+            for (int n = 0; n < N; n++) {
+                const vec a = exp2_negative(delta[t] * block.A[n]);
+                if (h) h[t * N + n] = state[n], decay[t * N + n] = a;
+                state[n] = a * state[n] + delta_v * load(b_t[n]);
+                if (noisy) state[n] += c.state_noise * block.noise(c, row, n);
+                const vec x = block.zeta[n] * state[n] + block.gamma[n];
+                sum += load(c_t[n]) * (c.zeta ? state[n] * x * sigmoid(x) : state[n]);
+            }
+            y[tau + t] = sum;
+        }
+        if (h) std::copy_n(state, N, h + count * N);
+        for (int m = 0; m < tau; m++) state[N + 2 + m] = y[count + tau - 1 - m];
+    }
+};
+void closed_loop_forward(floatX* out, real* final_state, real* chunk_states, const ClosedLoop& c, void*, cudaStream_t) {
+    const Scan& s = c.plant;
+    const int B = s.B, T = s.T, D = s.D, states = c.states(), blocks = int(ceil_div(D, kLanes));
+    if (T == 0) return;
+#pragma omp parallel for collapse(2) if (worth_threads(int64_t(B) * T * D * s.N))
+    for (int b = 0; b < B; b++)
+        for (int i = 0; i < blocks; i++) {
+            const LoopBlock block(i, c);
+            const int64_t channel = int64_t(b) * D + block.d;
+            LoopChunk x;
+            x.h = x.decay = nullptr;
+            vec state[kMaxLoopStates];
+            block.load_rows(state, offset_or_null(s.initial_state, channel * states), states);
+            state[s.N] += block.gain;
+            for (int first = 0; first < T; first += kScanChunk) {
+                const int64_t row = int64_t(b) * T + first, chunk = b * scan_chunks(T) + first / kScanChunk;
+                block.store_rows(offset_or_null(chunk_states, (chunk * D + block.d) * states), state, states);
+                x.run(state, block, c, row, std::min(kScanChunk, T - first));
+                for (int t = 0; t < x.count; t++) {
+                    const vec z = load_ahead(s.z + (row + t) * s.ld_z + block.d, block.count);
+                    store_ahead(out + (row + t) * D + block.d, x.y[c.tau + t] * z * sigmoid(z), block.count);
+                }
+            }
+            state[s.N] -= block.gain;
+            block.store_rows(offset_or_null(final_state, channel * states), state, states);
+        }
+}
+struct LoopScratch : ScanScratch {
+    int params;       // sums of the gradients of parameters, for each channel: A_log, zeta, gamma (N each), and those of LoopParams
+    vec *states;      // (threads, 2 kScanChunk + 1, N)
+    LoopScratch(void* scratch, int B, int T, int D, int N, int tau) : ScanScratch(D), params(3 * N + kLoopParams) {
+        for (int b = 1; b <= B; b++) group_sequences = std::max(group_sequences, b * int64_t(fewest_groups(b)));
+        groups = fewest_groups(B);
+        Cutter cutter(scratch);
+        chunk_d_BC_size = int64_t(N) * kScanChunk * 2;
+        h = cutter.cut<vec>(int64_t(B) * blocks * (N + 2 + tau));
+        d_params = cutter.cut<vec>(int64_t(B) * blocks * params);
+        chunk_d_BC = cutter.cut<vec>(threads * chunk_d_BC_size);
+        states = cutter.cut<vec>(threads * states_size(N));
+        d_BC = cutter.cut<real>(group_sequences * T * 2 * N);
+        bytes = cutter.bytes();
+    }
+    enum LoopParams { skip, dt_bias, gain, delay, output_noise, kLoopParams };
+    static int64_t states_size(int N) { return int64_t(2 * kScanChunk + 1) * N; }
+    int64_t group_sequences = 0;
+    size_t bytes;
+};
+size_t closed_loop_scratch(int B, int T, int D, int N, int tau) { return LoopScratch(nullptr, B, T, D, N, tau).bytes; }
+
+// Backward through the steps of a chunk: see the plain version for what each line is. d_state (states): in, of the states after the chunk;
+// out, of those before it.
+void loop_chunk_backward(const ClosedLoopGradients& out, vec* d_state, vec* d_params, vec* d_BC, const LoopChunk& x, const LoopBlock& block,
+                         const floatX* d_out, const ClosedLoop& c, int64_t first_row) {
+    const Scan& s = c.plant;
+    const int N = s.N, tau = c.tau;
+    vec *const d_A = d_params, *const d_zeta = d_A + N, *const d_gamma = d_zeta + N, *const sums = d_gamma + N;
+    vec d_y_of[kMaxDelay + kScanChunk] = {};
+    for (int m = 0; m < tau; m++) d_y_of[x.count + tau - 1 - m] = d_state[N + 2 + m];
+    for (int t = x.count - 1; t >= 0; t--) {
+        const int64_t row = first_row + t, at = row * s.D + block.d, at_z = row * s.ld_z + block.d;
+        const floatX *const b_t = s.B_t + row * s.ld_bc, *const c_t = s.C_t + row * s.ld_bc;
+        const vec z = load_vec(s.z + at_z, block.count), gate = sigmoid(z), d_o = load_vec(d_out + at, block.count);
+        const vec u = x.u[t], delta = x.delta[t], e = x.e[t], v = x.v[t], d_y = d_o * z * gate + d_y_of[tau + t], d_p = d_state[N + 1];
+        const vec d_CB = d_p * delta * e, delta_v = delta * v;
+        vec dh_B = {}, dh_A = {}, d_e = d_p * delta * x.CB[t];
+        for (int n = 0; n < N; n++) {
+            const vec h = x.h[(t + 1) * N + n], a = x.decay[t * N + n], decayed = a * x.h[t * N + n];
+            const real b_n = load(b_t[n]), c_n = load(c_t[n]);
+            vec scaled = h, d_h = d_state[n];
+            if (c.zeta) {
+                const vec inside = block.zeta[n] * h + block.gamma[n], share = sigmoid(inside), r = inside * share;
+                const vec d_inside = d_y * c_n * h * share * (1 + inside * (1 - share));
+                scaled = r * h;
+                d_zeta[n] += d_inside * h;
+                d_gamma[n] += d_inside;
+                d_h += d_y * c_n * r + d_inside * block.zeta[n];
+            } else d_h += d_y * c_n;
+            vec* const d_bc = d_BC + (n * kScanChunk + t) * 2;
+            d_bc[0] += d_h * delta_v + d_CB * c_n;
+            d_bc[1] += d_y * scaled + d_CB * b_n;
+            dh_B += d_h * b_n;
+            const vec dh_decayed = d_h * decayed;
+            dh_A += dh_decayed * block.A[n];
+            d_A[n] += dh_decayed * delta;
+            d_state[n] = d_h * a;
+        }
+        const vec d_v = dh_B * delta;
+        vec d_u = d_y * block.skip + d_v;
+        sums[LoopScratch::skip] += d_y * u;
+        if (c.noise_seed && c.output_noise) sums[LoopScratch::output_noise] += d_y * block.noise(c, row, N);
+        sums[LoopScratch::delay] += d_v * x.y[t];
+        d_y_of[t] += d_v * block.delay;
+        if (c.gain) {
+            d_state[N] -= d_v * e;
+            d_e -= d_v * x.gain[t];
+        }
+        d_state[N] = x.moved[t] != x.gain[t] ? vec{} : d_state[N];  // clipped
+        d_state[N + 1] = d_state[N] * c.alpha * x.sign[t];
+        // s'(e) = eps^2 / sqrt(e^2 + eps^2)^3
+        const vec length = each_lane(e * e + c.eps * c.eps, [](real x) { return std::sqrt(x); });
+        d_e += d_state[N] * c.alpha * x.pending[t] * (c.eps * c.eps / (length * length * length));
+        d_y_of[tau + t - 1] += d_e;
+        d_u -= d_e;
+        const vec raw = load_vec(s.dt + at, block.count) + block.dt_bias;
+        const vec d_raw = (d_p * x.CB[t] * e + v * dh_B + kLn2 * dh_A) * (raw > 20 ? 1 : sigmoid(raw));
+        sums[LoopScratch::dt_bias] += d_raw;
+        store_ahead(out.plant.d_u + at, d_u, block.count);
+        store_ahead(out.plant.d_dt + at, d_raw, block.count);
+        store_ahead(out.plant.d_z + at_z, d_o * x.y[tau + t] * gate * (1 + z * (1 - gate)), block.count);
+    }
+    for (int m = 0; m < tau; m++) d_state[N + 2 + m] = d_y_of[tau - 1 - m];
+}
+void closed_loop_backward(const ClosedLoopGradients& out, const floatX* d_out, const real* d_final_state, const ClosedLoop& c,
+                          const real* chunk_states, void* scratch, cudaStream_t) {
+    const Scan& s = c.plant;
+    const int B = s.B, T = s.T, D = s.D, N = s.N, states = c.states();
+    if (B == 0 || T == 0) return;
+    const LoopScratch w(scratch, B, T, D, N, c.tau);
+    const bool parallel = worth_threads(int64_t(B) * T * D * N);
+#pragma omp parallel for collapse(2) if (parallel)
+    for (int b = 0; b < B; b++)
+        for (int group = 0; group < w.groups; group++) {
+            const Range members(w.blocks, group, w.groups);
+            vec *const d_BC = w.chunk_d_BC + omp_get_thread_num() * w.chunk_d_BC_size;
+            vec *const kept = w.states + omp_get_thread_num() * w.states_size(N);
+            for (int64_t chunk = scan_chunks(T) - 1; chunk >= 0; chunk--) {
+                const int64_t row = int64_t(b) * T + chunk * kScanChunk;
+                const int count = std::min<int>(kScanChunk, T - chunk * kScanChunk);
+                std::fill_n(d_BC, w.chunk_d_BC_size, vec{});
+                for (int64_t i = members.begin; i < members.end; i++) {
+                    const LoopBlock block(i, c);
+                    const int64_t unit = int64_t(b) * w.blocks + i, channel = int64_t(b) * D + block.d;
+                    vec *const d_state = w.h + unit * states, *const d_params = w.d_params + unit * w.params;
+                    if (chunk == scan_chunks(T) - 1) {
+                        block.load_rows(d_state, offset_or_null(d_final_state, channel * states), states);
+                        std::fill_n(d_params, w.params, vec{});
+                        d_params[3 * N + LoopScratch::gain] = vec{} - d_state[N];  // the final state has the gain less k_0
+                    }
+                    LoopChunk x;
+                    x.h = kept, x.decay = kept + (kScanChunk + 1) * N;
+                    vec state[kMaxLoopStates];
+                    block.load_rows(state, chunk_states + ((b * scan_chunks(T) + chunk) * D + block.d) * states, states);
+                    x.run(state, block, c, row, count);
+                    loop_chunk_backward(out, d_state, d_params, d_BC, x, block, d_out, c, row);
+                    if (chunk > 0) continue;
+                    d_params[3 * N + LoopScratch::gain] += d_state[N];
+                    block.store_rows(offset_or_null(out.plant.d_initial_state, channel * states), d_state, states);
+                }
+                sum_channels(w.d_BC + (int64_t(group) * B * T + row) * 2 * N, d_BC, count, N);
+            }
+        }
+    sum_groups(out.plant, w.d_BC, w.groups, s);
+    real* const of_channel[] = {out.plant.d_skip, out.plant.d_dt_bias, out.d_gain, out.d_delay, out.d_output_noise};
+#pragma omp parallel for if (parallel)
+    for (int i = 0; i < w.blocks; i++)
+        for (int n = 0; n < w.params; n++) {
+            vec sum = {};
+            for (int64_t b = 0; b < B; b++) sum += w.d_params[(b * w.blocks + i) * w.params + n];
+            for (int lane = 0; lane < std::min(kLanes, D - i * kLanes); lane++) {
+                const int64_t d = i * kLanes + lane, at = d * N + n % N;
+                if (n < N) out.plant.d_A_log[at] -= sum[lane] * std::exp(s.A_log[at]);  // dA/dA_log = A
+                else if (n < 3 * N) {
+                    if (c.zeta) (n < 2 * N ? out.d_zeta : out.d_gamma)[at] += sum[lane];
+                } else if (real* const to = of_channel[n - 3 * N]) to[d] += sum[lane];
             }
         }
 }
@@ -1672,6 +1913,9 @@ const Layers layers = {
     .scan_forward = scan_forward,
     .scan_backward = scan_backward,
     .scan_scratch = scan_scratch,
+    .closed_loop_forward = closed_loop_forward,
+    .closed_loop_backward = closed_loop_backward,
+    .closed_loop_scratch = closed_loop_scratch,
     .rotate = rotate,
     .attention_forward = attention_forward,
     .attention_backward = attention_backward,
