@@ -895,11 +895,12 @@ void scan_forward(floatX* out, real* final_state, real* chunk_states, const Scan
             }
 }
 
-// Gradients of B_t and C_t, which all channels share. Of one chunk, from d_BC (N, kScanChunk, 2), to (count, 2, N):
-void sum_channels(real* to, const vec* d_BC, int count, int N) {
+// Gradients of B_t and C_t, which all channels share. Of one chunk, to (count, 2, N), from pairs of d_BC so far apart:
+void sum_channels(real* to, const vec* d_BC, int count, int N, int from_step_to_step, int from_state_to_state) {
     for (int t = 0; t < count; t++)
         for (int n = 0; n < N; n++)
-            for (int of : {0, 1}) to[(2 * t + of) * N + n] = sum_lanes(d_BC[(n * kScanChunk + t) * 2 + of]);
+            for (int of : {0, 1})
+                to[(2 * t + of) * N + n] = sum_lanes(d_BC[(t * from_step_to_step + n * from_state_to_state) * 2 + of]);
 }
 // from d_BC (groups, B, T, 2, N):
 void sum_groups(const ScanGradients& out, const real* d_BC, int groups, const Scan& s) {
@@ -1043,7 +1044,7 @@ void scan_backward(const ScanGradients& out, const floatX* d_out, const real* d_
                             store_ahead(out.d_z + at_z, load_vec(d_out + at, block.count) * y[t] * d_silu, block.count);
                         }
                     }
-                    sum_channels(w.d_BC + (int64_t(group) * B * T + row) * 2 * N, d_BC, count, N);
+                    sum_channels(w.d_BC + (int64_t(group) * B * T + row) * 2 * N, d_BC, count, N, 1, kScanChunk);
                 }
             }
     sum_groups(out, w.d_BC, w.groups, s);
@@ -1112,14 +1113,16 @@ struct LoopChunk {
             vec sum = block.skip * u[t];
             if (c.noise_seed && c.output_noise) sum += block.output_noise * block.noise(c, row, N);
             const vec delta_v = delta[t] * v[t];
+            vec a[kMaxStates], scaled[kMaxStates];
+            for (int n = 0; n < N; n++) a[n] = exp2_negative(delta[t] * block.A[n]);
+            if (h) std::copy_n(state, N, h + t * N), std::copy_n(a, N, decay + t * N);
+            for (int n = 0; n < N; n++) state[n] = a[n] * state[n] + delta_v * load(b_t[n]);
+            for (int n = 0; n < N && noisy; n++) state[n] += c.state_noise * block.noise(c, row, n);
             for (int n = 0; n < N; n++) {
-                const vec a = exp2_negative(delta[t] * block.A[n]);
-                if (h) h[t * N + n] = state[n], decay[t * N + n] = a;
-                state[n] = a * state[n] + delta_v * load(b_t[n]);
-                if (noisy) state[n] += c.state_noise * block.noise(c, row, n);
                 const vec x = block.zeta[n] * state[n] + block.gamma[n];
-                sum += load(c_t[n]) * (c.zeta ? state[n] * x * sigmoid(x) : state[n]);
+                scaled[n] = c.zeta ? state[n] * x * sigmoid(x) : state[n];
             }
+            for (int n = 0; n < N; n++) sum += load(c_t[n]) * scaled[n];
             y[tau + t] = sum;
         }
         if (h) std::copy_n(state, N, h + count * N);
@@ -1191,26 +1194,32 @@ void loop_chunk_backward(const ClosedLoopGradients& out, vec* d_state, vec* d_pa
         const vec u = x.u[t], delta = x.delta[t], e = x.e[t], v = x.v[t], d_y = d_o * z * gate + d_y_of[tau + t], d_p = d_state[N + 1];
         const vec d_CB = d_p * delta * e, delta_v = delta * v;
         vec dh_B = {}, dh_A = {}, d_e = d_p * delta * x.CB[t];
+        const vec *const h = x.h + (t + 1) * N, *const h_before = x.h + t * N, *const a = x.decay + t * N;
+        vec scaled[kMaxStates];
         for (int n = 0; n < N; n++) {
-            const vec h = x.h[(t + 1) * N + n], a = x.decay[t * N + n], decayed = a * x.h[t * N + n];
-            const real b_n = load(b_t[n]), c_n = load(c_t[n]);
-            vec scaled = h, d_h = d_state[n];
+            const vec d_scaled = d_y * load(c_t[n]);
             if (c.zeta) {
-                const vec inside = block.zeta[n] * h + block.gamma[n], share = sigmoid(inside), r = inside * share;
-                const vec d_inside = d_y * c_n * h * share * (1 + inside * (1 - share));
-                scaled = r * h;
-                d_zeta[n] += d_inside * h;
+                const vec inside = block.zeta[n] * h[n] + block.gamma[n], share = sigmoid(inside), r = inside * share;
+                const vec d_inside = d_scaled * h[n] * (share + r * (1 - share));
+                scaled[n] = r * h[n];
+                d_zeta[n] += d_inside * h[n];
                 d_gamma[n] += d_inside;
-                d_h += d_y * c_n * r + d_inside * block.zeta[n];
-            } else d_h += d_y * c_n;
-            vec* const d_bc = d_BC + (n * kScanChunk + t) * 2;
-            d_bc[0] += d_h * delta_v + d_CB * c_n;
-            d_bc[1] += d_y * scaled + d_CB * b_n;
+                d_state[n] += d_scaled * r + d_inside * block.zeta[n];
+            } else {
+                scaled[n] = h[n];
+                d_state[n] += d_scaled;
+            }
+        }
+        for (int n = 0; n < N; n++) {
+            const real b_n = load(b_t[n]);
+            const vec d_h = d_state[n], d_h_a = d_h * a[n], dh_decayed = d_h_a * h_before[n];
+            vec* const d_bc = d_BC + (t * N + n) * 2;
+            d_bc[0] += d_h * delta_v + d_CB * load(c_t[n]);
+            d_bc[1] += d_y * scaled[n] + d_CB * b_n;
             dh_B += d_h * b_n;
-            const vec dh_decayed = d_h * decayed;
             dh_A += dh_decayed * block.A[n];
             d_A[n] += dh_decayed * delta;
-            d_state[n] = d_h * a;
+            d_state[n] = d_h_a;
         }
         const vec d_v = dh_B * delta;
         vec d_u = d_y * block.skip + d_v;
@@ -1274,7 +1283,7 @@ void closed_loop_backward(const ClosedLoopGradients& out, const floatX* d_out, c
                     d_params[3 * N + LoopScratch::gain] += d_state[N];
                     block.store_rows(offset_or_null(out.plant.d_initial_state, channel * states), d_state, states);
                 }
-                sum_channels(w.d_BC + (int64_t(group) * B * T + row) * 2 * N, d_BC, count, N);
+                sum_channels(w.d_BC + (int64_t(group) * B * T + row) * 2 * N, d_BC, count, N, N, 1);
             }
         }
     sum_groups(out.plant, w.d_BC, w.groups, s);
