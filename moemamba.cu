@@ -1599,6 +1599,322 @@ void scan_backward(const ScanGradients& d, const floatX* d_out, const real* d_fi
 }
 
 // ------------------------------------------------------------------------------------------------------------------
+// Selective scan in a closed loop (moemamba.h has the equations, cpu/plain.cpp their derivatives). The output comes back as input, so time
+// can be cut neither into segments nor into tiles that look ahead: a channel is walked step by step, by `lanes` threads with kStates states
+// each. What no state depends on, they all compute alike. B_t, C_t and C_t . B_t of a chunk come to shared memory, for all channels of a
+// block. Backward runs a chunk of kLoopChunk steps again from the states before it, keeps what it needs of each step in shared memory, and
+// then goes back through them.
+//
+// Bytes from and to device memory, per token and channel, N = 16, tau = 8, in float (16 channels a block):
+//   forward    u dt z out 16;  chunk_states 6.5 (4 (N + 2 + tau) / 16);  B_t C_t 8 (2 N 4 / 16)
+//   backward   u twice, dt twice, z d_out d_u d_dt d_z 36;  chunk_states 6.5;  B_t C_t 8;  parts of d_B_t d_C_t 16 (written and read)
+constexpr int kLoopThreads = sizeof(real) == 8 ? 32 : 64;  // of a block
+struct LoopTile {
+    real B[kLoopChunk][kMaxStates], C[kLoopChunk][kMaxStates], CB[kLoopChunk];
+    __device__ __forceinline__ void load(const Scan& s, int64_t row, int count) {
+        __syncthreads();  // the last one may be in use
+        for (int i = threadIdx.x; i < count * s.N; i += kLoopThreads) {
+            const int t = i / s.N, n = i % s.N;
+            B[t][n] = real(s.B_t[(row + t) * s.ld_bc + n]);
+            C[t][n] = real(s.C_t[(row + t) * s.ld_bc + n]);
+        }
+        __syncthreads();
+        for (int t = threadIdx.x; t < count; t += kLoopThreads) {
+            CB[t] = 0;
+            for (int n = 0; n < s.N; n++) CB[t] += C[t][n] * B[t][n];
+        }
+        __syncthreads();
+    }
+};
+// A thread's place, and the parameters of its channel and of its states n to n + kStates - 1.
+struct LoopThread {
+    int lanes, d, n;  // threads of a channel; channel; first state
+    int64_t b;
+    bool there, first;  // or else there is no such channel: it goes along with the last one, and stores nothing; first of its channel
+    real skip, dt_bias, delay = 0, output_noise = 0;
+    Reals<kStates> A, zeta = {}, gamma = {};
+    static __host__ __device__ int blocks(int D, int lanes) { return int(ceil_div(D, kLoopThreads / lanes)); }
+    __device__ __forceinline__ LoopThread(const ClosedLoop& c, int lanes) : lanes(lanes) {
+        const Scan& s = c.plant;
+        const int of_sequence = blocks(s.D, lanes), channel = int(blockIdx.x % of_sequence) * (kLoopThreads / lanes) + int(threadIdx.x) / lanes;
+        b = blockIdx.x / of_sequence;
+        there = channel < s.D;
+        d = there ? channel : s.D - 1;
+        n = int(threadIdx.x) % lanes * kStates;
+        first = there && n == 0;
+        skip = s.skip[d], dt_bias = s.dt_bias[d];
+        if (c.delay) delay = c.delay[d];
+        if (c.output_noise) output_noise = c.output_noise[d];
+        A = load_decay(s.A_log, d, n, s.N);
+        if (c.zeta) zeta = load_states(c.zeta + int64_t(d) * s.N, n, s.N, false), gamma = load_states(c.gamma + int64_t(d) * s.N, n, s.N, false);
+    }
+    __device__ __forceinline__ real sum(real x) const {  // over the channel's threads
+        for (int mask = lanes / 2; mask > 0; mask /= 2) x += __shfl_xor_sync(kAllLanes, x, mask);
+        return x;
+    }
+    __device__ __forceinline__ real noise(const ClosedLoop& c, int64_t row, int of) const {
+        return c.noise_seed ? real(random_normal(c.noise_seed, kNoiseStream, uint64_t((row * c.plant.D + d) * (c.plant.N + 1) + of))) : 0;
+    }
+    __device__ __forceinline__ const real* states_of(const real* all, const ClosedLoop& c, int64_t group) const {  // group: b, or chunk of b
+        return all + (group * c.plant.D + d) * c.states();
+    }
+    // h, k and p; the past outputs, newest first, go to past[tau - 1], past[tau - 2], ... , kLoopThreads apart
+    __device__ __forceinline__ void load(const real* from, const ClosedLoop& c, Reals<kStates>& h, real& k, real& p, real* past) const {
+        const int N = c.plant.N;
+        h = load_states(from, n, N, false);
+        k = from[N], p = from[N + 1];
+        for (int m = 0; m < c.tau; m++) past[(c.tau - 1 - m) * kLoopThreads] = from[N + 2 + m];
+    }
+    // oldest: where in past the oldest is, of tau places in a ring
+    __device__ __forceinline__ void store(real* all, const ClosedLoop& c, int64_t group, const Reals<kStates>& h, real k, real p,
+                                          const real* past, int oldest) const {
+        const int N = c.plant.N;
+        real* const to = const_cast<real*>(states_of(all, c, group));
+        if (there) store_states(to, h, n, N, false);
+        if (!first) return;
+        to[N] = k, to[N + 1] = p;
+        for (int m = 0; m < c.tau; m++) to[N + 2 + m] = past[(oldest + c.tau - 1 - m) % c.tau * kLoopThreads];
+    }
+};
+struct LoopStep {
+    real u, raw, delta, e, length, moved, v, y;
+};
+// One step; newest: y_{t-1}, delayed: y_{t-tau}.
+__device__ __forceinline__ LoopStep loop_step(const ClosedLoop& c, const LoopThread& me, const LoopTile& tile, int t, int64_t row, Reals<kStates>& h,
+                                              real& k, real& p, real newest, real delayed) {
+    const Scan& s = c.plant;
+    LoopStep x;
+    x.u = real(s.u[row * s.D + me.d]);
+    x.raw = real(s.dt[row * s.D + me.d]) + me.dt_bias;
+    x.delta = softplus(x.raw);
+    x.e = newest - x.u;
+    x.length = sqrt_(x.e * x.e + c.eps * c.eps);
+    x.moved = k + c.alpha * (x.e / x.length) * p;
+    k = x.moved > c.kappa ? c.kappa : x.moved < -c.kappa ? -c.kappa : x.moved;
+    p = x.delta * tile.CB[t] * x.e;
+    x.v = x.u - (c.gain ? k * x.e : 0) + me.delay * delayed;
+    real sum = 0;
+    UNROLL for (int j = 0; j < kStates; j++) {
+        if (me.n + j >= s.N) break;
+        h.v[j] = power_of_two(x.delta * me.A.v[j]) * h.v[j] + x.delta * x.v * tile.B[t][me.n + j];
+        if (c.state_noise != 0) h.v[j] += c.state_noise * me.noise(c, row, me.n + j);
+        const real inside = me.zeta.v[j] * h.v[j] + me.gamma.v[j];
+        sum += tile.C[t][me.n + j] * (c.zeta ? h.v[j] * inside * sigmoid(inside) : h.v[j]);
+    }
+    x.y = me.skip * x.u + me.sum(sum);
+    if (c.output_noise) x.y += me.output_noise * me.noise(c, row, s.N);
+    return x;
+}
+__global__ void __launch_bounds__(kLoopThreads) closed_loop_forward_kernel(floatX* out, real* final_state, real* chunk_states, ClosedLoop c,
+                                                                         int lanes) {
+    SHARED(LoopTile, tile);
+    SHARED(real[kMaxDelay * kLoopThreads], outputs);  // of the last tau steps, each thread's own
+    const Scan& s = c.plant;
+    const LoopThread me(c, lanes);
+    real* const past = outputs + threadIdx.x;
+    Reals<kStates> h = {};
+    real k = 0, p = 0, newest = 0;
+    for (int m = 0; m < c.tau; m++) past[m * kLoopThreads] = 0;
+    if (s.initial_state) me.load(me.states_of(s.initial_state, c, me.b), c, h, k, p, past);
+    newest = past[(c.tau - 1) * kLoopThreads];
+    if (c.gain) k += c.gain[me.d];
+    int oldest = 0;  // place in past
+    for (int begin = 0; begin < s.T; begin += kLoopChunk) {
+        const int count = min(kLoopChunk, s.T - begin);
+        const int64_t row = me.b * s.T + begin;
+        tile.load(s, row, count);
+        if (chunk_states) me.store(chunk_states, c, me.b * loop_chunks(s.T) + begin / kLoopChunk, h, k, p, past, oldest);
+        for (int t = 0; t < count; t++) {
+            real& place = past[oldest * kLoopThreads];
+            const LoopStep x = loop_step(c, me, tile, t, row + t, h, k, p, newest, place);
+            place = newest = x.y;
+            oldest = oldest + 1 < c.tau ? oldest + 1 : 0;
+            const real z = real(s.z[(row + t) * s.ld_z + me.d]);
+            if (me.first) out[(row + t) * s.D + me.d] = floatX(x.y * z * sigmoid(z));
+        }
+    }
+    if (final_state) me.store(final_state, c, me.b, h, k - (c.gain ? c.gain[me.d] : 0), p, past, oldest);
+}
+
+// What backward keeps of a chunk: each thread its own numbers, kLoopThreads apart.
+struct LoopKept {
+    static constexpr int numbers = kLoopChunk * (kStates + 3) + 2 * (kMaxDelay + kLoopChunk);
+    static constexpr size_t bytes = sizeof(real) * (numbers * kLoopThreads + 2 * kLoopChunk * kMaxStates * (kLoopThreads / kWarp));
+    real* memory;
+    __device__ __forceinline__ real& at(int i) const { return memory[i * kLoopThreads + threadIdx.x]; }
+    __device__ __forceinline__ real& h(int t, int j) const { return at(t * kStates + j); }  // before the step
+    __device__ __forceinline__ real& k(int t) const { return at(kLoopChunk * kStates + t); }
+    __device__ __forceinline__ real& p(int t) const { return at(kLoopChunk * (kStates + 1) + t); }
+    __device__ __forceinline__ real& moved(int t) const { return at(kLoopChunk * (kStates + 2) + t); }
+    __device__ __forceinline__ real& y(int i) const { return at(kLoopChunk * (kStates + 3) + i); }  // y(tau + t): of step t
+    __device__ __forceinline__ real& d_y(int i) const { return at(kLoopChunk * (kStates + 3) + kMaxDelay + kLoopChunk + i); }
+    __device__ __forceinline__ real* warp_sums(int warp, int t) const {  // (2, kMaxStates): d_B_t, d_C_t
+        return memory + numbers * kLoopThreads + (warp * kLoopChunk + t) * 2 * kMaxStates;
+    }
+};
+// Parts of the parameters' gradients, one for each sequence, (B, D, N) and (B, D); of those of B_t and C_t, one for each of its blocks.
+struct LoopParts : Scratch {
+    real *A, *zeta, *gamma, *skip, *bias, *gain, *delay, *noise, *bc;  // bc: (blocks, B, T, 2N)
+    LoopParts(void* memory, int64_t B, int64_t T, int D, int N, int blocks) : Scratch(memory) {
+        for (real** part : {&A, &zeta, &gamma}) *part = take<real>(B * D * N);
+        for (real** part : {&skip, &bias, &gain, &delay, &noise}) *part = take<real>(B * D);
+        bc = take<real>(blocks * B * T * 2 * N);
+    }
+};
+__global__ void __launch_bounds__(kLoopThreads) closed_loop_backward_kernel(ClosedLoopGradients d, LoopParts parts, const floatX* d_out,
+                                                                          const real* d_final_state, const real* chunk_states, ClosedLoop c,
+                                                                          int lanes) {
+    DYNAMIC_SHARED(real, memory);
+    SHARED(LoopTile, tile);
+    const LoopKept kept{memory};
+    const Scan& s = c.plant;
+    const int N = s.N, tau = c.tau, chunks = int(loop_chunks(s.T));
+    const LoopThread me(c, lanes);
+    Reals<kStates> dh = {}, d_A = {}, d_zeta = {}, d_gamma = {};
+    real d_k = 0, d_p = 0, d_skip = 0, d_bias = 0, d_gain = 0, d_delay = 0, d_noise = 0;
+    for (int i = 0; i < tau; i++) kept.d_y(i) = 0;
+    if (d_final_state) me.load(me.states_of(d_final_state, c, me.b), c, dh, d_k, d_p, &kept.d_y(0));
+    d_gain -= d_k;  // the final state has the gain less k_0
+    for (int chunk = chunks - 1; chunk >= 0; chunk--) {
+        const int count = min(kLoopChunk, s.T - chunk * kLoopChunk);
+        const int64_t first_row = me.b * s.T + chunk * kLoopChunk;
+        tile.load(s, first_row, count);
+        Reals<kStates> h;
+        real k, p;
+        me.load(me.states_of(chunk_states, c, me.b * chunks + chunk), c, h, k, p, &kept.y(0));
+        for (int t = 0; t < count; t++) {
+            UNROLL for (int j = 0; j < kStates; j++) kept.h(t, j) = h.v[j];
+            kept.p(t) = p;
+            const LoopStep x = loop_step(c, me, tile, t, first_row + t, h, k, p, kept.y(tau + t - 1), kept.y(t));
+            kept.k(t) = k, kept.moved(t) = x.moved, kept.y(tau + t) = x.y;
+        }
+        // The gradients of the outputs before this chunk's end move to their places in it; of its own outputs none is known yet.
+        for (int i = tau - 1; i >= 0; i--) kept.d_y(count + i) = kept.d_y(i);
+        for (int i = 0; i < count; i++) kept.d_y(i) = 0;
+        for (int t = count - 1; t >= 0; t--) {
+            const int64_t row = first_row + t, at = row * s.D + me.d;
+            const real u = real(s.u[at]), raw = real(s.dt[at]) + me.dt_bias, delta = softplus(raw), e = kept.y(tau + t - 1) - u;
+            const real z = real(s.z[row * s.ld_z + me.d]), gate = sigmoid(z), d_o = real(d_out[at]), CB = tile.CB[t];
+            const real k_t = kept.k(t), delayed = kept.y(t), v = u - (c.gain ? k_t * e : 0) + me.delay * delayed;
+            const real d_y = d_o * z * gate + kept.d_y(tau + t), d_CB = d_p * delta * e;
+            real dh_B = 0, dh_A = 0;
+            Reals<kStates> d_B = {}, d_C = {};
+            UNROLL for (int j = 0; j < kStates; j++) {
+                if (me.n + j >= N) break;
+                const real B = tile.B[t][me.n + j], C = tile.C[t][me.n + j], a = power_of_two(delta * me.A.v[j]), decayed = a * kept.h(t, j);
+                real h_t = decayed + delta * v * B, scaled, d_h = dh.v[j];
+                if (c.state_noise != 0) h_t += c.state_noise * me.noise(c, row, me.n + j);
+                if (c.zeta) {
+                    const real inside = me.zeta.v[j] * h_t + me.gamma.v[j], share = sigmoid(inside), r = inside * share;
+                    const real d_inside = d_y * C * h_t * (share + r * (1 - share));
+                    scaled = r * h_t;
+                    d_zeta.v[j] += d_inside * h_t;
+                    d_gamma.v[j] += d_inside;
+                    d_h += d_y * C * r + d_inside * me.zeta.v[j];
+                } else {
+                    scaled = h_t;
+                    d_h += d_y * C;
+                }
+                d_B.v[j] = d_h * delta * v + d_CB * C;
+                d_C.v[j] = d_y * scaled + d_CB * B;
+                dh_B += d_h * B;
+                dh_A += d_h * decayed * me.A.v[j];
+                d_A.v[j] += d_h * decayed * delta;
+                dh.v[j] = d_h * a;
+            }
+            UNROLL for (int j = 0; j < kStates; j++) {
+                real b = me.there ? d_B.v[j] : 0, g = me.there ? d_C.v[j] : 0;
+                for (int mask = lanes; mask < kWarp; mask *= 2) {
+                    b += __shfl_xor_sync(kAllLanes, b, mask);
+                    g += __shfl_xor_sync(kAllLanes, g, mask);
+                }
+                if (lane_id() >= lanes || me.n + j >= N) continue;
+                kept.warp_sums(warp_id(), t)[me.n + j] = b;
+                kept.warp_sums(warp_id(), t)[kMaxStates + me.n + j] = g;
+            }
+            dh_B = me.sum(dh_B);
+            dh_A = me.sum(dh_A);
+            const real d_v = dh_B * delta, d_raw = (d_p * CB * e + v * dh_B + kLn2 * dh_A) * (raw > 20 ? 1 : sigmoid(raw));
+            real d_e = d_p * delta * CB, d_u = d_y * me.skip + d_v;
+            d_skip += d_y * u;
+            d_bias += d_raw;
+            if (c.output_noise) d_noise += d_y * me.noise(c, row, N);
+            d_delay += d_v * delayed;
+            kept.d_y(t) += d_v * me.delay;
+            if (c.gain) {
+                d_k -= d_v * e;
+                d_e -= d_v * k_t;
+            }
+            if (kept.moved(t) != k_t) d_k = 0;  // clipped
+            const real length = sqrt_(e * e + c.eps * c.eps);
+            d_p = d_k * c.alpha * e / length;
+            d_e += d_k * c.alpha * kept.p(t) * (c.eps * c.eps / (length * length * length));
+            kept.d_y(tau + t - 1) += d_e;
+            d_u -= d_e;
+            if (!me.first) continue;
+            d.plant.d_u[at] = floatX(d_u);
+            d.plant.d_dt[at] = floatX(d_raw);
+            d.plant.d_z[row * s.ld_z + me.d] = floatX(d_o * kept.y(tau + t) * gate * (1 + z * (1 - gate)));
+        }
+        __syncthreads();
+        const int64_t block = blockIdx.x % LoopThread::blocks(s.D, lanes), rows = int64_t(s.B) * s.T;
+        for (int i = threadIdx.x; i < count * 2 * N; i += kLoopThreads) {
+            const int t = i / (2 * N), of = i % (2 * N);
+            real sum = 0;
+            for (int warp = 0; warp < kLoopThreads / kWarp; warp++) sum += kept.warp_sums(warp, t)[of < N ? of : kMaxStates + of - N];
+            parts.bc[(block * rows + first_row + t) * 2 * N + of] = sum;
+        }
+    }
+    d_gain += d_k;
+    if (d.plant.d_initial_state) me.store(d.plant.d_initial_state, c, me.b, dh, d_k, d_p, &kept.d_y(0), 0);
+    const int64_t channel = me.b * s.D + me.d;
+    UNROLL for (int j = 0; j < kStates; j++) d_A.v[j] *= me.A.v[j] * kLn2;  // A is its own derivative by A_log
+    if (me.there) {
+        store_states(parts.A + channel * N, d_A, me.n, N, false);
+        store_states(parts.zeta + channel * N, d_zeta, me.n, N, false);
+        store_states(parts.gamma + channel * N, d_gamma, me.n, N, false);
+    }
+    if (!me.first) return;
+    parts.skip[channel] = d_skip, parts.bias[channel] = d_bias, parts.gain[channel] = d_gain, parts.delay[channel] = d_delay;
+    parts.noise[channel] = d_noise;
+}
+int loop_lanes(int N, int tau) {
+    if (N < 1 || N > kMaxStates || tau < 1 || tau > kMaxDelay)
+        fail("a closed loop with %d states and a delay of %d: 1 to %d, and 1 to %d, are supported", N, tau, kMaxStates, kMaxDelay);
+    int lanes = 1;
+    while (lanes * kStates < N) lanes *= 2;
+    return lanes;
+}
+size_t closed_loop_scratch(int B, int T, int D, int N, int tau) {
+    return LoopParts(nullptr, B, T, D, N, LoopThread::blocks(D, loop_lanes(N, tau))).used;
+}
+void closed_loop_forward(floatX* out, real* final_state, real* chunk_states, const ClosedLoop& c, void*, cudaStream_t stream) {
+    if (c.plant.B == 0 || c.plant.T == 0) return;
+    const int lanes = loop_lanes(c.plant.N, c.tau);
+    LAUNCH(closed_loop_forward_kernel, blocks_for(int64_t(c.plant.B) * LoopThread::blocks(c.plant.D, lanes), 1), kLoopThreads, 0, stream)
+    (out, final_state, chunk_states, c, lanes);
+    CHECK_LAUNCH();
+}
+void closed_loop_backward(const ClosedLoopGradients& d, const floatX* d_out, const real* d_final_state, const ClosedLoop& c,
+                          const real* chunk_states, void* scratch, cudaStream_t stream) {
+    const Scan& s = c.plant;
+    if (s.B == 0 || s.T == 0) return;
+    const int lanes = loop_lanes(s.N, c.tau), blocks = LoopThread::blocks(s.D, lanes);
+    const LoopParts parts(scratch, s.B, s.T, s.D, s.N, blocks);
+    CUDA_CHECK(cudaFuncSetAttribute(closed_loop_backward_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(LoopKept::bytes)));
+    LAUNCH(closed_loop_backward_kernel, blocks_for(int64_t(s.B) * blocks, 1), kLoopThreads, LoopKept::bytes, stream)
+    (d, parts, d_out, d_final_state, chunk_states, c, lanes);
+    const int64_t rows = int64_t(s.B) * s.T, DN = int64_t(s.D) * s.N;
+    LAUNCH(scan_backward_bc_kernel, blocks_for(rows * 2 * s.N, kThreads), kThreads, 0, stream)
+    (d.plant.d_B_t, d.plant.d_C_t, s.ld_bc, parts.bc, blocks, rows, s.N);
+    reduce_partials(s.B, {{d.plant.d_A_log, parts.A, DN}, {d.plant.d_skip, parts.skip, s.D}, {d.plant.d_dt_bias, parts.bias, s.D}}, stream);
+    if (c.zeta) reduce_partials(s.B, {{d.d_zeta, parts.zeta, DN}, {d.d_gamma, parts.gamma, DN}}, stream);
+    if (c.gain) reduce_partials(s.B, {{d.d_gain, parts.gain, s.D}}, stream);
+    if (c.delay) reduce_partials(s.B, {{d.d_delay, parts.delay, s.D}}, stream);
+    if (c.output_noise) reduce_partials(s.B, {{d.d_output_noise, parts.noise, s.D}}, stream);
+}
+
+// ------------------------------------------------------------------------------------------------------------------
 // Rotary positions
 //   A pair is a thread's for kRotateRows rows, so that its frequency is computed once for them. Angles are in turns, and in double until
 //   whole turns are gone: see plain. sincospi(), because sin() takes a stack.
@@ -2816,6 +3132,9 @@ const Layers layers = {
     .scan_forward = scan_forward,
     .scan_backward = scan_backward,
     .scan_scratch = scan_scratch,
+    .closed_loop_forward = closed_loop_forward,
+    .closed_loop_backward = closed_loop_backward,
+    .closed_loop_scratch = closed_loop_scratch,
     .rotate = rotate,
     .attention_forward = attention_forward,
     .attention_backward = attention_backward,

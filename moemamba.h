@@ -65,6 +65,9 @@ inline constexpr bool kMixedPrecision = sizeof(floatX) != sizeof(real);  // then
 // 64 makes that traffic one byte per token and channel (N = 16), beside 8 to 28 bytes that nothing can avoid.
 inline constexpr int kScanChunk = 64;
 inline int64_t scan_chunks(int T) { return (T + kScanChunk - 1) / kScanChunk; }
+// Likewise the closed loop, whose chunks are as short as what a thread can keep of each step in shared memory.
+inline constexpr int kLoopChunk = 16;
+inline int64_t loop_chunks(int T) { return (T + kLoopChunk - 1) / kLoopChunk; }
 
 // The largest that every implementation of the layers serves.
 inline constexpr int kMaxStates = 64, kMaxConv = 8, kMaxExperts = 256, kMaxHeadSize = 256, kMaxDelay = 32;
@@ -353,7 +356,7 @@ struct Layers {
     //   v_t = u_t - k_t e_t + delta y_{t-tau};  h_t = exp(dt_t A) h_{t-1} + dt_t v_t B_t + sigma w_t
     //   y_t = sum_n C_{t,n} r_n h_{t,n} + skip u_t + nu n_t,  r_n = silu(zeta_n h_{t,n} + gamma_n);  p_t = dt_t (C_t . B_t) e_t
     //   out_t = y_t silu(z_t)
-    // Shapes as of the scan; final_state (B, D, states()), chunk_states (B, scan_chunks(T), D, states()).
+    // Shapes as of the scan; final_state (B, D, states()), chunk_states (B, loop_chunks(T), D, states()), in which k has k_0 in it.
     void (*closed_loop_forward)(floatX* out, real* final_state, real* chunk_states, const ClosedLoop& c, void* scratch, cudaStream_t stream);
     void (*closed_loop_backward)(const ClosedLoopGradients& d, const floatX* d_out, const real* d_final_state, const ClosedLoop& c,
                                  const real* chunk_states, void* scratch, cudaStream_t stream);

@@ -415,7 +415,8 @@ Case closed_loop(Loop l) {
         const auto& [B, T, D, N, tau, control, delay, scaling, noise, initial, final, alpha, kappa, eps] = l;
         const int states = N + 2 + tau;
         const Shape shape{B * T, D}, row{B * T, N}, all{B * D, states}, of_channel{D, N};
-        ClosedLoop c{.plant = {r.in<floatX>("u", shape), r.in<floatX>("dt", shape), r.in<floatX>("B_t", row), r.in<floatX>("C_t", row), N,
+        const Values size = normal(1 / std::sqrt(N));  // larger ones make a loop that rings, and rounding errors grow with it
+        ClosedLoop c{.plant = {r.in<floatX>("u", shape), r.in<floatX>("dt", shape), r.in<floatX>("B_t", row, size), r.in<floatX>("C_t", row, size), N,
                                r.in<floatX>("z", shape), D, r.in<real>("A_log", of_channel, [N = N](uint64_t stream, int64_t i) {
                                    return std::log(1 + i % N) + 0.1 * random_normal(seed, stream, i);
                                }), r.in<real>("skip", D, normal(0.2, 0.5)), r.in<real>("dt_bias", D, normal(0.5, -1)),
@@ -427,7 +428,7 @@ Case closed_loop(Loop l) {
                      .noise_seed = noise ? seed : 0, .alpha = real(alpha), .kappa = real(kappa), .eps = real(eps), .tau = tau};
         floatX* out = r.out<floatX>("out", shape);
         real* final_state = r.out<real>("final_state", final ? all : 0);
-        real* chunk_states = r.out<real>("chunk_states", {B * scan_chunks(T) * D, states});
+        real* chunk_states = r.out<real>("chunk_states", {B * loop_chunks(T) * D, states});
         void* scratch = r.scratch(r->closed_loop_scratch(B, T, D, N, tau));
         r->closed_loop_forward(out, final_state, chunk_states, c, scratch, r.stream);
         if (r.forward_only) return;
@@ -1065,7 +1066,7 @@ std::vector<Case> closed_loops() {
         loops.push_back({.B = 2, .T = 9, .D = 3, .N = 4, .control = bool(terms & 1), .delay = bool(terms & 2), .scaling = bool(terms & 4),
                          .noise = bool(terms & 8), .initial = bool(terms & 1), .final = bool(terms & 2), .alpha = terms & 16 ? 0.1 : 0});
     loops.insert(loops.end(), {{.B = 1, .T = 1, .D = 1, .N = 1, .tau = 1}, {.B = 1, .T = 5, .D = 3, .N = 2, .tau = 8},
-                               {.B = 1, .T = kScanChunk + 5, .D = 2, .N = 3, .tau = 2}, {.B = 1, .T = 12, .D = 5, .N = 3, .kappa = 0.05},
+                               {.B = 1, .T = 2 * kLoopChunk + 5, .D = 2, .N = 3, .tau = 2}, {.B = 2, .T = kLoopChunk, .D = 70, .N = 16, .tau = 8}, {.B = 2, .T = 18, .D = 9, .N = 17, .tau = 20}, {.B = 1, .T = 12, .D = 5, .N = 3, .kappa = 0.05},
                                {.B = 1, .T = 12, .D = 3, .N = 3, .eps = 0.02}, {.B = 1, .T = 3, .D = 2, .N = kMaxStates, .tau = kMaxDelay}});
     std::vector<Case> all;
     for (const Loop& loop : loops) all.push_back(closed_loop(loop));
@@ -1206,6 +1207,9 @@ const std::vector<Reference>& references() {
     return all;
 }
 
+TEST_CASE("the closed loop on the GPU", "[layers][gpu]") {
+    for (const Case& c : closed_loops()) DYNAMIC_SECTION(c.name) { check_gpu(c); }
+}
 TEST_CASE("the closed loop on the CPU", "[layers][cpu]") {
     for (const Case& c : closed_loops()) DYNAMIC_SECTION(c.name) {
         const Run want(plain::layers, c.body);

@@ -1084,9 +1084,9 @@ struct LoopBlock : ScanBlock {
 // What the steps of a chunk compute. y[tau + t] is the output of step t, so that y[t] is the one that is tau steps older.
 struct LoopChunk {
     int count;
-    real CB[kScanChunk];
-    vec u[kScanChunk], delta[kScanChunk], e[kScanChunk], sign[kScanChunk], gain[kScanChunk], moved[kScanChunk], pending[kScanChunk],
-        v[kScanChunk], y[kMaxDelay + kScanChunk];  // pending: before the step
+    real CB[kLoopChunk];
+    vec u[kLoopChunk], delta[kLoopChunk], e[kLoopChunk], sign[kLoopChunk], gain[kLoopChunk], moved[kLoopChunk], pending[kLoopChunk],
+        v[kLoopChunk], y[kMaxDelay + kLoopChunk];  // pending: before the step
     vec *h, *decay;  // (count + 1, N) the state before each step, and after the last; (count, N). Or null: nobody asks for them
     // From the states before the chunk to those after it.
     void run(vec* state, const LoopBlock& block, const ClosedLoop& c, int64_t row, int steps) {
@@ -1143,10 +1143,10 @@ void closed_loop_forward(floatX* out, real* final_state, real* chunk_states, con
             vec state[kMaxLoopStates];
             block.load_rows(state, offset_or_null(s.initial_state, channel * states), states);
             state[s.N] += block.gain;
-            for (int first = 0; first < T; first += kScanChunk) {
-                const int64_t row = int64_t(b) * T + first, chunk = b * scan_chunks(T) + first / kScanChunk;
+            for (int first = 0; first < T; first += kLoopChunk) {
+                const int64_t row = int64_t(b) * T + first, chunk = b * loop_chunks(T) + first / kLoopChunk;
                 block.store_rows(offset_or_null(chunk_states, (chunk * D + block.d) * states), state, states);
-                x.run(state, block, c, row, std::min(kScanChunk, T - first));
+                x.run(state, block, c, row, std::min(kLoopChunk, T - first));
                 for (int t = 0; t < x.count; t++) {
                     const vec z = load_ahead(s.z + (row + t) * s.ld_z + block.d, block.count);
                     store_ahead(out + (row + t) * D + block.d, x.y[c.tau + t] * z * sigmoid(z), block.count);
@@ -1158,12 +1158,12 @@ void closed_loop_forward(floatX* out, real* final_state, real* chunk_states, con
 }
 struct LoopScratch : ScanScratch {
     int params;       // sums of the gradients of parameters, for each channel: A_log, zeta, gamma (N each), and those of LoopParams
-    vec *states;      // (threads, 2 kScanChunk + 1, N)
+    vec *states;      // (threads, 2 kLoopChunk + 1, N)
     LoopScratch(void* scratch, int B, int T, int D, int N, int tau) : ScanScratch(D), params(3 * N + kLoopParams) {
         for (int b = 1; b <= B; b++) group_sequences = std::max(group_sequences, b * int64_t(fewest_groups(b)));
         groups = fewest_groups(B);
         Cutter cutter(scratch);
-        chunk_d_BC_size = int64_t(N) * kScanChunk * 2;
+        chunk_d_BC_size = int64_t(N) * kLoopChunk * 2;
         h = cutter.cut<vec>(int64_t(B) * blocks * (N + 2 + tau));
         d_params = cutter.cut<vec>(int64_t(B) * blocks * params);
         chunk_d_BC = cutter.cut<vec>(threads * chunk_d_BC_size);
@@ -1172,7 +1172,7 @@ struct LoopScratch : ScanScratch {
         bytes = cutter.bytes();
     }
     enum LoopParams { skip, dt_bias, gain, delay, output_noise, kLoopParams };
-    static int64_t states_size(int N) { return int64_t(2 * kScanChunk + 1) * N; }
+    static int64_t states_size(int N) { return int64_t(2 * kLoopChunk + 1) * N; }
     int64_t group_sequences = 0;
     size_t bytes;
 };
@@ -1185,7 +1185,7 @@ void loop_chunk_backward(const ClosedLoopGradients& out, vec* d_state, vec* d_pa
     const Scan& s = c.plant;
     const int N = s.N, tau = c.tau;
     vec *const d_A = d_params, *const d_zeta = d_A + N, *const d_gamma = d_zeta + N, *const sums = d_gamma + N;
-    vec d_y_of[kMaxDelay + kScanChunk] = {};
+    vec d_y_of[kMaxDelay + kLoopChunk] = {};
     for (int m = 0; m < tau; m++) d_y_of[x.count + tau - 1 - m] = d_state[N + 2 + m];
     for (int t = x.count - 1; t >= 0; t--) {
         const int64_t row = first_row + t, at = row * s.D + block.d, at_z = row * s.ld_z + block.d;
@@ -1260,23 +1260,23 @@ void closed_loop_backward(const ClosedLoopGradients& out, const floatX* d_out, c
             const Range members(w.blocks, group, w.groups);
             vec *const d_BC = w.chunk_d_BC + omp_get_thread_num() * w.chunk_d_BC_size;
             vec *const kept = w.states + omp_get_thread_num() * w.states_size(N);
-            for (int64_t chunk = scan_chunks(T) - 1; chunk >= 0; chunk--) {
-                const int64_t row = int64_t(b) * T + chunk * kScanChunk;
-                const int count = std::min<int>(kScanChunk, T - chunk * kScanChunk);
+            for (int64_t chunk = loop_chunks(T) - 1; chunk >= 0; chunk--) {
+                const int64_t row = int64_t(b) * T + chunk * kLoopChunk;
+                const int count = std::min<int>(kLoopChunk, T - chunk * kLoopChunk);
                 std::fill_n(d_BC, w.chunk_d_BC_size, vec{});
                 for (int64_t i = members.begin; i < members.end; i++) {
                     const LoopBlock block(i, c);
                     const int64_t unit = int64_t(b) * w.blocks + i, channel = int64_t(b) * D + block.d;
                     vec *const d_state = w.h + unit * states, *const d_params = w.d_params + unit * w.params;
-                    if (chunk == scan_chunks(T) - 1) {
+                    if (chunk == loop_chunks(T) - 1) {
                         block.load_rows(d_state, offset_or_null(d_final_state, channel * states), states);
                         std::fill_n(d_params, w.params, vec{});
                         d_params[3 * N + LoopScratch::gain] = vec{} - d_state[N];  // the final state has the gain less k_0
                     }
                     LoopChunk x;
-                    x.h = kept, x.decay = kept + (kScanChunk + 1) * N;
+                    x.h = kept, x.decay = kept + (kLoopChunk + 1) * N;
                     vec state[kMaxLoopStates];
-                    block.load_rows(state, chunk_states + ((b * scan_chunks(T) + chunk) * D + block.d) * states, states);
+                    block.load_rows(state, chunk_states + ((b * loop_chunks(T) + chunk) * D + block.d) * states, states);
                     x.run(state, block, c, row, count);
                     loop_chunk_backward(out, d_state, d_params, d_BC, x, block, d_out, c, row);
                     if (chunk > 0) continue;

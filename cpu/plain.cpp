@@ -383,8 +383,8 @@ void closed_loop_forward(floatX* out, real* final_state, real* chunk_states, con
             real state[kMaxLoopStates];
             loop_start(c, d, s.initial_state ? s.initial_state + (b * D + d) * states : nullptr, state);
             for (int64_t t = 0; t < T; t++) {
-                const int64_t row = b * T + t, chunk = b * scan_chunks(s.T) + t / kScanChunk;
-                if (chunk_states && t % kScanChunk == 0) std::copy_n(state, states, chunk_states + (chunk * D + d) * states);
+                const int64_t row = b * T + t, chunk = b * loop_chunks(s.T) + t / kLoopChunk;
+                if (chunk_states && t % kLoopChunk == 0) std::copy_n(state, states, chunk_states + (chunk * D + d) * states);
                 const LoopStep x = loop_step(c, row, d, state);
                 out[row * D + d] = floatX(x.y * silu(real(s.z[row * s.ld_z + d])));
             }
@@ -462,13 +462,13 @@ void closed_loop_backward(const ClosedLoopGradients& g, const floatX* d_out, con
     for (int64_t b = 0; b < s.B && T > 0; b++) {
         for (int64_t i = 0; i < D * states; i++) d_state[i] = d_final_state ? d_final_state[b * D * states + i] : 0;
         for (int64_t d = 0; c.gain && d_final_state && d < D; d++) g.d_gain[d] -= d_state[d * states + N];
-        for (int64_t chunk = scan_chunks(s.T) - 1; chunk >= 0; chunk--) {
-            const int64_t first = b * T + chunk * kScanChunk, steps = std::min<int64_t>(kScanChunk, T - chunk * kScanChunk);
-            real d_B[kScanChunk][kMaxStates] = {}, d_C[kScanChunk][kMaxStates] = {};
+        for (int64_t chunk = loop_chunks(s.T) - 1; chunk >= 0; chunk--) {
+            const int64_t first = b * T + chunk * kLoopChunk, steps = std::min<int64_t>(kLoopChunk, T - chunk * kLoopChunk);
+            real d_B[kLoopChunk][kMaxStates] = {}, d_C[kLoopChunk][kMaxStates] = {};
             for (int64_t d = 0; d < D; d++) {
-                real state[kScanChunk + 1][kMaxLoopStates];
-                LoopStep step[kScanChunk];
-                std::copy_n(chunk_states + ((b * scan_chunks(s.T) + chunk) * D + d) * states, states, state[0]);
+                real state[kLoopChunk + 1][kMaxLoopStates];
+                LoopStep step[kLoopChunk];
+                std::copy_n(chunk_states + ((b * loop_chunks(s.T) + chunk) * D + d) * states, states, state[0]);
                 for (int64_t i = 0; i < steps; i++) {
                     std::copy_n(state[i], states, state[i + 1]);
                     step[i] = loop_step(c, first + i, d, state[i + 1]);

@@ -5,10 +5,16 @@
 #include <cmath>
 #include <cstdint>
 
+#ifdef __CUDACC__
+#define ON_DEVICE_TOO __host__ __device__
+#else
+#define ON_DEVICE_TOO
+#endif
+
 enum RandomStream : uint64_t { kInitStream = 1, kShuffleStream, kSampleStream, kNoiseStream };
 
 // The finaliser of splitmix64 (Steele, Lea, Flood 2014), applied to each of the three words in turn.
-inline uint64_t random_bits(uint64_t seed, uint64_t stream, uint64_t counter) {
+ON_DEVICE_TOO inline uint64_t random_bits(uint64_t seed, uint64_t stream, uint64_t counter) {
     constexpr uint64_t kStep = 0x9e3779b97f4a7c15u;  // 2^64 / golden ratio: keeps small words apart
     const auto mix = [](uint64_t x) {
         x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
@@ -22,8 +28,8 @@ inline double random_uniform(uint64_t seed, uint64_t stream, uint64_t counter) {
     return double(random_bits(seed, stream, counter) >> 11) * 0x1p-53;
 }
 
-inline double random_normal(uint64_t seed, uint64_t stream, uint64_t counter) {  // Box-Muller; uses one counter
+ON_DEVICE_TOO inline double random_normal(uint64_t seed, uint64_t stream, uint64_t counter) {  // Box-Muller; uses one counter
     const uint64_t bits = random_bits(seed, stream, counter);
     const double u = double((bits >> 32) + 1) * 0x1p-32, v = double(bits & 0xffffffffu) * 0x1p-32;  // u in (0, 1], so that log is finite
-    return std::sqrt(-2 * std::log(u)) * std::cos(2 * M_PI * v);
+    return sqrt(-2 * log(u)) * cos(2 * M_PI * v);
 }
