@@ -1656,7 +1656,7 @@ struct LoopThread {
         return c.noise_seed ? real(random_normal(c.noise_seed, kNoiseStream, uint64_t((row * c.plant.D + d) * (c.plant.N + 1) + of))) : 0;
     }
     __device__ __forceinline__ const real* states_of(const real* all, const ClosedLoop& c, int64_t group) const {  // group: b, or chunk of b
-        return all + (group * c.plant.D + d) * c.states();
+        return all + (group * c.plant.D + d) * (c.plant.N + 2 + c.tau);
     }
     // h, k and p; the past outputs, newest first, go to past[tau - 1], past[tau - 2], ... , kLoopThreads apart
     __device__ __forceinline__ void load(const real* from, const ClosedLoop& c, Reals<kStates>& h, real& k, real& p, real* past) const {
@@ -1705,7 +1705,7 @@ __device__ __forceinline__ LoopStep loop_step(const ClosedLoop& c, const LoopThr
     if (c.output_noise) x.y += me.output_noise * me.noise(c, row, s.N);
     return x;
 }
-__global__ void __launch_bounds__(kLoopThreads) closed_loop_forward_kernel(floatX* out, real* final_state, real* chunk_states, ClosedLoop c,
+__global__ void __launch_bounds__(kLoopThreads, 1) closed_loop_forward_kernel(floatX* out, real* final_state, real* chunk_states, ClosedLoop c,
                                                                          int lanes) {
     SHARED(LoopTile, tile);
     SHARED(real[kMaxDelay * kLoopThreads], outputs);  // of the last tau steps, each thread's own
@@ -1723,7 +1723,7 @@ __global__ void __launch_bounds__(kLoopThreads) closed_loop_forward_kernel(float
         const int count = min(kLoopChunk, s.T - begin);
         const int64_t row = me.b * s.T + begin;
         tile.load(s, row, count);
-        if (chunk_states) me.store(chunk_states, c, me.b * loop_chunks(s.T) + begin / kLoopChunk, h, k, p, past, oldest);
+        if (chunk_states) me.store(chunk_states, c, me.b * ceil_div(s.T, kLoopChunk) + begin / kLoopChunk, h, k, p, past, oldest);
         for (int t = 0; t < count; t++) {
             real& place = past[oldest * kLoopThreads];
             const LoopStep x = loop_step(c, me, tile, t, row + t, h, k, p, newest, place);
@@ -1761,14 +1761,14 @@ struct LoopParts : Scratch {
         bc = take<real>(blocks * B * T * 2 * N);
     }
 };
-__global__ void __launch_bounds__(kLoopThreads) closed_loop_backward_kernel(ClosedLoopGradients d, LoopParts parts, const floatX* d_out,
+__global__ void __launch_bounds__(kLoopThreads, 1) closed_loop_backward_kernel(ClosedLoopGradients d, LoopParts parts, const floatX* d_out,
                                                                           const real* d_final_state, const real* chunk_states, ClosedLoop c,
                                                                           int lanes) {
     DYNAMIC_SHARED(real, memory);
     SHARED(LoopTile, tile);
     const LoopKept kept{memory};
     const Scan& s = c.plant;
-    const int N = s.N, tau = c.tau, chunks = int(loop_chunks(s.T));
+    const int N = s.N, tau = c.tau, chunks = int(ceil_div(s.T, kLoopChunk));
     const LoopThread me(c, lanes);
     Reals<kStates> dh = {}, d_A = {}, d_zeta = {}, d_gamma = {};
     real d_k = 0, d_p = 0, d_skip = 0, d_bias = 0, d_gain = 0, d_delay = 0, d_noise = 0;

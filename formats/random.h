@@ -31,5 +31,9 @@ inline double random_uniform(uint64_t seed, uint64_t stream, uint64_t counter) {
 ON_DEVICE_TOO inline double random_normal(uint64_t seed, uint64_t stream, uint64_t counter) {  // Box-Muller; uses one counter
     const uint64_t bits = random_bits(seed, stream, counter);
     const double u = double((bits >> 32) + 1) * 0x1p-32, v = double(bits & 0xffffffffu) * 0x1p-32;  // u in (0, 1], so that log is finite
-    return sqrt(-2 * log(u)) * cos(2 * M_PI * v);
+#ifdef __CUDA_ARCH__
+    return sqrt(-2 * log(u)) * cospi(2 * v);  // cos would need a stack, for arguments that are large
+#else
+    return std::sqrt(-2 * std::log(u)) * std::cos(2 * M_PI * v);
+#endif
 }
