@@ -22,12 +22,13 @@ BUILD = "build/mutants"
 # A function whose name begins so is tested on its own layer first; most faults show there, and only the others need all tests.
 LAYERS = {"embedding|Embedding|sort_|bucket_of|counting_sort": "embedding", "rmsnorm": "rmsnorm", "slice": "slice_norm",
           "rotate": "rotate", "attention|Attention|PlainSum|TensorCoreSum|row_sum|row_max|HeadBlock|OnlineSum|with_parts": "attention", "linear|matmul": "linear", "conv|Conv|with_conv": "conv",
+          "closed_loop|Loop|loop_": "closed_loop",
           "scan|Scan|exchange|load_states|store_states|load_decay|with_split|State": "scan",
           "route|Router|dispatch|Dispatch|gather|combine|expert|block_rank|bits_of": "moe", "swiglu": "feed-forward", "relu": "relu",
           "softmax_of_row|classifier": "classifier", "softmax_forward": "softmax", "sum_kernel|sum_all": "sum", "adamw": "adamw"}
 # Compiling takes the time. No test of a layer in one of these groups comes through a function of another group: three faults, one from
 # each, are compiled together, and tested each on its own layer.
-TOGETHER = [{"scan"}, {"moe", "embedding", "linear", "feed-forward", "relu"}, {"conv", "rmsnorm", "slice_norm", "rotate", "attention", "classifier", "softmax", "sum", "adamw"}]
+TOGETHER = [{"scan"}, {"closed_loop"}, {"moe", "embedding", "linear", "feed-forward", "relu"}, {"conv", "rmsnorm", "slice_norm", "rotate", "attention", "classifier", "softmax", "sum", "adamw"}]
 
 # function: [(name, fragment, replacement, why it is harmless if it is)]
 FAULTS = {
@@ -382,6 +383,35 @@ FAULTS = {
         ("experts' choice", "if (K == 0 && e < E)", "if (K < 0)"),
     ],
     "router_backward": [("weight overwritten", "r.rows, true, stream", "r.rows, false, stream"), ("input overwritten", "r.E, true, stream", "r.E, false, stream")],
+
+    # ---- closed loop
+    "LoopTile": [("first barrier", "__syncthreads();  // the last one may be in use", ""), ("second barrier", "}\n        __syncthreads();\n        for (int t", "}\n        for (int t"),
+                 ("third barrier", "CB[t] += C[t][n] * B[t][n];\n        }\n        __syncthreads();", "CB[t] += C[t][n] * B[t][n];\n        }"),
+                 ("row of C", "s.C_t[(row + t)", "s.C_t[row")],
+    "LoopThread": [("there", "channel < s.D;", "true;"), ("sum", "mask = lanes / 2", "mask = lanes / 4"), ("noise", "(c.plant.N + 1) + of", "c.plant.N + of"),
+                   ("order of the past, loaded", "past[(c.tau - 1 - m) * kLoopThreads] = from", "past[m * kLoopThreads] = from"),
+                   ("order of the past, stored", "(oldest + c.tau - 1 - m) % c.tau", "(c.tau - 1 - m)")],
+    "loop_step": [("sign", "k + c.alpha", "k - c.alpha"), ("above", "x.moved > c.kappa ? c.kappa", "x.moved > 2 * c.kappa ? c.kappa"),
+                  ("below", "x.moved < -c.kappa ? -c.kappa", "x.moved < -2 * c.kappa ? -c.kappa"), ("eps", "x.e * x.e + c.eps * c.eps", "x.e * x.e + c.eps"),
+                  ("state", "h.v[j] + x.delta * x.v", "h.v[j] + x.delta * x.u"), ("noise of the state", "c.state_noise * me.noise", "me.noise"),
+                  ("noise of the output", "me.output_noise * me.noise", "me.noise"), ("gate of the state", "h.v[j] * inside *", "inside *")],
+    "closed_loop_forward_kernel": [("no past", "past[m * kLoopThreads] = 0;", "past[m * kLoopThreads] = 1;"), ("newest", "newest = past[(c.tau - 1)", "newest = past[0 * (c.tau - 1)"),
+                                   ("ring", "oldest + 1 < c.tau", "oldest < c.tau"), ("k_0", "if (c.gain) k += c.gain[me.d];", ""), ("final k", "k - (c.gain ?", "k - (!c.gain ?"),
+                                   ("chunk", "+ begin / kLoopChunk, h", "+ 0 * begin, h")],
+    "closed_loop_backward_kernel": [
+        ("final gain", "d_gain -= d_k;", ""), ("initial gain", "d_gain += d_k;", ""), ("clip", "d_k = 0;  // clipped", ";"), ("carry", "kept.d_y(count + i) = kept.d_y(i);", ""),
+        ("clear", "kept.d_y(i) = 0;\n        for", ";\n        for"), ("own outputs", "for (int i = 0; i < count; i++) kept.d_y(i) = 0;", ""),
+        ("CB of C", "d_y * scaled + d_CB * B", "d_y * scaled"), ("CB of B", "* v + d_CB * C", "* v"), ("zeta", "+ d_inside * me.zeta.v[j]", ""),
+        ("channels of a warp", "mask < kWarp; mask *= 2", "mask < kWarp / 2; mask *= 2"), ("absent channels", "me.there ? d_B.v[j] : 0", "d_B.v[j]"), ("barrier", "__syncthreads();\n        const int64_t block", "const int64_t block"),
+        ("error of p", "d_p * CB * e + v", "v"), ("error of k", "d_e -= d_v * k_t;", ""), ("smooth sign", "c.eps * c.eps / (length * length * length)", "1 / length"),
+        ("delayed", "kept.d_y(t) += d_v * me.delay;", ""), ("A by A_log", "me.A.v[j] * kLn2;  // A is", "kLn2;  // A is"), ("warps", "warp < kLoopThreads / kWarp; warp++", "warp < 1; warp++"),
+    ],
+    "loop_lanes": [("too few", "lanes * kStates < N", "2 * lanes * kStates < N")],
+    "LoopKept": [("numbers", "2 * (kMaxDelay + kLoopChunk);", "(kMaxDelay + kLoopChunk);")],
+    "LoopParts": [("blocks", "blocks * B * T * 2 * N", "B * T * 2 * N")],
+    "closed_loop_scratch": [("half", "N, tau))).used", "N, tau))).used / 2")],
+    "closed_loop_forward": [("blocks", "blocks(c.plant.D, lanes), 1)", "blocks(c.plant.D, lanes) - 1, 1)")],
+    "closed_loop_backward": [("a sequence less", "reduce_partials(s.B, {{d.plant.d_A_log", "reduce_partials(s.B - 1, {{d.plant.d_A_log"), ("rows", "parts.bc, blocks, rows", "parts.bc, blocks - 1, rows")],
 
     # ---- norms of slices, rotary positions, attention
     "slice_rstd": [("mean", "warp_sum(squares) / C", "warp_sum(squares)"), ("eps", "/ C + eps", "/ C")],

@@ -17,7 +17,7 @@ JOBS = [] if "jobserver" in os.environ.get("MAKEFLAGS", "") else [f"-j{os.cpu_co
 
 
 def dynamic_shared(kernel, split, floatX, real):
-    """Bytes of shared memory that a launch asks for (ScanThread and rmsnorm_backward in moemamba.cu); None if it is not known."""
+    """Bytes of shared memory that a launch asks for (ScanThread, LoopKept and rmsnorm_backward in moemamba.cu); None if it is not known."""
     threads = 1024 // floatX
     warps, channels, columns = threads // 32, threads // (split or 1), 8 * (split or 1)
     if kernel in ("scan_forward_kernel", "scan_backward_from_zero_kernel"):
@@ -25,6 +25,9 @@ def dynamic_shared(kernel, split, floatX, real):
         return steps * channels * (real + 2 * floatX) + (steps * columns + 2 * channels) * real
     if kernel == "scan_backward_kernel":
         return 64 * channels * (real + 3 * floatX) + (64 * columns + 2 * channels + warps * 4 * columns) * real
+    if kernel == "closed_loop_backward_kernel":  # LoopKept
+        threads = 32 if real == 8 else 64
+        return real * (208 * threads + 2 * 16 * 64 * threads // 32)
     if kernel in ("rmsnorm_backward_kernel", "slice_norm_backward_kernel"):  # at the width of the 100m presets; at the rank of jamba-v0.1
         width = 768 if kernel[0] == "r" else 256
         return min(8, (48 << 10) // (width * real)) * width * real
