@@ -483,10 +483,10 @@ Case rotate(int B, int T, int heads, int S, int gap, int position, double base, 
     return {title("rotate", {{"B", B}, {"T", T}, {"heads", heads}, {"S", S}, {"gap", gap}, {"position", position}, {"base", base},
                              {"in_place", in_place}}), [=](Run& r) {
         const Shape shape{B * T, heads * S, heads * S + gap, gap / 2};
-        const int ld_out = in_place ? heads * S + gap : heads * S;
+        const int ld_out = in_place ? heads * S + gap : heads * S, room = in_place ? T : T + gap;  // as in a cache, for more tokens
         floatX* in = r.in<floatX>("in", shape);
-        floatX* out = in_place ? in : r.out<floatX>("out", {B * T, heads * S});
-        r->rotate(out, ld_out, int64_t(T) * ld_out, {in, heads * S + gap, B, T, heads, S, position, base}, false, r.stream);
+        floatX* out = in_place ? in : r.out<floatX>("out", {B, T * heads * S, room * heads * S, 0});
+        r->rotate(out, ld_out, int64_t(room) * ld_out, {in, heads * S + gap, B, T, heads, S, position, base}, false, r.stream);
         if (in_place) r.becomes("out", in);
         if (r.forward_only) return;
         const floatX* d_out = r.in<floatX>("d_out", shape);

@@ -1607,7 +1607,8 @@ TEST_CASE("limits are errors, not signals, and nothing waits for ever") {
     at.succeed("train", train_flags(at, "enough", 2), {.memory_bytes = rlim_t(800) << 20});
     at.succeed("train", train_flags(at, "single", 2), {.memory_bytes = rlim_t(500) << 20, .threads = "1"});
     at.succeed("data_prep", {"--input", at / "text.txt", "--output", at / "small"}, {.memory_bytes = rlim_t(100) << 20});
-    at.succeed("train", train_flags(at, "attention", 1) + Arguments{"--layers", "A"});
+    at.succeed("train", {"--data", at / "data", "--out", at / "attention", "--layers", "A", "--d-model", "16", "--batch", "1", "--seq-len", "8",
+                         "--steps", "1", "--peak-flops", "1e11", "--eval-every", "0"});
     for (const Arguments& more : {Arguments{"--tokens", "4000000000"}, Arguments{"--tokens", "4000000", "--samples", "60000"}})
         at.refuse("infer", Arguments{"--checkpoint", at / "attention", "--prompt", "a"} + more,
                   {"cannot allocate", "decode state", "of at most " + more[1].substr(0, 1) + "00000", "fewer or shorter"});

@@ -468,7 +468,7 @@ FAULTS = {
     "HeadBlock": [("one block", "S > parts * kPart ? 2 : 1", "1"), ("first part", "% blocks) * parts", "% blocks)"), ("beyond", "(first + part) * kPart < S", "part * kPart < S", "a part past the end loads zeros and stores nothing: it takes time")],
     "attention_delta_kernel": [("bounds", "if (i >= count) return;", "if (i > count) return;"), ("lanes", "s += kWarp", "s += 2 * kWarp")],
     "attention_d_scores": [
-        ("rows beyond", "there ? visible : -1", "visible"), ("d_out there", "if (tile.S > kPart) {", "if (false) {"), ("left in use", "{  // else it is there\n                __syncthreads();", "{"),
+        ("rows beyond", "there ? visible : -1", "visible", "what such a row has of p meets a d_out of zeros"), ("d_out there", "if (tile.S > kPart) {", "if (false) {"), ("left in use", "{  // else it is there\n                __syncthreads();", "{"),
         ("loaded", "tile.load(tile.left, d_out, block.first + part);\n                __syncthreads();", "tile.load(tile.left, d_out, block.first + part);"), ("p in use", "__syncthreads();  // p is in use", "// p is in use"),
         ("lse of the row", "lse[int64_t(tile.row) * H]", "lse[0]"), ("delta of the row", "delta[int64_t(tile.row) * H]", "delta[0]"),
     ],
