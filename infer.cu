@@ -207,9 +207,7 @@ static void bench(Model& model, std::vector<int> prompt) {
             model.decode(state, &token, 1, 1);
         }
     });
-    // An embedding that is not also the head is read one row at a time.
-    const int64_t unread = config.tied ? 0 : int64_t(config.padded_vocab() - 1) * config.d_model;
-    const double weight_bytes = double(model.active_parameter_count() - unread) * sizeof(floatX);
+    const double weight_bytes = double(model.read_parameter_count()) * sizeof(floatX);
     const double rate = block / decode;
     const double bandwidth = measure_read_bandwidth(model.layers, slow ? 1 << 20 : 1 << 30);  // beyond caches, where it is fast
     printf("model       %s, width %d, %s, on %s\n", config.layers.c_str(), config.d_model, kPrecision, device.c_str());

@@ -1655,8 +1655,8 @@ struct LoopThread {
     __device__ __forceinline__ real noise(const ClosedLoop& c, int64_t row, int of) const {
         return c.noise_seed ? real(random_normal(c.noise_seed, kNoiseStream, uint64_t((row * c.plant.D + d) * (c.plant.N + 1) + of))) : 0;
     }
-    __device__ __forceinline__ const real* states_of(const real* all, const ClosedLoop& c, int64_t group) const {  // group: b, or chunk of b
-        return all + (group * c.plant.D + d) * (c.plant.N + 2 + c.tau);
+    __device__ __forceinline__ int64_t states_at(const ClosedLoop& c, int64_t group) const {  // of the channel; group: b, or chunk of b
+        return (group * c.plant.D + d) * (c.plant.N + 2 + c.tau);
     }
     // h, k and p; the past outputs, newest first, go to past[tau - 1], past[tau - 2], ... , kLoopThreads apart
     __device__ __forceinline__ void load(const real* from, const ClosedLoop& c, Reals<kStates>& h, real& k, real& p, real* past) const {
@@ -1669,41 +1669,36 @@ struct LoopThread {
     __device__ __forceinline__ void store(real* all, const ClosedLoop& c, int64_t group, const Reals<kStates>& h, real k, real p,
                                           const real* past, int oldest) const {
         const int N = c.plant.N;
-        real* const to = const_cast<real*>(states_of(all, c, group));
+        real* const to = all + states_at(c, group);
         if (there) store_states(to, h, n, N, false);
         if (!first) return;
         to[N] = k, to[N + 1] = p;
         for (int m = 0; m < c.tau; m++) to[N + 2 + m] = past[(oldest + c.tau - 1 - m) % c.tau * kLoopThreads];
     }
 };
+// One step; newest: y_{t-1}, delayed: y_{t-tau}. Gives y_t and, before the clip, k_t.
 struct LoopStep {
-    real u, raw, delta, e, length, moved, v, y;
+    real y, moved;
 };
-// One step; newest: y_{t-1}, delayed: y_{t-tau}.
-__device__ __forceinline__ LoopStep loop_step(const ClosedLoop& c, const LoopThread& me, const LoopTile& tile, int t, int64_t row, Reals<kStates>& h,
-                                              real& k, real& p, real newest, real delayed) {
+__device__ __forceinline__ LoopStep loop_step(const ClosedLoop& c, const LoopThread& me, const LoopTile& tile, int t, int64_t row,
+                                              Reals<kStates>& h, real& k, real& p, real newest, real delayed) {
     const Scan& s = c.plant;
-    LoopStep x;
-    x.u = real(s.u[row * s.D + me.d]);
-    x.raw = real(s.dt[row * s.D + me.d]) + me.dt_bias;
-    x.delta = softplus(x.raw);
-    x.e = newest - x.u;
-    x.length = sqrt_(x.e * x.e + c.eps * c.eps);
-    x.moved = k + c.alpha * (x.e / x.length) * p;
-    k = x.moved > c.kappa ? c.kappa : x.moved < -c.kappa ? -c.kappa : x.moved;
-    p = x.delta * tile.CB[t] * x.e;
-    x.v = x.u - (c.gain ? k * x.e : 0) + me.delay * delayed;
+    const real u = real(s.u[row * s.D + me.d]), delta = softplus(real(s.dt[row * s.D + me.d]) + me.dt_bias), e = newest - u;
+    const real moved = k + c.alpha * (e / sqrt_(e * e + c.eps * c.eps)) * p;
+    k = moved > c.kappa ? c.kappa : moved < -c.kappa ? -c.kappa : moved;
+    p = delta * tile.CB[t] * e;
+    const real v = u - (c.gain ? k * e : 0) + me.delay * delayed;
     real sum = 0;
     UNROLL for (int j = 0; j < kStates; j++) {
         if (me.n + j >= s.N) break;
-        h.v[j] = power_of_two(x.delta * me.A.v[j]) * h.v[j] + x.delta * x.v * tile.B[t][me.n + j];
+        h.v[j] = power_of_two(delta * me.A.v[j]) * h.v[j] + delta * v * tile.B[t][me.n + j];
         if (c.state_noise != 0) h.v[j] += c.state_noise * me.noise(c, row, me.n + j);
         const real inside = me.zeta.v[j] * h.v[j] + me.gamma.v[j];
         sum += tile.C[t][me.n + j] * (c.zeta ? h.v[j] * inside * sigmoid(inside) : h.v[j]);
     }
-    x.y = me.skip * x.u + me.sum(sum);
-    if (c.output_noise) x.y += me.output_noise * me.noise(c, row, s.N);
-    return x;
+    real y = me.skip * u + me.sum(sum);
+    if (c.output_noise) y += me.output_noise * me.noise(c, row, s.N);
+    return {y, moved};
 }
 __global__ void __launch_bounds__(kLoopThreads, 1) closed_loop_forward_kernel(floatX* out, real* final_state, real* chunk_states, ClosedLoop c,
                                                                          int lanes) {
@@ -1715,7 +1710,7 @@ __global__ void __launch_bounds__(kLoopThreads, 1) closed_loop_forward_kernel(fl
     Reals<kStates> h = {};
     real k = 0, p = 0, newest = 0;
     for (int m = 0; m < c.tau; m++) past[m * kLoopThreads] = 0;
-    if (s.initial_state) me.load(me.states_of(s.initial_state, c, me.b), c, h, k, p, past);
+    if (s.initial_state) me.load(s.initial_state + me.states_at(c, me.b), c, h, k, p, past);
     newest = past[(c.tau - 1) * kLoopThreads];
     if (c.gain) k += c.gain[me.d];
     int oldest = 0;  // place in past
@@ -1773,7 +1768,7 @@ __global__ void __launch_bounds__(kLoopThreads, 1) closed_loop_backward_kernel(C
     Reals<kStates> dh = {}, d_A = {}, d_zeta = {}, d_gamma = {};
     real d_k = 0, d_p = 0, d_skip = 0, d_bias = 0, d_gain = 0, d_delay = 0, d_noise = 0;
     for (int i = 0; i < tau; i++) kept.d_y(i) = 0;
-    if (d_final_state) me.load(me.states_of(d_final_state, c, me.b), c, dh, d_k, d_p, &kept.d_y(0));
+    if (d_final_state) me.load(d_final_state + me.states_at(c, me.b), c, dh, d_k, d_p, &kept.d_y(0));
     d_gain -= d_k;  // the final state has the gain less k_0
     for (int chunk = chunks - 1; chunk >= 0; chunk--) {
         const int count = min(kLoopChunk, s.T - chunk * kLoopChunk);
@@ -1781,7 +1776,7 @@ __global__ void __launch_bounds__(kLoopThreads, 1) closed_loop_backward_kernel(C
         tile.load(s, first_row, count);
         Reals<kStates> h;
         real k, p;
-        me.load(me.states_of(chunk_states, c, me.b * chunks + chunk), c, h, k, p, &kept.y(0));
+        me.load(chunk_states + me.states_at(c, me.b * chunks + chunk), c, h, k, p, &kept.y(0));
         for (int t = 0; t < count; t++) {
             UNROLL for (int j = 0; j < kStates; j++) kept.h(t, j) = h.v[j];
             kept.p(t) = p;
@@ -3864,6 +3859,9 @@ int64_t Model::active_parameter_count() const {
     return n;
 }
 
+int64_t Model::read_parameter_count() const {
+    return active_parameter_count() - (config.tied ? 0 : int64_t(config.padded_vocab() - 1) * config.d_model);
+}
 int64_t Model::outer_parameter_count() const { return embedding.count + head_table.count; }
 
 double Model::matmul_flops_per_token(int T, bool training) const {
@@ -4330,19 +4328,19 @@ void generate(Model& model, DecodeState& state, const Tokenizer& tokenizer, std:
               const Sampling& sampling, int64_t sample, int texts, const std::function<bool(int, int)>& emit) {
     if (prompt.empty()) prompt.push_back(tokenizer.end_of_text);
     const int64_t length = int64_t(prompt.size()), V = model.config.vocab;
-    DecodeState alone;  // reads the prompt for all of them
+    DecodeState alone, &reader = texts > 1 ? alone : state;  // of the prompt, for all texts
     model.start(state, texts, length + count);
     if (texts > 1) model.start(alone, 1, length);
-    std::vector<int> tokens(texts);
+    std::vector<int> tokens(texts, -1);  // the last one of each
     for (int64_t i = 0; i < count; i++) {
         const bool first = i == 0;
-        const real* probs = model.decode(first && texts > 1 ? alone : state, first ? prompt.data() : tokens.data(), first ? int(length) : 1,
-                                         real(sampling.temperature));
+        const real* const probs = first ? model.decode(reader, prompt.data(), int(length), real(sampling.temperature))
+                                        : model.decode(state, tokens.data(), 1, real(sampling.temperature));
         if (first && texts > 1) model.copy_state(state, alone);
         bool finite = true;
 #pragma omp parallel for if (texts > 1) reduction(&& : finite)
         for (int text = 0; text < texts; text++) {
-            if (!first && tokens[text] == tokenizer.end_of_text) continue;  // it has ended: what it still computes, nobody reads
+            if (tokens[text] == tokenizer.end_of_text) continue;  // what it still computes, nobody reads
             const real* p = probs + (first ? 0 : text * V);
             finite = finite && std::isfinite(std::accumulate(p, p + tokenizer.vocab, 0.0));
             const double u = random_uniform(sampling.seed, kSampleStream, uint64_t(sample + text) << 32 | uint64_t(i));

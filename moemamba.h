@@ -351,7 +351,7 @@ struct Layers {
                           void* scratch, cudaStream_t stream);
     size_t (*scan_scratch)(int B, int T, int D, int N);
 
-    // -------- selective scan in a closed loop (Conba; after MixCon, doi 10.3233/FAIA240593, as README explains), per channel, over time:
+    // -------- selective scan in a closed loop (Conba; after MixCon, doi 10.3233/FAIA240593), per channel, over time:
     //   e_t = y_{t-1} - u_t;  k_t = clip(k_{t-1} + alpha s(e_t) p_{t-1}, -kappa, kappa),  s(e) = e / sqrt(e^2 + eps^2),  k_{-1} = k_0 + state
     //   v_t = u_t - k_t e_t + delta y_{t-tau};  h_t = exp(dt_t A) h_{t-1} + dt_t v_t B_t + sigma w_t
     //   y_t = sum_n C_{t,n} r_n h_{t,n} + skip u_t + nu n_t,  r_n = silu(zeta_n h_{t,n} + gamma_n);  p_t = dt_t (C_t . B_t) e_t
@@ -564,6 +564,7 @@ struct Model {
     int64_t parameter_count() const;
     int64_t active_parameter_count() const;  // per token: K of E experts
     int64_t outer_parameter_count() const;   // of embedding and head, which papers leave out of both counts
+    int64_t read_parameter_count() const;    // by a token that is decoded: of an embedding that is not also the head, one row
     double matmul_flops_per_token(int T, bool training) const;  // in sequences of T; multiply and add are two; training = forward + backward
     void initialize(uint64_t seed);          // allocates the weights and draws them
 
@@ -585,7 +586,7 @@ struct Model {
 
     // ---- decoding: T tokens of each of the state's B sequences; T = the prompt, a part of it, or 1. No token is dropped.
     void start(DecodeState& state, int B, int64_t context);  // takes the memory, unless it has it from an earlier start
-    void copy_state(DecodeState& to, const DecodeState& from);   // each sequence of `to` goes on after what `from`, of one sequence, has read
+    void copy_state(DecodeState& to, const DecodeState& from);  // each sequence of `to` goes on after what `from`, of one sequence, has read
     // probabilities of the next token at this temperature (0: as 1), (B, V) on the host, valid until the next call
     const real* decode(DecodeState& state, const int* tokens, int T, real temperature);
     std::vector<real> logits(const int* tokens, int B, int T);  // (B, T, V), for tests and small inputs

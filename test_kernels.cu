@@ -701,7 +701,8 @@ std::vector<Case> closed_loops() {
         loops.push_back({.B = 2, .T = 9, .D = 3, .N = 4, .control = bool(terms & 1), .delay = bool(terms & 2), .scaling = bool(terms & 4),
                          .noise = bool(terms & 8), .initial = bool(terms & 1), .final = bool(terms & 2), .alpha = terms & 16 ? 0.1 : 0});
     loops.insert(loops.end(), {{.B = 1, .T = 1, .D = 1, .N = 1, .tau = 1}, {.B = 1, .T = 5, .D = 3, .N = 2, .tau = 8},
-                               {.B = 1, .T = 2 * kLoopChunk + 5, .D = 2, .N = 3, .tau = 2}, {.B = 2, .T = kLoopChunk, .D = 70, .N = 16, .tau = 8}, {.B = 2, .T = 18, .D = 9, .N = 17, .tau = 20}, {.B = 1, .T = 12, .D = 5, .N = 3, .kappa = 0.05},
+                               {.B = 1, .T = 2 * kLoopChunk + 5, .D = 2, .N = 3, .tau = 2},
+                               {.B = 2, .T = kLoopChunk, .D = 70, .N = 16, .tau = 8}, {.B = 2, .T = 18, .D = 9, .N = 17, .tau = 20}, {.B = 1, .T = 12, .D = 5, .N = 3, .kappa = 0.05},
                                {.B = 1, .T = 12, .D = 3, .N = 3, .eps = 0.02}, {.B = 1, .T = 3, .D = 2, .N = kMaxStates, .tau = kMaxDelay}});
     std::vector<Case> all;
     for (const Loop& loop : loops) all.push_back(closed_loop(loop));
@@ -730,7 +731,8 @@ const std::vector<Case>& cases() {
         scan(2, 7, 5 * kWidth / 2, 16, true, true, 0, true),  // rows of z allow the widest loads, those of u do not
         scan(4, 3 * chunk + 5, 3, 16, true, true), scan(9, 2 * chunk + 3, 20, 4, true, true),  // on simt: two segments of two chunks; one of three
         attention({1, 1, 1, 1, 8}), attention({2, 5, 2, 2, 16}), attention({2, 37, 6, 2, 24, 0, 8}), attention({1, 130, 2, 1, 64}),
-        attention({1, 67, 3, 3, 72, 0, 0, 4}), attention({1, 35, 4, 1, 128}), attention({1, 40, 1, 1, 256}), attention({1, 9, 2, 1, 136}), attention({3, 2, 4, 4, 40, 5}),
+        attention({1, 67, 3, 3, 72, 0, 0, 4}), attention({1, 35, 4, 1, 128}), attention({1, 40, 1, 1, 256}),
+        attention({1, 9, 2, 1, 136}), attention({3, 2, 4, 4, 40, 5}),
         attention({2, 70, 2, 1, 32, 33}), attention({2, 1, 6, 2, 24, 36}), attention({1, 1, 7, 7, 8, 300}),
         attention({1, 1, 2, 1, 256, 700, 0, 3}),
         attention({5, 1, 4, 1, 136, 7}),
@@ -1209,28 +1211,14 @@ const std::vector<Reference>& references() {
         {layers, "classifier.", head(14, 12, 13, 16, 1 / 14.0), {{"d_losses", ""}}, {"logits", "loss"}},
         {layers, "attention.", attention({1, 21, 6, 2, 24}), {}, {}},
         {layers, "rotate.", rotate(1, 21, 6, 24, 0, 0, 10000, false), {}, {}},
+        {"closed_loop.safetensors", "", closed_loop({.B = 2, .T = 23, .D = 6, .N = 5, .noise = false, .kappa = 0.4}), {}, {"A"}},
     };
-    if (!kMixedPrecision && all.size() == 12)  // a router that sees rounded inputs may choose another expert
+    if (!kMixedPrecision && all.size() == 13)  // a router that sees rounded inputs may choose another expert
         all.insert(all.end(), {{"switch.safetensors", "", moe(switch_moe), switch_names, switch_unused},
                                {"mixtral.safetensors", "", moe(mixtral), swiglu_names, moe_unused},
                                {"jamba_moe.safetensors", "", moe(jamba), swiglu_names, moe_unused},
                                {"expert_choice.safetensors", "", moe(choice), swiglu_names + choice_names, {}}});
     return all;
-}
-
-TEST_CASE("the closed loop agrees with PyTorch", "[layers][oracle]") {
-    const Reference ref{"closed_loop.safetensors", "", closed_loop({.B = 2, .T = 23, .D = 6, .N = 5, .noise = false, .kappa = 0.4}), {}, {}};
-    const Safetensors file(oracle + "/" + ref.file);
-    const Run run(plain::layers, ref.layer.body, false, [&](const Array& a) -> std::optional<std::vector<double>> {
-        if (a.role == Array::sum) return std::vector<double>(a.shape.count());
-        return read(file, ref.find(a.name, true));
-    });
-    for (const Array& a : run.arrays) {
-        const std::string name = ref.find(a.name, false);
-        if (a.role == Array::input || !file.has(name)) continue;
-        INFO(a.name);
-        CHECK(distance(a.result(), read(file, name)) <= kOracleClose);
-    }
 }
 
 TEST_CASE("layers agree with PyTorch and transformers", "[layers][oracle]") {

@@ -73,8 +73,7 @@ static void bench_inference(std::vector<Row>& rows, const Layers& layers, const 
     Model model(config, layers);
     model.initialize(1);
     const Config& c = model.config;
-    const double unread = c.tied ? 0 : double(c.padded_vocab() - 1) * c.d_model;  // of the embedding
-    const double weight_bytes = (double(model.active_parameter_count()) - unread) * sizeof(floatX);
+    const double weight_bytes = double(model.read_parameter_count()) * sizeof(floatX);
     // Only the last token of a prompt goes through the head.
     const double flops = model.matmul_flops_per_token(prompt, false) - 2.0 * c.padded_vocab() * c.d_model * (prompt - 1) / prompt;
     const std::vector<int> tokens = random_tokens(std::max(prompt, context), c.vocab);

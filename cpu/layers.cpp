@@ -1085,7 +1085,7 @@ struct LoopBlock : ScanBlock {
 struct LoopChunk {
     int count;
     real CB[kLoopChunk];
-    vec u[kLoopChunk], delta[kLoopChunk], e[kLoopChunk], sign[kLoopChunk], gain[kLoopChunk], moved[kLoopChunk], pending[kLoopChunk],
+    vec u[kLoopChunk], delta[kLoopChunk], e[kLoopChunk], length[kLoopChunk], gain[kLoopChunk], moved[kLoopChunk], pending[kLoopChunk],
         v[kLoopChunk], y[kMaxDelay + kLoopChunk];  // pending: before the step
     vec *h, *decay;  // (count + 1, N) the state before each step, and after the last; (count, N). Or null: nobody asks for them
     // From the states before the chunk to those after it.
@@ -1103,9 +1103,9 @@ struct LoopChunk {
             u[t] = load_vec(s.u + at, block.count);
             delta[t] = softplus(load_vec(s.dt + at, block.count) + block.dt_bias);
             e[t] = y[tau + t - 1] - u[t];
-            sign[t] = e[t] / each_lane(e[t] * e[t] + c.eps * c.eps, [](real x) { return std::sqrt(x); });
+            length[t] = each_lane(e[t] * e[t] + c.eps * c.eps, [](real x) { return std::sqrt(x); });
             pending[t] = state[N + 1];
-            moved[t] = state[N] + c.alpha * sign[t] * pending[t];
+            moved[t] = state[N] + c.alpha * (e[t] / length[t]) * pending[t];
             vec clipped = moved[t] > c.kappa ? c.kappa + vec{} : moved[t];
             gain[t] = state[N] = clipped < -c.kappa ? vec{} - c.kappa : clipped;
             state[N + 1] = delta[t] * CB[t] * e[t];
@@ -1157,8 +1157,9 @@ void closed_loop_forward(floatX* out, real* final_state, real* chunk_states, con
         }
 }
 struct LoopScratch : ScanScratch {
+    enum LoopParams { skip, dt_bias, gain, delay, output_noise, kLoopParams };
     int params;       // sums of the gradients of parameters, for each channel: A_log, zeta, gamma (N each), and those of LoopParams
-    vec *states;      // (threads, 2 kLoopChunk + 1, N)
+    vec* states;      // (threads, 2 kLoopChunk + 1, N)
     LoopScratch(void* scratch, int B, int T, int D, int N, int tau) : ScanScratch(D), params(3 * N + kLoopParams) {
         for (int b = 1; b <= B; b++) group_sequences = std::max(group_sequences, b * int64_t(fewest_groups(b)));
         groups = fewest_groups(B);
@@ -1171,7 +1172,6 @@ struct LoopScratch : ScanScratch {
         d_BC = cutter.cut<real>(group_sequences * T * 2 * N);
         bytes = cutter.bytes();
     }
-    enum LoopParams { skip, dt_bias, gain, delay, output_noise, kLoopParams };
     static int64_t states_size(int N) { return int64_t(2 * kLoopChunk + 1) * N; }
     int64_t group_sequences = 0;
     size_t bytes;
@@ -1232,9 +1232,8 @@ void loop_chunk_backward(const ClosedLoopGradients& out, vec* d_state, vec* d_pa
             d_e -= d_v * x.gain[t];
         }
         d_state[N] = x.moved[t] != x.gain[t] ? vec{} : d_state[N];  // clipped
-        d_state[N + 1] = d_state[N] * c.alpha * x.sign[t];
-        // s'(e) = eps^2 / sqrt(e^2 + eps^2)^3
-        const vec length = each_lane(e * e + c.eps * c.eps, [](real x) { return std::sqrt(x); });
+        const vec length = x.length[t];  // sqrt(e^2 + eps^2):  s(e) = e / length,  s'(e) = eps^2 / length^3
+        d_state[N + 1] = d_state[N] * c.alpha * (e / length);
         d_e += d_state[N] * c.alpha * x.pending[t] * (c.eps * c.eps / (length * length * length));
         d_y_of[tau + t - 1] += d_e;
         d_u -= d_e;

@@ -6,7 +6,7 @@ Three rules hold in every file:
   - activations are (B, T, C), row-major; real numbers are float64, integers int32
   - sizes, options and library versions are strings in __metadata__
 mamba_mixer, mamba_lm, mixtral_lm, jamba_lm, switch, mixtral and jamba_moe come from the transformers library; layers and adamw from PyTorch.
-The functions rms_norm ... moe below are this project's definitions (shared/facts) in plain PyTorch. They produce
+The functions rms_norm ... moe below are this project's definitions in plain PyTorch. They produce
 layers.safetensors, and every output and gradient that transformers gives is first held against them, to 1e-12 of its size:
 the check that the library and our facts agree, and that no float32 is left on the library's way.
 """
@@ -121,7 +121,7 @@ def scan(u, dt_raw, dt_bias, A, B, C, D, z, h):
 
 
 def closed_loop(u, dt_raw, dt_bias, A, B, C, D, z, gain, delay, zeta, gamma, state, alpha, kappa, eps):
-    """scan, in a closed loop, as shared/facts/mixcon.md defines it; state (B,D,N+2+tau): h, what the gain has become beyond `gain`,
+    """scan, in a closed loop (the equations are in moemamba.h); state (B,D,N+2+tau): h, what the gain has become beyond `gain`,
     the pending gradient of the error, the last outputs, newest first. Returns y before the gate, y * silu(z), the last state."""
     N = A.shape[1]
     dt = F.softplus(dt_raw + dt_bias)
@@ -514,7 +514,7 @@ def make_closed_loop():
     dout, dfinal_state = r(B, T, D), r(B, D, N + 2 + tau)
     tensors = dict(A_log=A_log, **s, out=out, final_state=final_state, dout=dout, dfinal_state=dfinal_state)
     save("closed_loop.safetensors", with_grads(tensors, (dout * out).sum() + (dfinal_state * final_state).sum()), tau=tau, **constants,
-         loss_is="sum(dout * out) + sum(dfinal_state * final_state)", source="plain PyTorch, from shared/facts/mixcon.md")
+         loss_is="sum(dout * out) + sum(dfinal_state * final_state)", source="plain PyTorch")
 
 
 def make_layers():

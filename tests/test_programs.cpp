@@ -1367,7 +1367,8 @@ TEST_CASE("experts that choose their tokens: trained with a warning, not sampled
         CHECK(line.at("aux") == 0);
     }
     at.refuse("infer", {"--checkpoint", at / "run", "--prompt", "a"}, {"run/model.safetensors", "expert-choice", "not continue a text"});
-    at.refuse("train", train_flags(at, "other", 3) + Arguments{"--routing", "expert-choice", "--sample-every", "1"}, {"--sample-every", "expert-choice"});
+    at.refuse("train", train_flags(at, "other", 3) + Arguments{"--routing", "expert-choice", "--sample-every", "1"},
+              {"--sample-every", "expert-choice"});
 }
 
 // ---- streams, names and numbers that somebody else made
