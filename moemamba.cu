@@ -3233,10 +3233,12 @@ struct Kind {
 template <class L>
 static std::unique_ptr<Layer> make(Model& model, const std::string& name);
 struct MambaLayer;
+struct ConbaLayer;
 struct AttentionLayer;
 struct FeedForwardLayer;
 struct ExpertsLayer;
 static const Kind kKinds[] = {{'M', "Mamba", "mixer", make<MambaLayer>},
+                              {'C', "Conba", "conba", make<ConbaLayer>},
                               {'A', "attention", "self_attn", make<AttentionLayer>},
                               {'F', "feed-forward", "feed_forward", make<FeedForwardLayer>},
                               {'E', "experts", "moe", make<ExpertsLayer>}};
@@ -3319,6 +3321,12 @@ void Config::resolve() {
         if (capacity == 0) fail("--routing expert-choice needs --capacity above 0: of T * B tokens an expert takes capacity * T * B / experts");
         balance_loss = 0;  // all experts have as many tokens
     }
+    std::string terms;  // in one order, so that equal configs have equal texts
+    for (const char* term : kConbaTerms)
+        if (("," + conba + ",").find(std::string(",") + term + ",") != std::string::npos) terms += (terms.empty() ? "" : ",") + std::string(term);
+    if (conba != "none" && terms.size() != conba.size())
+        fail("--conba %.80s: must be none, or some of selection,control,delay,scaling,noise,adaptation, each once", printable(conba).c_str());
+    if (conba != "none") conba = terms;
     if (!d_ff) d_ff = (swiglu_ff ? 2 : 4) * d_model;
     if (!d_expert) d_expert = (swiglu_experts ? 2 : 3) * d_model;
 }
@@ -3334,7 +3342,8 @@ std::string Config::to_json() const { return fields_to_json(*this).text(); }
 Config Config::from_json(const std::string& text, const std::string& where) {
     Config config;
     const JsonObject json(text, where + ": the model's config");
-    const std::string added[] = {"mamba-norms", "heads", "kv-heads", "head-dim", "rope-base", "swiglu-ff", "routing"};  // older files lack them
+    const std::string added[] = {"mamba-norms", "conba", "conba-tau", "conba-alpha", "conba-kappa", "conba-eps", "conba-sigma", "heads",
+                                 "kv-heads", "head-dim", "rope-base", "swiglu-ff", "routing"};  // older files lack them
     each_field(config, [&](const char* flag, auto& field, auto...) {
         if (json.has(flag) || std::find(std::begin(added), std::end(added), flag) == std::end(added)) json.get(flag, field);
     });
@@ -3397,11 +3406,30 @@ const std::vector<Preset>& presets() {
                      .rope_base = 0, .d_ff = 14336, .d_expert = 14336, .experts = 16, .top_k = 2, .capacity = 0, .swiglu_experts = 1,
                      .balance_loss = 0.001, .norm_eps = 1e-6};
         all.push_back({"jamba-v0.1", "arXiv 2403.19887", jamba});
+        Config jamba_large = jamba;
         jamba.layers = "MFMEMFMEAFMEMFME", jamba.vocab = 257, jamba.d_model = 96, jamba.heads = 4, jamba.kv_heads = 2, jamba.experts = 4;
         jamba.d_ff = jamba.d_expert = 0;
         all.push_back({"jamba-tiny", "trains in minutes on a laptop's CPU", jamba});
+        const Config jamba_tiny = jamba;
         jamba.d_model = 288, jamba.heads = 6, jamba.experts = 8;
         all.push_back({"jamba-10m", "for a CPU", jamba});
+
+        // Jamba's sizes. 8 groups of keys and values take 8 GiB at 256K tokens; the 2 GB of the paper need 2.
+        const auto mixcon = [&](const char* name, const char* note, Config c, const char* layers) {
+            c.layers = layers;
+            all.push_back({name, note, c});
+        };
+        jamba_large.vocab = 1 << 18;
+        mixcon("mixcon", "doi 10.3233/FAIA240593", jamba_large, "CFCECFAEAFCECFCE*4");
+        jamba_large.kv_heads = 2;
+        mixcon("mixcon-2kv", "with the KV cache that the paper states", jamba_large, "CFCECFAEAFCECFCE*4");
+        mixcon("mixcon-tiny", "trains in minutes on a laptop's CPU", jamba_tiny, "CFCECFAEAFCECFCE");
+        mixcon("mixcon-10m", "for a CPU", jamba, "CFCECFAEAFCECFCE");
+
+        Config llama{.layers = "AF*32", .vocab = 32000, .d_model = 4096, .heads = 32, .d_ff = 11008};
+        all.push_back({"llama-2-7b", "arXiv 2307.09288", llama});
+        llama.layers = "AF*80", llama.d_model = 8192, llama.heads = 64, llama.kv_heads = 8, llama.d_ff = 28672;
+        all.push_back({"llama-2-70b", "arXiv 2307.09288", llama});
         return all;
     }();
     return list;
@@ -3470,14 +3498,15 @@ struct MambaLayer : Layer {
     floatX* x_raw;                             // as x_dbl, before the norms
     real* chunk_states;                        // (B, chunks, D, N)
     floatX *d_xz, *d_u, *d_x_dbl, *d_dt, *d_y;
-    real *conv_state[2], *scan_state[2];       // (B, W-1, D), (B, D, N): one side is read, the other written
+    real *conv_state[2], *scan_state[2];       // (B, W-1, D), (B, D, states()): one side is read, the other written
 
-    MambaLayer(Model& model, const std::string& name)
+    MambaLayer(Model& model, const std::string& name) : MambaLayer(model, name, model.config.mamba_norms) {}
+    MambaLayer(Model& model, const std::string& name, bool normed_slices)
         : Layer(model, name), C(model.config.d_model), D(model.config.d_inner), N(model.config.d_state), R(model.config.dt_rank),
-          W(model.config.d_conv), ld((R + 2 * N + 7) / 8 * 8), normed_slices(model.config.mamba_norms) {
+          W(model.config.d_conv), ld((R + 2 * N + 7) / 8 * 8), normed_slices(normed_slices) {
         const double conv = 1 / std::sqrt(double(W)), inner = 1 / std::sqrt(double(D));
         model.add(A_log, name + "A_log", {D, N}, Init::log_state, 0, Tensor::plain);
-        model.add(skip, name + "D", {D}, Init::one, 0, Tensor::plain);
+        model.add(skip, name + "D", {D}, Init::constant, 1, Tensor::plain);
         model.add(conv_weight, name + "conv1d.weight", {D, 1, W}, Init::uniform, conv, Tensor::decayed);
         model.add(conv_bias, name + "conv1d.bias", {D}, Init::uniform, conv, Tensor::plain);
         model.add(in_proj, name + "in_proj.weight", {2 * D, C}, Init::uniform, 1 / std::sqrt(double(C)), Tensor::decayed);
@@ -3486,9 +3515,9 @@ struct MambaLayer : Layer {
         model.add(dt_bias, name + "dt_proj.bias", {D}, Init::dt_bias, 0, Tensor::plain);
         model.add(out_proj, name + "out_proj.weight", {C, D}, Init::uniform, inner / std::sqrt(double(model.additions)), Tensor::decayed);
         if (!normed_slices) return;
-        model.add(dt_norm, name + "dt_layernorm.weight", {R}, Init::one, 0, Tensor::plain);
-        model.add(b_norm, name + "b_layernorm.weight", {N}, Init::one, 0, Tensor::plain);
-        model.add(c_norm, name + "c_layernorm.weight", {N}, Init::one, 0, Tensor::plain);
+        model.add(dt_norm, name + "dt_layernorm.weight", {R}, Init::constant, 1, Tensor::plain);
+        model.add(b_norm, name + "b_layernorm.weight", {N}, Init::constant, 1, Tensor::plain);
+        model.add(c_norm, name + "c_layernorm.weight", {N}, Init::constant, 1, Tensor::plain);
     }
     void plan_activations(Plan& plan) override {
         plan.arena.add(&xz, name + "xz", plan.rows() * 2 * D);
@@ -3497,8 +3526,8 @@ struct MambaLayer : Layer {
         plan.arena.add(&x_raw, name + "dt, B, C before norms", normed_slices ? plan.rows() * ld : 0);
         plan.arena.add(&dt, name + "dt", plan.rows() * D);
         plan.arena.add(&y, name + "y", plan.rows() * D);
-        plan.arena.add(&chunk_states, name + "chunk states", plan.training ? plan.B * scan_chunks(plan.T) * D * N : 0);
-        plan.need(model.layers.scan_scratch(plan.B, plan.T, D, N));
+        plan.arena.add(&chunk_states, name + "chunk states", plan.training ? plan.B * chunks(plan.T) * D * states() : 0);
+        plan.need(mix_scratch(plan.B, plan.T));
         if (plan.training) plan.need(model.layers.conv_scratch(plan.B, plan.T, D, W));
         if (plan.training && normed_slices) plan.need(model.layers.rmsnorm_scratch(int(plan.rows()), std::max(R, N)));
     }
@@ -3512,7 +3541,7 @@ struct MambaLayer : Layer {
     void plan_state(Arena& arena, int B, int64_t) override {
         for (int side : {0, 1}) {
             arena.add(&conv_state[side], name + "conv state " + std::to_string(side), int64_t(B) * std::max(1, W - 1) * D);
-            arena.add(&scan_state[side], name + "scan state " + std::to_string(side), int64_t(B) * D * N);
+            arena.add(&scan_state[side], name + "scan state " + std::to_string(side), int64_t(B) * D * states());
         }
     }
     Conv conv(const Pass& p) const {
@@ -3522,6 +3551,23 @@ struct MambaLayer : Layer {
         return {u, dt, x_dbl + R, x_dbl + R + N, ld, xz + D, 2 * D, A_log.master, skip.master, dt_bias.master,
                 p.state < 0 ? nullptr : scan_state[p.state], p.B, p.T, D, N};
     }
+    floatX* projected() const { return normed_slices ? x_raw : x_dbl; }
+    // What another kind of mixer has in place of the scan; and what it adds to dt, B and C before their norms.
+    virtual int64_t states() const { return N; }  // of a channel
+    virtual int64_t chunks(int T) const { return scan_chunks(T); }
+    virtual size_t mix_scratch(int B, int T) const { return model.layers.scan_scratch(B, T, D, N); }
+    virtual void mix_forward(const Pass& p) {
+        model.layers.scan_forward(y, p.state < 0 ? nullptr : scan_state[1 - p.state], p.training ? chunk_states : nullptr, scan(p),
+                                  model.buffers.scratch, model.stream);
+    }
+    ScanGradients scan_gradients() const {
+        return {d_u, d_dt, d_x_dbl + R, d_x_dbl + R + N, d_xz + D, A_log.grad, skip.grad, dt_bias.grad, nullptr};
+    }
+    virtual void mix_backward(const Pass& p) {
+        model.layers.scan_backward(scan_gradients(), d_y, nullptr, scan(p), chunk_states, model.buffers.scratch, model.stream);
+    }
+    virtual void select_forward(const Pass&) {}
+    virtual void select_backward(const Pass&) {}
     // Calls f(first column, norm) for the slices dt, B and C of x_dbl.
     template <class F>
     void each_slice(const Pass& p, F&& f) {
@@ -3534,12 +3580,12 @@ struct MambaLayer : Layer {
         const int rows = p.rows();
         l.linear_forward(xz, 2 * D, {normed, C, in_proj.weight, rows, C, 2 * D}, false, stream);
         l.conv_forward(u, p.state < 0 ? nullptr : conv_state[1 - p.state], conv(p), stream);
-        l.linear_forward(normed_slices ? x_raw : x_dbl, ld, {u, D, x_proj.weight, rows, D, R + 2 * N}, false, stream);
+        l.linear_forward(projected(), ld, {u, D, x_proj.weight, rows, D, R + 2 * N}, false, stream);
+        select_forward(p);
         if (normed_slices)
             each_slice(p, [&](int column, Tensor&, const SliceNorm& n) { l.slice_norm_forward(x_dbl + column, ld, n, stream); });
         l.linear_forward(dt, D, {x_dbl, ld, dt_proj.weight, rows, R, D}, false, stream);
-        l.scan_forward(y, p.state < 0 ? nullptr : scan_state[1 - p.state], p.training ? chunk_states : nullptr, scan(p),
-                       model.buffers.scratch, stream);
+        mix_forward(p);
         l.linear_forward(out, C, {y, D, out_proj.weight, rows, D, C}, accumulate, stream);
     }
     void backward(const Pass& p, floatX* d_normed, const floatX* d_out, const floatX* normed, bool accumulate) override {
@@ -3548,18 +3594,104 @@ struct MambaLayer : Layer {
         const int rows = p.rows();
         const bool add = p.part > 0;
         l.linear_backward(d_y, D, out_proj.grad, d_out, C, {y, D, out_proj.weight, rows, D, C}, false, add, stream);
-        l.scan_backward({d_u, d_dt, d_x_dbl + R, d_x_dbl + R + N, d_xz + D, A_log.grad, skip.grad, dt_bias.grad, nullptr}, d_y, nullptr,
-                        scan(p), chunk_states, model.buffers.scratch, stream);
+        mix_backward(p);
         l.linear_backward(d_x_dbl, ld, dt_proj.grad, d_dt, D, {x_dbl, ld, dt_proj.weight, rows, R, D}, false, add, stream);
         if (normed_slices)  // in place: a row's gradient is read before it is written
             each_slice(p, [&](int column, Tensor& norm, const SliceNorm& n) {
                 l.slice_norm_backward(d_x_dbl + column, norm.grad, d_x_dbl + column, ld, n, model.buffers.scratch, stream);
             });
         l.linear_backward(d_u, D, x_proj.grad, d_x_dbl, ld, {u, D, x_proj.weight, rows, D, R + 2 * N}, true, add, stream);
+        select_backward(p);
         l.conv_backward({d_xz, conv_weight.grad, conv_bias.grad, nullptr}, d_u, nullptr, conv(p), model.buffers.scratch, stream);
         l.linear_backward(d_normed, C, in_proj.grad, d_xz, 2 * D, {normed, C, in_proj.weight, rows, C, 2 * D}, accumulate, add, stream);
     }
     int64_t products(int) const override { return in_proj.count + x_proj.count + dt_proj.count + out_proj.count; }
+};
+
+// A Mamba mixer with norms, whose scan runs in a closed loop (Layers::closed_loop_forward), and whose dt, B and C come of a nonlinear selection
+// too:  x_proj u + W_s (silu(U_1 u) * (U_2 u)), W_s = 0 at first. Every term is the identity at first.
+struct ConbaLayer : MambaLayer {
+    const bool selects, controls, delays, scales, adapts, noisy;
+    const uint64_t number;                       // unlike any other layer's: draws its noise
+    Tensor select_in, select_out;                // (2R, D) = [U_1 | U_2], (R + 2N, R)
+    Tensor gain, delay, zeta, gamma, output_noise;  // (D) k_0, (D), (D, N), (D, N), (D)
+    floatX *select_gate_up, *selected, *d_select_gate_up, *d_selected;  // (rows, 2R), (rows, R)
+    real* final_states;                          // (B, D, states()) of training
+
+    ConbaLayer(Model& model, const std::string& name)
+        : MambaLayer(model, name, true), selects(model.config.conba_has("selection")), controls(model.config.conba_has("control")),
+          delays(model.config.conba_has("delay")), scales(model.config.conba_has("scaling")), adapts(model.config.conba_has("adaptation")),
+          noisy(model.config.conba_has("noise")), number(model.tensors.size()) {
+        if (selects) {
+            model.add_block(select_in, name + "select_in", int64_t(2 * R) * D, Init::uniform, 1 / std::sqrt(double(D)), Tensor::decayed);
+            model.add_part(select_in, name + "select_gate_proj.weight", R, D);
+            model.add_part(select_in, name + "select_up_proj.weight", R, D);
+            model.add(select_out, name + "select_proj.weight", {R + 2 * N, R}, Init::constant, 0, Tensor::decayed);
+        }
+        if (controls) model.add(gain, name + "gain", {D}, Init::constant, 0, Tensor::plain);
+        if (delays) model.add(delay, name + "delay", {D}, Init::constant, 0, Tensor::plain);
+        if (scales) {
+            const double one = 1.2784645427610738;  // silu(one) = 1
+            model.add(zeta, name + "scaling_zeta", {D, N}, Init::constant, 0, Tensor::plain);
+            model.add(gamma, name + "scaling_gamma", {D, N}, Init::constant, one, Tensor::plain);
+        }
+        if (noisy) model.add(output_noise, name + "output_noise", {D}, Init::constant, 0, Tensor::plain);
+    }
+    void plan_activations(Plan& plan) override {
+        MambaLayer::plan_activations(plan);
+        plan.arena.add(&select_gate_up, name + "selection's gate, up", selects ? plan.rows() * 2 * R : 0);
+        plan.arena.add(&selected, name + "selection", selects ? plan.rows() * R : 0);
+        plan.arena.add(&final_states, name + "final states", plan.training ? int64_t(plan.B) * D * states() : 0);
+    }
+    void plan_gradients(Plan& plan) override {
+        MambaLayer::plan_gradients(plan);
+        plan.arena.add(&d_select_gate_up, "d selection's gate, up", selects ? plan.rows() * 2 * R : 0);
+        plan.arena.add(&d_selected, "d selection", selects ? plan.rows() * R : 0);
+    }
+    ClosedLoop loop(const Pass& p) const {
+        const Config& c = model.config;
+        return {scan(p), gain.master, delay.master, zeta.master, gamma.master, output_noise.master, noisy ? real(c.conba_sigma) : 0,
+                noisy && p.noise ? random_bits(p.noise, kNoiseStream, number) : 0, adapts ? real(c.conba_alpha) : 0, real(c.conba_kappa),
+                real(c.conba_eps), c.conba_tau};
+    }
+    int64_t states() const override { return N + 2 + model.config.conba_tau; }
+    int64_t chunks(int T) const override { return loop_chunks(T); }
+    size_t mix_scratch(int B, int T) const override { return model.layers.closed_loop_scratch(B, T, D, N, model.config.conba_tau); }
+    void mix_forward(const Pass& p) override {
+        model.layers.closed_loop_forward(y, p.training ? final_states : p.state < 0 ? nullptr : scan_state[1 - p.state],
+                                         p.training ? chunk_states : nullptr, loop(p), model.buffers.scratch, model.stream);
+    }
+    void mix_backward(const Pass& p) override {
+        model.layers.closed_loop_backward({scan_gradients(), gain.grad, delay.grad, zeta.grad, gamma.grad, output_noise.grad}, d_y, nullptr,
+                                          loop(p), chunk_states, model.buffers.scratch, model.stream);
+    }
+    void select_forward(const Pass& p) override {
+        if (!selects) return;
+        const Layers& l = model.layers;
+        const int rows = p.rows();
+        l.linear_forward(select_gate_up, 2 * R, {u, D, select_in.weight, rows, D, 2 * R}, false, model.stream);
+        l.swiglu_forward(selected, select_gate_up, rows, R, model.stream);
+        l.linear_forward(projected(), ld, {selected, R, select_out.weight, rows, R, R + 2 * N}, true, model.stream);
+    }
+    void select_backward(const Pass& p) override {
+        if (!selects) return;
+        const Layers& l = model.layers;
+        const int rows = p.rows();
+        const bool add = p.part > 0;
+        l.linear_backward(d_selected, R, select_out.grad, d_x_dbl, ld, {selected, R, select_out.weight, rows, R, R + 2 * N}, false, add,
+                          model.stream);
+        l.swiglu_backward(d_select_gate_up, d_selected, select_gate_up, rows, R, model.stream);
+        l.linear_backward(d_u, D, select_in.grad, d_select_gate_up, 2 * R, {u, D, select_in.weight, rows, D, 2 * R}, true, add, model.stream);
+    }
+    int64_t products(int T) const override { return MambaLayer::products(T) + select_in.count + select_out.count; }
+    std::vector<real> gains(int B) const override {
+        if (!controls) return {};
+        std::vector<real> all(int64_t(B) * D * states()), first(D), gains;
+        model.layers.download(all.data(), final_states, all.size() * sizeof(real), model.stream);
+        model.layers.download(first.data(), gain.master, first.size() * sizeof(real), model.stream);
+        for (int64_t i = 0; i < int64_t(B) * D; i++) gains.push_back(all[i * states() + N] + first[i % D]);
+        return gains;
+    }
 };
 
 struct AttentionLayer : Layer {
@@ -3804,7 +3936,7 @@ Model::Model(const Config& given, const Layers& layers) : config(given), layers(
     for (size_t s = 0; s < layout.size(); s++) {
         Step& step = *steps.emplace_back(std::make_unique<Step>());
         const std::string prefix = "backbone.layers." + std::to_string(s) + ".";
-        add(step.norm, prefix + "norm.weight", {C}, Init::one, 0, Tensor::plain);
+        add(step.norm, prefix + "norm.weight", {C}, Init::constant, 1, Tensor::plain);
         for (size_t l = 0; l < layout[s].size(); l++) {
             // In a parallel group with two layers of one kind, the second has a number.
             const auto twins = std::count(layout[s].begin(), layout[s].begin() + l, layout[s][l]);
@@ -3814,7 +3946,7 @@ Model::Model(const Config& given, const Layers& layers) : config(given), layers(
             counters += step.layers.back()->counters();
         }
     }
-    add(steps.emplace_back(std::make_unique<Step>())->norm, "backbone.norm_f.weight", {C}, Init::one, 0, Tensor::plain);
+    add(steps.emplace_back(std::make_unique<Step>())->norm, "backbone.norm_f.weight", {C}, Init::constant, 1, Tensor::plain);
     head = &embedding;
     if (!config.tied) {
         head = &head_table;
@@ -3918,8 +4050,7 @@ void Model::initialize(uint64_t seed) {
         std::vector<real> values(t.count);
         auto draw = [&](int64_t k) -> double {
             switch (t.init) {
-                case Init::zero: return 0;
-                case Init::one: return 1;
+                case Init::constant: return t.scale;
                 case Init::uniform: return t.scale * (2 * random_uniform(seed, stream, k) - 1);
                 case Init::normal: return t.scale * random_normal(seed, stream, k);
                 case Init::log_state: return std::log(double(k % config.d_state + 1));
@@ -4093,7 +4224,8 @@ void Model::cross_entropy(real* sum, int rows, real d_loss, F&& each) {
 }
 
 void Model::forward_backward(const int* tokens, const int* targets, int accumulation) {
-    const Pass pass{.B = batch, .T = time, .training = true, .part = parts, .parts = accumulation};
+    const Pass pass{.B = batch, .T = time, .training = true, .part = parts, .parts = accumulation,
+                    .noise = noise_seed ? random_bits(noise_seed, kNoiseStream, parts) : 0};
     const int rows = pass.rows(), C = config.d_model, Vp = config.padded_vocab();
     Buffers& b = buffers;
     activations.bind();
@@ -4139,10 +4271,18 @@ Losses Model::read_losses() {
     losses.grad_norm = std::sqrt(double(sums[kGradSquares]));
     losses.balance = sums[kBalance] / (std::max(1.0, double(parts)) * std::max(1, expert_layers));
     losses.z = sums[kZ] / (std::max(1.0, double(parts)) * std::max(1, expert_layers));
-    for (int part = 0; part < kept; part++)
-        for (const auto& step : steps)
-            for (const auto& layer : step->layers)
+    for (const auto& step : steps)
+        for (const auto& layer : step->layers) {
+            for (int part = 0; part < kept; part++)
                 layer->report(losses, counts.data() + int64_t(part) * counters + layer->first_counter, batch * time, 1.0 / kept);
+            Gains gains{layer->name, 0, 0};
+            const std::vector<real> all = layer->gains(batch);
+            for (const real k : all) {
+                gains.mean += std::fabs(double(k)) / double(all.size());
+                gains.largest = std::max(gains.largest, std::fabs(double(k)));
+            }
+            if (parts > 0 && !all.empty()) losses.gains.push_back(gains);
+        }
     return losses;
 }
 

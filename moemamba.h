@@ -69,6 +69,8 @@ inline int64_t scan_chunks(int T) { return (T + kScanChunk - 1) / kScanChunk; }
 inline constexpr int kLoopChunk = 16;
 inline int64_t loop_chunks(int T) { return (T + kLoopChunk - 1) / kLoopChunk; }
 
+inline constexpr const char* kConbaTerms[] = {"selection", "control", "delay", "scaling", "noise", "adaptation"};
+
 // The largest that every implementation of the layers serves.
 inline constexpr int kMaxStates = 64, kMaxConv = 8, kMaxExperts = 256, kMaxHeadSize = 256, kMaxDelay = 32;
 
@@ -76,9 +78,10 @@ inline constexpr int kMaxStates = 64, kMaxConv = 8, kMaxExperts = 256, kMaxHeadS
 // Config: what defines a model. One list of fields serves flags, presets, checkpoints and --help.
 //
 // A model is a string of residual steps x += f(norm(x)), one letter each, with an optional repeat:
-//   M Mamba   A causal attention   F dense feed-forward   E mixture of experts   (ME) a parallel group: one norm, outputs summed
+//   M Mamba   C Conba: Mamba in a closed loop   A causal attention   F dense feed-forward   E mixture of experts
+//   (ME) a parallel group: one norm, outputs summed
 //   Mamba "MM*8"   Mamba-MLP "MF*8"   MoE-Mamba "ME*8"   parallel MoE-Mamba "(ME)*8"
-//   Transformer "AF*8"   Transformer-MoE, Mixtral "AE*8"   Jamba "MFMEMFMEAFMEMFME*4"
+//   Transformer "AF*8"   Transformer-MoE, Mixtral "AE*8"   Jamba "MFMEMFMEAFMEMFME*4"   MixCon "CFCECFAEAFCECFCE*4"
 struct Config {
     std::string layers = "ME*4";
     int vocab = 257;             // V
@@ -87,7 +90,13 @@ struct Config {
     int d_state = 16;            // N
     int d_conv = 4;              // W
     int dt_rank = 0;             // R; 0 = ceil(C / 16)
-    int mamba_norms = 0;         // 1: RMSNorm on dt, B and C (Jamba)
+    int mamba_norms = 0;         // 1: RMSNorm on dt, B and C (Jamba); Conba always has it
+    std::string conba = "selection,control,delay,scaling,adaptation";  // what a C layer has beside a Mamba mixer: of kConbaTerms, or "none"
+    int conba_tau = 8;           // steps that the delayed output is old
+    double conba_alpha = 1e-2;   // rate at which the gain adapts
+    double conba_kappa = 1;      // its bound
+    double conba_eps = 0.1;      // error up to which |error| is smooth
+    double conba_sigma = 0;      // deviation of the noise on a state, in training
     int heads = 0;               // H of attention; 0 = one for each 64 of C
     int kv_heads = 0;            // G; 0 = H
     int head_dim = 0;            // S; 0 = C / H
@@ -110,7 +119,7 @@ struct Config {
     template <class Self, class F>
     static void each_field(Self& c, F&& f) {
         constexpr double kMost = 1 << 24;  // keeps every product of two sizes far inside 64 bits
-        f("layers", c.layers, "residual steps: M Mamba, A attention, F feed-forward, E experts, (ME) parallel; \"ME*4\" repeats", 0, 0);
+        f("layers", c.layers, "residual steps: M Mamba, C Conba, A attention, F feed-forward, E experts, (ME) parallel; \"ME*4\" repeats", 0, 0);
         f("vocab", c.vocab, "vocabulary; from the data where there is any", 2, kMost);
         f("d-model", c.d_model, "model width C", 1, kMost);
         f("d-inner", c.d_inner, "inner width D of a Mamba mixer; 0 = 2 C", 0, kMost);
@@ -118,6 +127,12 @@ struct Config {
         f("d-conv", c.d_conv, "width of the causal convolution", 1, kMaxConv);
         f("dt-rank", c.dt_rank, "rank R of the dt projection; 0 = ceil(C/16)", 0, kMost);
         f("mamba-norms", c.mamba_norms, "1: RMSNorm on dt, B and C of a Mamba mixer, as Jamba", 0, 1);
+        f("conba", c.conba, "terms of a C layer: selection,control,delay,scaling,noise,adaptation, some of them, or none", 0, 0);
+        f("conba-tau", c.conba_tau, "steps after which an output is fed back by delay", 1, kMaxDelay);
+        f("conba-alpha", c.conba_alpha, "rate of adaptation of the gain of control", 0, 1e3);
+        f("conba-kappa", c.conba_kappa, "largest gain of control", 0, 1e3);
+        f("conba-eps", c.conba_eps, "error below which the gain adapts less", 1e-9, 1e3);
+        f("conba-sigma", c.conba_sigma, "deviation of noise on the states, in training, where --conba has noise", 0, 1e3);
         f("heads", c.heads, "heads H of attention; 0 = one for each 64 of C", 0, kMost);
         f("kv-heads", c.kv_heads, "heads G of its keys and values, each for H/G of its queries; 0 = H", 0, kMost);
         f("head-dim", c.head_dim, "size S of a head; 0 = C / H", 0, kMaxHeadSize);
@@ -140,6 +155,7 @@ struct Config {
     void resolve();                                 // replaces every 0 that means "derived"; fails on what cannot be built
     std::vector<std::string> steps() const;         // {"M", "E", ...}, a parallel group is one entry: "ME"
     int count(char letter) const;                   // how many layers of that kind
+    bool conba_has(const std::string& term) const { return conba.find(term) != std::string::npos; }
     bool expert_choice() const { return routing == "expert-choice"; }
     bool causal() const { return !(expert_choice() && count('E')); }  // or else a token's output depends on later tokens
     int padded_vocab() const { return (vocab + 7) / 8 * 8; }
@@ -471,11 +487,11 @@ struct Arena {
 // Parameters: each is named, sized and described once, by the layer that has it; initialisation, weight decay, optimizer, checkpoints
 // and tests read the list. A Tensor is what layer functions and the optimizer see. A Parameter is what a checkpoint names: a whole
 // Tensor, or a part of one, where gate and up projections, or the matrices of all experts, lie in one block for one product.
-enum class Init { zero, one, uniform, normal, log_state, dt_bias };  // uniform: +-scale; normal: deviation scale; see initialize()
+enum class Init { constant, uniform, normal, log_state, dt_bias };  // scale is the constant, the most, the deviation; see initialize()
 struct Tensor {
     std::string name;
     int64_t count = 0;
-    Init init = Init::zero;
+    Init init = Init::constant;
     double scale = 0;
     enum Update { decayed, plain, never } update = plain;  // by AdamW: with weight decay, without; or only saved and loaded
     int64_t at = 0;            // its first element in each of the model's arenas
@@ -492,16 +508,22 @@ struct Parameter {
 
 // ------------------------------------------------------------------------------------------------------------------
 // A layer is the f of a step x += f(norm(x)). Each kind is one struct in moemamba.cu with all that is its own; the Model only loops.
+struct Gains {
+    std::string layer;  // that its parameters' names begin with
+    double mean, largest;
+};
 struct Losses {               // of one optimizer step: means over its accumulation parts
     double cross_entropy = 0;  // nats per token
     double balance = 0, z = 0;  // mean over the layers with experts, unweighted
     double grad_norm = 0;
     double expert_load = 0, dropped = 0;  // fullest expert over the mean, worst layer and part; share of choices dropped
+    std::vector<Gains> gains;  // of every layer with control: |k| at the ends of the last part's sequences
 };
 struct Pass {  // one way through the model, forward or backward
     int B, T;
     bool training = false;
     int part = 0, parts = 1;  // training: which of so many parts of a step, whose gradients add up
+    uint64_t noise = 0;       // training: seed of this part's noise; 0: none
     int state = -1;           // decoding: layers read their state [state] and write the other, [1 - state]
     int64_t position = 0;     // decoding: tokens that each sequence has behind it
     int64_t context = 0;      // decoding: tokens that the state has room for
@@ -535,6 +557,7 @@ struct Layer {
     virtual int counters() const { return 0; }             // ints that a training pass leaves for report()
     // Adds to the report of a step what one part of it has left, of so many rows; `share`: of the part in the step
     virtual void report(Losses&, const int* /*counters*/, int /*rows*/, double /*share*/) const {}
+    virtual std::vector<real> gains(int /*B*/) const { return {}; }  // (B, D) at the ends of the sequences of the last training pass
     int first_counter = 0;                                          // among all layers'
 };
 struct Step {  // x += sum of its layers' f(norm(x)); the last one has no layers: the norm before the head
@@ -576,6 +599,7 @@ struct Model {
     // it waits for nothing but the counts of E layers without capacity.
     void forward_backward(const int* tokens, const int* targets, int accumulation);
     void zero_gradients();
+    uint64_t noise_seed = 0;            // of a step's noise, where the config has noise: to be set before each step; 0: none
     Losses read_losses();               // waits; losses and gradient norm since the last zero_gradients()
     // The first with a NaN or infinity, or whose squares overflow: of the weights, of the residual stream on its way up, of the gradients
     // on theirs down; if there is none, the largest gradient.

@@ -730,7 +730,7 @@ const std::vector<Case>& cases() {
         scan(2, 41, 16, 16, false, true, 0, false, 16),
         scan(2, 7, 5 * kWidth / 2, 16, true, true, 0, true),  // rows of z allow the widest loads, those of u do not
         scan(4, 3 * chunk + 5, 3, 16, true, true), scan(9, 2 * chunk + 3, 20, 4, true, true),  // on simt: two segments of two chunks; one of three
-        attention({1, 1, 1, 1, 8}), attention({2, 5, 2, 2, 16}), attention({2, 37, 6, 2, 24, 0, 8}), attention({1, 130, 2, 1, 64}),
+        attention({1, 1, 1, 1, 8}), attention({2, 61, 4, 4, 16}), attention({2, 37, 6, 2, 24, 0, 8}), attention({1, 130, 2, 1, 64}),
         attention({1, 67, 3, 3, 72, 0, 0, 4}), attention({1, 35, 4, 1, 128}), attention({1, 40, 1, 1, 256}),
         attention({1, 9, 2, 1, 136}), attention({3, 2, 4, 4, 40, 5}),
         attention({2, 70, 2, 1, 32, 33}), attention({2, 1, 6, 2, 24, 36}), attention({1, 1, 7, 7, 8, 300}),
@@ -1298,6 +1298,9 @@ const std::vector<Family>& families() {
                                               .capacity = 0, .swiglu_experts = 1, .renormalize = 1}},
                                  {"Jamba", {.layers = "MFAEME", .mamba_norms = 1, .heads = 2, .kv_heads = 1, .rope_base = 0, .top_k = 2,
                                             .capacity = 0, .swiglu_experts = 1, .norm_eps = 1e-6}},
+                                 {"MixCon", {.layers = "CFAECE", .conba = "selection,control,delay,scaling,noise,adaptation", .conba_tau = 3,
+                                             .conba_alpha = 0.1, .conba_kappa = 0.3, .conba_sigma = 0.1, .heads = 2, .kv_heads = 1, .rope_base = 0,
+                                             .top_k = 2, .capacity = 0, .swiglu_experts = 1}},
                                  {"Expert Choice", {.layers = "AE", .heads = 2, .routing = "expert-choice", .capacity = 1.5, .z_loss = 0.02}}};
         for (auto& [name, c] : f) {
             c.vocab = 37, c.d_model = 16, c.d_inner = 24, c.d_state = 5, c.dt_rank = 3, c.d_ff = c.d_expert = 20, c.experts = 4;
@@ -1364,6 +1367,7 @@ void initialize_off_centre(Model& model) {
 }
 Losses run_step(Model& model, const Batch& batch) {
     model.zero_gradients();
+    model.noise_seed = seed;
     model.forward_backward(batch.tokens.data(), batch.targets.data(), 1);
     return model.read_losses();
 }
@@ -1382,6 +1386,22 @@ std::vector<double> train(Model& model, const std::vector<Batch>& batches, int s
     return losses;
 }
 
+void check_model_gradients(Model& model, const Batch& batch, int directions) {
+    run_step(model, batch);
+    std::vector<std::vector<double>> gradients;
+    for (const Tensor* t : model.tensors) gradients.push_back(gradient_of(model, *t));
+    for (size_t i = 0; i < gradients.size(); ++i) {
+        const Tensor& t = *model.tensors[i];
+        const std::vector<double> values = weights_of(model, t);
+        check_gradient(t.name, gradients[i], directions, [&](std::vector<double> moved) {
+            for (size_t j = 0; j < moved.size(); ++j) moved[j] += values[j];
+            set_weights(model, t, moved);
+            const Losses l = run_step(model, batch);
+            return l.cross_entropy + model.config.balance_loss * l.balance + model.config.z_loss * l.z;
+        });
+        set_weights(model, t, values);
+    }
+}
 TEST_CASE("a model's gradients are those of its loss", kDouble ? "[model][fd]" : "[.double]") {
     for (const Layers* on : {&cpu::layers, &plain::layers})
         for (const Family& f : families()) {
@@ -1393,22 +1413,92 @@ TEST_CASE("a model's gradients are those of its loss", kDouble ? "[model][fd]" :
                 const Batch batch(f.config.vocab, 2, 7);
                 initialize_off_centre(model);
                 model.allocate_training(batch.B, batch.T);
-                run_step(model, batch);
-                std::vector<std::vector<double>> gradients;
-                for (const Tensor* t : model.tensors) gradients.push_back(gradient_of(model, *t));
-                for (size_t i = 0; i < gradients.size(); ++i) {
-                    const Tensor& t = *model.tensors[i];
-                    const std::vector<double> values = weights_of(model, t);
-                    check_gradient(t.name, gradients[i], on == &cpu::layers ? 3 : 1, [&](std::vector<double> moved) {
-                        for (size_t j = 0; j < moved.size(); ++j) moved[j] += values[j];
-                        set_weights(model, t, moved);
-                        const Losses l = run_step(model, batch);
-                        return l.cross_entropy + f.config.balance_loss * l.balance + f.config.z_loss * l.z;
-                    });
-                    set_weights(model, t, values);
-                }
+                check_model_gradients(model, batch, on == &cpu::layers ? 3 : 1);
             }
         }
+}
+
+TEST_CASE("Conba's gradients are those of its loss, with every subset of its terms", kDouble ? "[model][fd]" : "[.double]") {
+    for (int subset = 0; subset < 64; ++subset) {
+        Config config{.layers = "C", .vocab = 5, .d_model = 3, .d_inner = 5, .d_state = 2, .d_conv = 2, .dt_rank = 2, .conba = "none",
+                      .conba_tau = 2, .conba_alpha = 0.3, .conba_kappa = 0.25, .conba_eps = 0.1, .conba_sigma = 0.1};
+        for (int term = 0; term < 6; ++term)
+            if (subset >> term & 1) config.conba = (config.conba == "none" ? "" : config.conba + ",") + kConbaTerms[term];
+        INFO(config.conba);
+        Model model(config, plain::layers);
+        const Batch batch(config.vocab, 1, 6);
+        initialize_off_centre(model);
+        model.allocate_training(batch.B, batch.T);
+        check_model_gradients(model, batch, 1);
+    }
+}
+
+TEST_CASE("Conba without its terms is a Mamba mixer with norms; at first its terms change nothing, but for the gain that adapts", "[model]") {
+    const Config mamba{.layers = "MM", .vocab = 37, .d_model = 16, .d_inner = 24, .d_state = 5, .mamba_norms = 1};
+    for (const Layers* on : devices())
+        for (const char* terms : {"none", "selection,control,delay,scaling,noise", "adaptation", "control,adaptation"})
+            for (const bool off_centre : {false, true}) DYNAMIC_SECTION(on->device << ": " << terms << (off_centre ? ", trained" : "")) {
+                if (off_centre && std::string(terms) != "none") continue;
+                Config conba = mamba;
+                conba.layers = "CC", conba.conba = terms;
+                Model with(conba, *on), without(mamba, *on);
+                if (off_centre) initialize_off_centre(without);
+                else without.initialize(seed);
+                with.initialize(seed);
+                for (const Tensor* t : without.tensors) {
+                    const size_t at = t->name.find("mixer");
+                    const std::string name = at == std::string::npos ? t->name : std::string(t->name).replace(at, 5, "conba");
+                    set_weights(with, tensor(with, name), weights_of(without, *t));
+                }
+                const Batch batch(37, 2, 40);
+                for (Model* model : {&with, &without}) model->allocate_training(batch.B, batch.T), run_step(*model, batch);
+                const std::vector<real> got = with.logits(batch.tokens.data(), 2, 40), want = without.logits(batch.tokens.data(), 2, 40);
+                const double apart = distance({got.begin(), got.end()}, {want.begin(), want.end()});
+                if (std::string(terms) == "control,adaptation") {
+                    CHECK((apart > kClose && apart < 0.1));
+                    continue;
+                }
+                CHECK(apart <= kClose);
+                for (const Tensor* t : without.tensors) {
+                    const size_t at = t->name.find("mixer");
+                    const std::string name = at == std::string::npos ? t->name : std::string(t->name).replace(at, 5, "conba");
+                    INFO(name);
+                    CHECK(distance(gradient_of(with, tensor(with, name)), gradient_of(without, *t)) <= by_precision(1e-11, 1e-4, 5e-2));
+                }
+            }
+}
+
+TEST_CASE("the gains that are reported are those that sequences end with", "[model]") {
+    for (const Layers* on : devices()) DYNAMIC_SECTION(on->device) {
+        const int B = 2, T = 19, D = 24, N = 5, tau = 3;
+        Model model({.layers = "CMC", .vocab = 37, .d_model = 16, .d_inner = D, .d_state = N, .conba_tau = tau, .conba_alpha = 0.3}, *on);
+        initialize_off_centre(model);
+        const Batch batch(37, B, T);
+        model.allocate_training(B, T);
+        CHECK(model.read_losses().gains.empty());
+        const Losses losses = run_step(model, batch);
+        REQUIRE(losses.gains.size() == 2);
+        DecodeState state;
+        model.start(state, B, T);
+        model.decode(state, batch.tokens.data(), T, 0);
+        for (int i = 0; i < 2; ++i) {
+            const std::string layer = losses.gains[i].layer;
+            CHECK(layer == "backbone.layers." + std::to_string(2 * i) + ".conba.");
+            const std::vector<double> first = weights_of(model, tensor(model, layer + "gain"));
+            double sum = 0, largest = 0;
+            for (const Arena::Entry& entry : state.arena.entries) {
+                if (entry.name != layer + "scan state " + std::to_string(state.current)) continue;
+                const int states = N + 2 + tau;
+                const std::vector<double> all = get(model, static_cast<const real*>(entry.memory), B * D * states);
+                for (int b = 0; b < B * D; ++b) {
+                    const double k = std::fabs(first[b % D] + all[b * states + N]);
+                    sum += k, largest = std::max(largest, k);
+                }
+            }
+            CHECK(distance({losses.gains[i].mean, losses.gains[i].largest}, {sum / (B * D), largest}) <= by_precision(1e-12, 1e-5, 3e-2));
+            CHECK(largest > losses.gains[i].mean);
+        }
+    }
 }
 
 TEST_CASE("a prompt at once, in parts, or token by token: the same probabilities", "[model]") {
@@ -1452,7 +1542,7 @@ TEST_CASE("a prompt at once, in parts, or token by token: the same probabilities
         }
 }
 
-TEST_CASE("texts drawn side by side are those drawn one at a time", "[model]") {
+TEST_CASE("texts drawn side by side are those drawn one at a time", "[model][gpu]") {
     for (const Layers* on : devices())
         for (const Family& f : families()) DYNAMIC_SECTION(on->device << ": " << f.name) {
             if (!f.config.causal() || (on == &gpu::layers && std::string(f.name) != "Jamba")) continue;  // as above
@@ -1504,6 +1594,7 @@ TEST_CASE("accumulated parts of a batch give the gradients of the whole", "[mode
     for (Family f : families()) DYNAMIC_SECTION(f.name) {
         if (f.config.expert_choice()) continue;
         f.config.capacity = f.config.balance_loss = f.config.z_loss = 0;  // these depend on the batch as a whole
+        f.config.conba = Config().conba;                                  // and noise on the place in it
         const int parts = 4, T = 9;
         const Batch batch(f.config.vocab, parts, T);
         Model whole(f.config, cpu::layers), in_parts(f.config, cpu::layers);
@@ -1849,7 +1940,8 @@ TEST_CASE("weight decay shrinks matrices, and leaves A_log, D, biases and norms 
         for (size_t i = 0; i < want.size(); ++i) {
             const std::string& name = model.parameters[i].name;
             auto ends = [&](const char* suffix) { return name.ends_with(suffix); };
-            const bool kept = ends(".A_log") || ends(".D") || ends(".bias") || ends("norm.weight") || ends("norm_f.weight");
+            const bool kept = ends(".A_log") || ends(".D") || ends(".bias") || ends("norm.weight") || ends("norm_f.weight") ||
+                              ends(".gain") || ends(".delay") || ends("_zeta") || ends("_gamma") || ends("_noise");
             for (double& w : want[i]) w *= kept ? 1 : 0.95;
             INFO(name);
             CHECK(model.parameters[i].tensor->update == (kept ? Tensor::plain : Tensor::decayed));
@@ -1941,6 +2033,13 @@ TEST_CASE("a Mamba model agrees with transformers' MambaForCausalLM", "[model][o
     const Safetensors file(oracle + "/mamba_lm.safetensors");
     for (const Layers* on : devices())
         DYNAMIC_SECTION(on->device) check_reference_model(file, config_of(file, "MM", number(file, "vocab_size")), *on);
+}
+TEST_CASE("a Conba model agrees with PyTorch", "[model][oracle]") {
+    const Safetensors file(oracle + "/conba_lm.safetensors");
+    Config c = config_of(file, "CC", number(file, "vocab_size"));
+    const auto value = [&](const char* key) { return std::stod(file.meta(key)); };
+    c.conba_tau = number(file, "tau"), c.conba_alpha = value("alpha"), c.conba_kappa = value("kappa"), c.conba_eps = value("eps");
+    for (const Layers* on : devices()) DYNAMIC_SECTION(on->device) check_reference_model(file, c, *on);
 }
 // In bf16 rounding sends tokens to other experts than theirs.
 TEST_CASE("Mixtral and Jamba agree with transformers", kMixedPrecision ? "[.not bf16]" : "[model][oracle]") {

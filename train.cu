@@ -459,6 +459,7 @@ static void train_steps(Model& model, const Options& options, const Run& run, co
     for (int step = done + 1; step <= run.steps; step++) {
         const double step_start = omp_get_wtime();
         model.zero_gradients();
+        model.noise_seed = random_bits(run.seed, kNoiseStream, uint64_t(step));
         for (int g = 0; g < G; g++) {
             for (int b = 0; b < B; b++) {
                 const int64_t drawn = (int64_t(step - 1) * G + g) * B + b;
@@ -480,12 +481,18 @@ static void train_steps(Model& model, const Options& options, const Run& run, co
         const long left = long((now - start) / (step - done) * (run.steps - step));
         printf("step %*d/%d  loss %.4f", int(std::to_string(run.steps).size()), step, run.steps, losses.cross_entropy);
         if (config.count('E')) printf("  aux %.4f  load %.2f  dropped %4.1f %%", aux, losses.expert_load, 100 * losses.dropped);
+        std::vector<double> mean_gains, largest_gains;  // of each layer with control
+        for (const Gains& gains : losses.gains) mean_gains.push_back(gains.mean), largest_gains.push_back(gains.largest);
+        if (!losses.gains.empty()) printf("  gain %.3f", *std::max_element(largest_gains.begin(), largest_gains.end()));
         printf("  norm %7.3f  lr %.2e  %6.0f ms  %7.0f tokens/s  %4.1f %% of peak  %ld:%02ld left\n", losses.grad_norm, optimizer.lr,
                1e3 * seconds, rate, 100 * share, left / 60, left % 60);
-        log.write(JsonObject().set("kind", "train").set("step", step).set("loss", losses.cross_entropy).set("aux", aux)
-                      .set("balance", losses.balance).set("z", losses.z).set("grad_norm", losses.grad_norm).set("lr", optimizer.lr)
-                      .set("ms", 1e3 * seconds).set("tokens_per_second", rate).set("peak_share", share)
-                      .set("expert_load", losses.expert_load).set("dropped", losses.dropped).set("seconds_left", left));
+        JsonObject line;
+        line.set("kind", "train").set("step", step).set("loss", losses.cross_entropy).set("aux", aux).set("balance", losses.balance)
+            .set("z", losses.z).set("grad_norm", losses.grad_norm).set("lr", optimizer.lr).set("ms", 1e3 * seconds)
+            .set("tokens_per_second", rate).set("peak_share", share).set("expert_load", losses.expert_load).set("dropped", losses.dropped)
+            .set("seconds_left", left);
+        if (!losses.gains.empty()) line.set("mean_gains", mean_gains).set("largest_gains", largest_gains);
+        log.write(line);
 
         const bool last = step == run.steps;
         auto due = [&](int every) { return every > 0 && step % every == 0; };

@@ -204,7 +204,16 @@ inline V exp(V x) {
     }
 }
 template <class V>
-inline V sigmoid(V x) { return 1 / (1 + exp(-x)); }
+inline V sigmoid(V x) {
+    if constexpr (!kOwnExp) return 1 / (1 + exp(-x));
+    else {  // from e = exp(-|x|), which cannot overflow: half the operations of exp
+        V e = x < 0.0f ? x : -x;
+        e = e < -87.0f ? -87.0f : e;
+        const V rounded = e * kLog2e + (kRound + 127), n = rounded - (kRound + 127);
+        e = exp2_polynomial(e * kLog2e - n) * from_bits(to_bits(rounded) << 23);
+        return (x < 0.0f ? e : 1.0f) / (1 + e);
+    }
+}
 
 // log(1 + exp(x)), with all its digits where that is tiny too
 template <class V>
@@ -1087,7 +1096,8 @@ struct LoopChunk {
     real CB[kLoopChunk];
     vec u[kLoopChunk], delta[kLoopChunk], e[kLoopChunk], length[kLoopChunk], gain[kLoopChunk], moved[kLoopChunk], pending[kLoopChunk],
         v[kLoopChunk], y[kMaxDelay + kLoopChunk];  // pending: before the step
-    vec *h, *decay;  // (count + 1, N) the state before each step, and after the last; (count, N). Or null: nobody asks for them
+    vec *h, *decay, *share;  // (count + 1, N) the state before each step, and after the last; (count, N) exp(dt A), sigmoid(zeta h + gamma);
+                             // or null: nobody asks for them
     // From the states before the chunk to those after it.
     void run(vec* state, const LoopBlock& block, const ClosedLoop& c, int64_t row, int steps) {
         const Scan& s = c.plant;
@@ -1095,7 +1105,11 @@ struct LoopChunk {
         const bool noisy = c.noise_seed && c.state_noise != 0;
         count = steps;
         for (int m = 0; m < tau; m++) y[tau - 1 - m] = state[N + 2 + m];
+        if (h) std::copy_n(state, N, h);
+        vec unasked[kMaxStates];
         for (int t = 0; t < count; t++, row++) {
+            const vec* const before = h ? h + t * N : state;
+            vec *const after = h ? h + (t + 1) * N : state, *const a = h ? decay + t * N : unasked, *const shares = h ? share + t * N : unasked;
             const floatX *const b_t = s.B_t + row * s.ld_bc, *const c_t = s.C_t + row * s.ld_bc;
             const int64_t at = row * s.D + block.d;
             CB[t] = 0;
@@ -1113,19 +1127,21 @@ struct LoopChunk {
             vec sum = block.skip * u[t];
             if (c.noise_seed && c.output_noise) sum += block.output_noise * block.noise(c, row, N);
             const vec delta_v = delta[t] * v[t];
-            vec a[kMaxStates], scaled[kMaxStates];
-            for (int n = 0; n < N; n++) a[n] = exp2_negative(delta[t] * block.A[n]);
-            if (h) std::copy_n(state, N, h + t * N), std::copy_n(a, N, decay + t * N);
-            for (int n = 0; n < N; n++) state[n] = a[n] * state[n] + delta_v * load(b_t[n]);
-            for (int n = 0; n < N && noisy; n++) state[n] += c.state_noise * block.noise(c, row, n);
             for (int n = 0; n < N; n++) {
-                const vec x = block.zeta[n] * state[n] + block.gamma[n];
-                scaled[n] = c.zeta ? state[n] * x * sigmoid(x) : state[n];
+                a[n] = exp2_negative(delta[t] * block.A[n]);
+                after[n] = a[n] * before[n] + delta_v * load(b_t[n]);
             }
-            for (int n = 0; n < N; n++) sum += load(c_t[n]) * scaled[n];
+            for (int n = 0; n < N && noisy; n++) after[n] += c.state_noise * block.noise(c, row, n);
+            if (c.zeta)
+                for (int n = 0; n < N; n++) {
+                    const vec x = block.zeta[n] * after[n] + block.gamma[n];
+                    shares[n] = sigmoid(x);
+                    sum += load(c_t[n]) * (after[n] * x * shares[n]);
+                }
+            else
+                for (int n = 0; n < N; n++) sum += load(c_t[n]) * after[n];
             y[tau + t] = sum;
         }
-        if (h) std::copy_n(state, N, h + count * N);
         for (int m = 0; m < tau; m++) state[N + 2 + m] = y[count + tau - 1 - m];
     }
 };
@@ -1139,7 +1155,7 @@ void closed_loop_forward(floatX* out, real* final_state, real* chunk_states, con
             const LoopBlock block(i, c);
             const int64_t channel = int64_t(b) * D + block.d;
             LoopChunk x;
-            x.h = x.decay = nullptr;
+            x.h = x.decay = x.share = nullptr;
             vec state[kMaxLoopStates];
             block.load_rows(state, offset_or_null(s.initial_state, channel * states), states);
             state[s.N] += block.gain;
@@ -1159,7 +1175,7 @@ void closed_loop_forward(floatX* out, real* final_state, real* chunk_states, con
 struct LoopScratch : ScanScratch {
     enum LoopParams { skip, dt_bias, gain, delay, output_noise, kLoopParams };
     int params;       // sums of the gradients of parameters, for each channel: A_log, zeta, gamma (N each), and those of LoopParams
-    vec* states;      // (threads, 2 kLoopChunk + 1, N)
+    vec* states;      // (threads, 3 kLoopChunk + 1, N)
     LoopScratch(void* scratch, int B, int T, int D, int N, int tau) : ScanScratch(D), params(3 * N + kLoopParams) {
         for (int b = 1; b <= B; b++) group_sequences = std::max(group_sequences, b * int64_t(fewest_groups(b)));
         groups = fewest_groups(B);
@@ -1172,7 +1188,7 @@ struct LoopScratch : ScanScratch {
         d_BC = cutter.cut<real>(group_sequences * T * 2 * N);
         bytes = cutter.bytes();
     }
-    static int64_t states_size(int N) { return int64_t(2 * kLoopChunk + 1) * N; }
+    static int64_t states_size(int N) { return int64_t(3 * kLoopChunk + 1) * N; }
     int64_t group_sequences = 0;
     size_t bytes;
 };
@@ -1194,12 +1210,12 @@ void loop_chunk_backward(const ClosedLoopGradients& out, vec* d_state, vec* d_pa
         const vec u = x.u[t], delta = x.delta[t], e = x.e[t], v = x.v[t], d_y = d_o * z * gate + d_y_of[tau + t], d_p = d_state[N + 1];
         const vec d_CB = d_p * delta * e, delta_v = delta * v;
         vec dh_B = {}, dh_A = {}, d_e = d_p * delta * x.CB[t];
-        const vec *const h = x.h + (t + 1) * N, *const h_before = x.h + t * N, *const a = x.decay + t * N;
+        const vec *const h = x.h + (t + 1) * N, *const h_before = x.h + t * N, *const a = x.decay + t * N, *const shares = x.share + t * N;
         vec scaled[kMaxStates];
         for (int n = 0; n < N; n++) {
             const vec d_scaled = d_y * load(c_t[n]);
             if (c.zeta) {
-                const vec inside = block.zeta[n] * h[n] + block.gamma[n], share = sigmoid(inside), r = inside * share;
+                const vec inside = block.zeta[n] * h[n] + block.gamma[n], share = shares[n], r = inside * share;
                 const vec d_inside = d_scaled * h[n] * (share + r * (1 - share));
                 scaled[n] = r * h[n];
                 d_zeta[n] += d_inside * h[n];
@@ -1273,7 +1289,7 @@ void closed_loop_backward(const ClosedLoopGradients& out, const floatX* d_out, c
                         d_params[3 * N + LoopScratch::gain] = vec{} - d_state[N];  // the final state has the gain less k_0
                     }
                     LoopChunk x;
-                    x.h = kept, x.decay = kept + (kLoopChunk + 1) * N;
+                    x.h = kept, x.decay = x.h + (kLoopChunk + 1) * N, x.share = x.decay + kLoopChunk * N;
                     vec state[kMaxLoopStates];
                     block.load_rows(state, chunk_states + ((b * loop_chunks(T) + chunk) * D + block.d) * states, states);
                     x.run(state, block, c, row, count);

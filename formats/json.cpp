@@ -59,6 +59,9 @@ void JsonObject::get(const std::string& name, T& value) const {
         } else if constexpr (std::is_same_v<T, std::vector<std::string>>) {
             if (!found->is_array() || !std::all_of(found->begin(), found->end(), [](const Json& e) { return e.is_string(); }))
                 wrong("a list of texts");
+        } else if constexpr (std::is_same_v<T, std::vector<double>>) {
+            if (!found->is_array() || !std::all_of(found->begin(), found->end(), [](const Json& e) { return e.is_number(); }))
+                wrong("a list of numbers");
         } else if constexpr (std::is_same_v<T, double>) {
             if (!found->is_number()) wrong("a number");
         } else {  // a whole number is read as uint64_t, a negative one as int64_t, and what fits neither, like what has a point, as double
@@ -79,5 +82,6 @@ INSTANTIATE(uint64_t)
 INSTANTIATE(double)
 INSTANTIATE(std::string)
 INSTANTIATE(std::vector<std::string>)
+INSTANTIATE(std::vector<double>)
 INSTANTIATE(JsonObject)
 #undef INSTANTIATE

@@ -15,7 +15,7 @@ class JsonObject {
     JsonObject(JsonObject&&) noexcept;
     ~JsonObject();
 
-    // T is int, int64_t, uint64_t, double, std::string, a vector of std::string, or JsonObject. Members keep the order in which they were set.
+    // T is int, int64_t, uint64_t, double, std::string, a vector of std::string or double, or JsonObject. Members keep the order in which they were set.
     template <class T> JsonObject& set(const std::string& name, const T& value);
     template <class T> void get(const std::string& name, T& value) const;
     JsonObject& set(const std::string& name, const char* value) { return set(name, std::string(value)); }

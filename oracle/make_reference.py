@@ -5,7 +5,7 @@ Three rules hold in every file:
   - the gradient of the tensor X is stored as X.grad; given upstream gradients are called dout, dh_last, ...
   - activations are (B, T, C), row-major; real numbers are float64, integers int32
   - sizes, options and library versions are strings in __metadata__
-mamba_mixer, mamba_lm, mixtral_lm, jamba_lm, switch, mixtral and jamba_moe come from the transformers library; layers and adamw from PyTorch.
+mamba_mixer, mamba_lm, mixtral_lm, jamba_lm, switch, mixtral and jamba_moe come from the transformers library; the others from PyTorch.
 The functions rms_norm ... moe below are this project's definitions in plain PyTorch. They produce
 layers.safetensors, and every output and gradient that transformers gives is first held against them, to 1e-12 of its size:
 the check that the library and our facts agree, and that no float32 is left on the library's way.
@@ -141,18 +141,27 @@ def closed_loop(u, dt_raw, dt_bias, A, B, C, D, z, gain, delay, zeta, gamma, sta
     return y, y * F.silu(z), torch.cat([h, (k - gain)[..., None], p[..., None], torch.stack(past, -1)], -1)
 
 
-def mamba(x, w, conv_state=None, h=None, eps=None):
-    """The mixer, w by Hugging Face's names; with eps, RMSNorm on dt, B and C. Returns its output and both states."""
+def mamba(x, w, conv_state=None, h=None, eps=None, loop=None):
+    """The mixer, w by Hugging Face's names; with eps, RMSNorm on dt, B and C. Returns its output and both states.
+    With loop, which has tau, alpha, kappa and eps, it is Conba, with selection and a closed loop in place of the scan."""
     D, N = w["A_log"].shape
     R = w["dt_proj.weight"].shape[1]
     u, z = (x @ w["in_proj.weight"].T).split(D, -1)
     conv_state = u.new_zeros(len(x), 3, D) if conv_state is None else conv_state
     u, conv_state = conv1d_silu(u, w["conv1d.weight"][:, 0], w["conv1d.bias"], conv_state)
-    dt, B, C = (u @ w["x_proj.weight"].T).split([R, N, N], -1)
+    projected = u @ w["x_proj.weight"].T
+    if loop:
+        projected = projected + swiglu(u, *(w[f"select_{n}.weight"] for n in ("gate_proj", "up_proj", "proj")))
+    dt, B, C = projected.split([R, N, N], -1)
     if eps:
         dt, B, C = (rms_norm(t, w[n + "_layernorm.weight"], eps) for t, n in ((dt, "dt"), (B, "b"), (C, "c")))
-    h = u.new_zeros(len(x), D, N) if h is None else h
-    _, out, h = scan(u, dt @ w["dt_proj.weight"].T, w["dt_proj.bias"], -torch.exp(w["A_log"]), B, C, w["D"], z, h)
+    h = u.new_zeros(len(x), D, N + 2 + loop["tau"] if loop else N) if h is None else h
+    plant = u, dt @ w["dt_proj.weight"].T, w["dt_proj.bias"], -torch.exp(w["A_log"]), B, C, w["D"], z
+    if loop:
+        terms = (w[n] for n in ("gain", "delay", "scaling_zeta", "scaling_gamma"))
+        _, out, h = closed_loop(*plant, *terms, h, loop["alpha"], loop["kappa"], loop["eps"])
+    else:
+        _, out, h = scan(*plant, h)
     return out @ w["out_proj.weight"].T, conv_state, h
 
 
@@ -517,6 +526,34 @@ def make_closed_loop():
          loss_is="sum(dout * out) + sum(dfinal_state * final_state)", source="plain PyTorch")
 
 
+def make_conba_lm():
+    r, B, T, V, C, D, N, R, layers = Random(72), 2, 13, 40, 16, 20, 5, 3, 2
+    loop = dict(tau=3, alpha=0.1, kappa=0.3, eps=0.1)
+    w = {"backbone.embeddings.weight": r.leaf(V, C, scale=0.3), "backbone.norm_f.weight": r.leaf(C, scale=0.2, plus=1)}
+    for i in range(layers):
+        layer = {"norm.weight": r.leaf(C, scale=0.2, plus=1)}
+        mixer = {"in_proj.weight": r.leaf(2 * D, C, scale=C**-0.5), "conv1d.weight": r.leaf(D, 1, 4, scale=0.5), "conv1d.bias": r.leaf(D, scale=0.3),
+                 "x_proj.weight": r.leaf(R + 2 * N, D, scale=D**-0.5), "dt_proj.weight": r.leaf(D, R, scale=R**-0.5),
+                 "dt_proj.bias": r.leaf(D, plus=-2), "A_log": r.leaf(D, N, scale=0.1, plus=torch.arange(1.0, N + 1).log()),
+                 "D": r.leaf(D, scale=0.2, plus=1), "out_proj.weight": r.leaf(C, D, scale=D**-0.5),
+                 "dt_layernorm.weight": r.leaf(R, scale=0.2, plus=1), "b_layernorm.weight": r.leaf(N, scale=0.2, plus=0.5),
+                 "c_layernorm.weight": r.leaf(N, scale=0.2, plus=0.5), "select_gate_proj.weight": r.leaf(R, D, scale=D**-0.5),
+                 "select_up_proj.weight": r.leaf(R, D, scale=D**-0.5), "select_proj.weight": r.leaf(R + 2 * N, R, scale=R**-0.5),
+                 "gain": r.leaf(D, scale=0.2), "delay": r.leaf(D, scale=0.2), "scaling_zeta": r.leaf(D, N, scale=0.3),
+                 "scaling_gamma": r.leaf(D, N, scale=0.2, plus=1.28)}
+        w.update({f"backbone.layers.{i}.{n}": t for n, t in [*layer.items(), *(("conba." + n, t) for n, t in mixer.items())]})
+    sequence = r.ints(V, B, T + 1)
+    tokens, targets = sequence[:, :-1], sequence[:, 1:]
+    x = w["backbone.embeddings.weight"][tokens]
+    for i in range(layers):
+        layer = {n.removeprefix(f"backbone.layers.{i}."): t for n, t in w.items()}
+        x = x + mamba(rms_norm(x, layer["norm.weight"]), {n.removeprefix("conba."): t for n, t in layer.items()}, eps=1e-5, loop=loop)[0]
+    logits = rms_norm(x, w["backbone.norm_f.weight"]) @ w["backbone.embeddings.weight"].T
+    loss = F.cross_entropy(logits.reshape(-1, V), targets.reshape(-1))
+    save("conba_lm.safetensors", with_grads({**w, "tokens": tokens, "targets": targets, "logits": logits, "loss": loss}, loss), B=B, T=T,
+         vocab_size=V, d_model=C, d_inner=D, d_state=N, d_conv=4, dt_rank=R, layers="CC", **loop, source="plain PyTorch")
+
+
 def make_layers():
     r = Random(6)
     tensors = {}
@@ -634,9 +671,9 @@ def make_adamw():
 
 
 for make in make_mamba_mixer, make_mamba_lm, make_mixtral_lm, make_jamba_lm, make_switch, make_mixtral, make_jamba_moe, \
-        make_expert_choice, make_closed_loop, make_layers, make_adamw:
+        make_expert_choice, make_closed_loop, make_conba_lm, make_layers, make_adamw:
     make()
 print(f"{'file':26}{'bytes':>9}{'tensors':>9}")
 for row in summary + [("all", sum(s[1] for s in summary), sum(s[2] for s in summary))]:
     print(f"{row[0]:26}{row[1]:9}{row[2]:9}")
-assert summary and sum(s[1] for s in summary) < 1_700_000
+assert summary and sum(s[1] for s in summary) < 1_800_000
