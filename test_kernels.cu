@@ -1250,6 +1250,36 @@ TEST_CASE("layers agree with PyTorch and transformers", "[layers][oracle]") {
         }
 }
 
+// h_t = h_{t-1} / 2 + g v_t, y = h, is to follow two sines; half-way g changes its sign. Without control the loop is open, v = u.
+TEST_CASE("the gain adapts to a plant whose input gain changes its sign", "[layers]") {
+    const int T = 4000;
+    const auto errors = [&](const Layers& on, double alpha) {  // root mean squares of y_{t-1} - u_t in both halves
+        const Loop loop{.B = 1, .T = T, .D = 1, .N = 1, .tau = 1, .delay = false, .scaling = false, .noise = false, .initial = false,
+                        .final = false, .alpha = alpha, .kappa = 1, .eps = 0.1};
+        const std::map<std::string, std::function<double(int)>> inputs = {
+            {"u", [](int t) { return std::sin(0.05 * t) + 0.5 * std::sin(0.13 * t); }}, {"dt", [](int) { return 0; }},
+            {"B_t", [&](int t) { return t < T / 2 ? 0.6 : -0.6; }}, {"C_t", [](int) { return 1; }}, {"z", [](int) { return 1.2784645; }},
+            {"A_log", [](int) { return std::log(std::log(2.0)); }}, {"skip", [](int) { return 0; }},
+            {"dt_bias", [](int) { return std::log(std::exp(1.0) - 1); }}, {"gain", [](int) { return 0; }}};
+        const Run run(on, closed_loop(loop).body, true, [&](const Array& a) -> std::optional<std::vector<double>> {
+            if (a.role != Array::input || !inputs.count(a.name)) return std::nullopt;
+            std::vector<double> values(a.shape.count());
+            for (size_t i = 0; i < values.size(); ++i) values[i] = inputs.at(a.name)(int(i));
+            return values;
+        });
+        const std::vector<double> y = run.find("out")->result();
+        std::array<double, 2> sums{};
+        for (int t = 1; t < T; ++t) sums[t >= T / 2] += std::pow(y[t - 1] - inputs.at("u")(t), 2);
+        return std::array{std::sqrt(sums[0] / (T / 2)), std::sqrt(sums[1] / (T / 2))};
+    };
+    for (const Layers* on : devices()) DYNAMIC_SECTION(on->device) {
+        const auto open = errors(*on, 0), adapted = errors(*on, 0.01);
+        INFO(open[0] << ' ' << open[1] << " with a gain of 0, " << adapted[0] << ' ' << adapted[1] << " with one that adapts");
+        CHECK(adapted[0] < 0.7 * open[0]);
+        CHECK(adapted[1] < 0.6 * open[1]);
+    }
+}
+
 // ------------------------------------------------------------------------------------------------------------------
 // Traffic: device memory is what bounds the scan on a GPU
 
