@@ -1610,7 +1610,7 @@ void scan_backward(const ScanGradients& d, const floatX* d_out, const real* d_fi
 //   backward   u twice, dt twice, z d_out d_u d_dt d_z 36;  chunk_states 6.5;  B_t C_t 8;  parts of d_B_t d_C_t 16 (written and read)
 constexpr int kLoopThreads = sizeof(real) == 8 ? 32 : 64;  // of a block
 struct LoopTile {
-    real B[kLoopChunk][kMaxStates], C[kLoopChunk][kMaxStates], CB[kLoopChunk];
+    real B[kLoopChunk][kMaxStates], C[kLoopChunk][kMaxStates], CB[kLoopChunk], BB[kLoopChunk], CC[kLoopChunk];
     __device__ __forceinline__ void load(const Scan& s, int64_t row, int count) {
         __syncthreads();  // the last one may be in use
         for (int i = threadIdx.x; i < count * s.N; i += kLoopThreads) {
@@ -1620,8 +1620,12 @@ struct LoopTile {
         }
         __syncthreads();
         for (int t = threadIdx.x; t < count; t += kLoopThreads) {
-            CB[t] = 0;
-            for (int n = 0; n < s.N; n++) CB[t] += C[t][n] * B[t][n];
+            CB[t] = BB[t] = CC[t] = 0;
+            for (int n = 0; n < s.N; n++) {
+                CB[t] += C[t][n] * B[t][n];
+                BB[t] += B[t][n] * B[t][n];
+                CC[t] += C[t][n] * C[t][n];
+            }
         }
         __syncthreads();
     }
@@ -1632,6 +1636,8 @@ struct LoopThread {
     int64_t b;
     bool there, first;  // or else there is no such channel: it goes along with the last one, and stores nothing; first of its channel
     real skip, dt_bias, delay = 0, output_noise = 0;
+    int slowest = 0;  // state, of the least |A|
+    real slowest_time;  // 1/a
     Reals<kStates> A, zeta = {}, gamma = {};
     static __host__ __device__ int blocks(int D, int lanes) { return int(ceil_div(D, kLoopThreads / lanes)); }
     __device__ __forceinline__ LoopThread(const ClosedLoop& c, int lanes) : lanes(lanes) {
@@ -1646,6 +1652,10 @@ struct LoopThread {
         if (c.delay) delay = c.delay[d];
         if (c.output_noise) output_noise = c.output_noise[d];
         A = load_decay(s.A_log, d, n, s.N);
+        const real* const A_log = s.A_log + int64_t(d) * s.N;
+        for (int i = 1; i < s.N; i++)
+            if (A_log[i] < A_log[slowest]) slowest = i;
+        slowest_time = exp_(-A_log[slowest]);
         if (c.zeta) zeta = load_states(c.zeta + int64_t(d) * s.N, n, s.N, false), gamma = load_states(c.gamma + int64_t(d) * s.N, n, s.N, false);
     }
     __device__ __forceinline__ real sum(real x) const {  // over the channel's threads
@@ -1654,6 +1664,9 @@ struct LoopThread {
     }
     __device__ __forceinline__ real noise(const ClosedLoop& c, int64_t row, int of) const {
         return c.noise_seed ? real(random_normal(c.noise_seed, kNoiseStream, uint64_t((row * c.plant.D + d) * (c.plant.N + 1) + of))) : 0;
+    }
+    __device__ __forceinline__ real rho(const LoopTile& tile, int t, real delta) const {
+        return 1 / ((slowest_time + delta) * sqrt_(tile.BB[t] * tile.CC[t] + kLoopTiny));
     }
     __device__ __forceinline__ int64_t states_at(const ClosedLoop& c, int64_t group) const {  // of the channel; group: b, or chunk of b
         return (group * c.plant.D + d) * (c.plant.N + 2 + c.tau);
@@ -1686,8 +1699,9 @@ __device__ __forceinline__ LoopStep loop_step(const ClosedLoop& c, const LoopThr
     const real u = real(s.u[row * s.D + me.d]), delta = softplus(real(s.dt[row * s.D + me.d]) + me.dt_bias), e = newest - u;
     const real moved = k + c.alpha * (e / sqrt_(e * e + c.eps * c.eps)) * p;
     k = moved > c.kappa ? c.kappa : moved < -c.kappa ? -c.kappa : moved;
-    p = delta * tile.CB[t] * e;
-    const real v = u - (c.gain ? k * e : 0) + me.delay * delayed;
+    const real rho = me.rho(tile, t, delta);
+    p = delta * rho * tile.CB[t] * e;
+    const real v = u + rho * (me.delay * delayed - (c.gain ? k * e : 0));
     real sum = 0;
     UNROLL for (int j = 0; j < kStates; j++) {
         if (me.n + j >= s.N) break;
@@ -1766,7 +1780,7 @@ __global__ void __launch_bounds__(kLoopThreads, 1) closed_loop_backward_kernel(C
     const int N = s.N, tau = c.tau, chunks = int(ceil_div(s.T, kLoopChunk));
     const LoopThread me(c, lanes);
     Reals<kStates> dh = {}, d_A = {}, d_zeta = {}, d_gamma = {};
-    real d_k = 0, d_p = 0, d_skip = 0, d_bias = 0, d_gain = 0, d_delay = 0, d_noise = 0;
+    real d_k = 0, d_p = 0, d_skip = 0, d_bias = 0, d_gain = 0, d_delay = 0, d_noise = 0, d_slowest = 0;
     for (int i = 0; i < tau; i++) kept.d_y(i) = 0;
     if (d_final_state) me.load(d_final_state + me.states_at(c, me.b), c, dh, d_k, d_p, &kept.d_y(0));
     d_gain -= d_k;  // the final state has the gain less k_0
@@ -1790,8 +1804,9 @@ __global__ void __launch_bounds__(kLoopThreads, 1) closed_loop_backward_kernel(C
             const int64_t row = first_row + t, at = row * s.D + me.d;
             const real u = real(s.u[at]), raw = real(s.dt[at]) + me.dt_bias, delta = softplus(raw), e = kept.y(tau + t - 1) - u;
             const real z = real(s.z[row * s.ld_z + me.d]), gate = sigmoid(z), d_o = real(d_out[at]), CB = tile.CB[t];
-            const real k_t = kept.k(t), delayed = kept.y(t), v = u - (c.gain ? k_t * e : 0) + me.delay * delayed;
-            const real d_y = d_o * z * gate + kept.d_y(tau + t), d_CB = d_p * delta * e;
+            const real k_t = kept.k(t), delayed = kept.y(t), rho = me.rho(tile, t, delta), size = tile.BB[t] * tile.CC[t] + kLoopTiny;
+            const real action = me.delay * delayed - (c.gain ? k_t * e : 0), v = u + rho * action;
+            const real d_y = d_o * z * gate + kept.d_y(tau + t), d_CB = d_p * delta * rho * e;
             real dh_B = 0, dh_A = 0;
             Reals<kStates> d_B = {}, d_C = {};
             UNROLL for (int j = 0; j < kStates; j++) {
@@ -1817,7 +1832,15 @@ __global__ void __launch_bounds__(kLoopThreads, 1) closed_loop_backward_kernel(C
                 d_A.v[j] += d_h * decayed * delta;
                 dh.v[j] = d_h * a;
             }
+            dh_B = me.sum(dh_B);
+            dh_A = me.sum(dh_A);
+            const real d_v = dh_B * delta, d_action = d_v * rho, d_log = (d_p * delta * CB * e + d_v * action) * rho;
+            const real d_time = d_log / (me.slowest_time + delta);
             UNROLL for (int j = 0; j < kStates; j++) {
+                if (me.n + j < N) {
+                    d_B.v[j] -= d_log * tile.B[t][me.n + j] * (tile.CC[t] / size);
+                    d_C.v[j] -= d_log * tile.C[t][me.n + j] * (tile.BB[t] / size);
+                }
                 real b = me.there ? d_B.v[j] : 0, g = me.there ? d_C.v[j] : 0;
                 for (int mask = lanes; mask < kWarp; mask *= 2) {
                     b += __shfl_xor_sync(kAllLanes, b, mask);
@@ -1827,18 +1850,17 @@ __global__ void __launch_bounds__(kLoopThreads, 1) closed_loop_backward_kernel(C
                 kept.warp_sums(warp_id(), t)[me.n + j] = b;
                 kept.warp_sums(warp_id(), t)[kMaxStates + me.n + j] = g;
             }
-            dh_B = me.sum(dh_B);
-            dh_A = me.sum(dh_A);
-            const real d_v = dh_B * delta, d_raw = (d_p * CB * e + v * dh_B + kLn2 * dh_A) * (raw > 20 ? 1 : sigmoid(raw));
-            real d_e = d_p * delta * CB, d_u = d_y * me.skip + d_v;
+            const real d_raw = (d_p * rho * CB * e + v * dh_B + kLn2 * dh_A - d_time) * (raw > 20 ? 1 : sigmoid(raw));
+            real d_e = d_p * delta * rho * CB, d_u = d_y * me.skip + d_v;
+            d_slowest += d_time * me.slowest_time;
             d_skip += d_y * u;
             d_bias += d_raw;
             if (c.output_noise) d_noise += d_y * me.noise(c, row, N);
-            d_delay += d_v * delayed;
-            kept.d_y(t) += d_v * me.delay;
+            d_delay += d_action * delayed;
+            kept.d_y(t) += d_action * me.delay;
             if (c.gain) {
-                d_k -= d_v * e;
-                d_e -= d_v * k_t;
+                d_k -= d_action * e;
+                d_e -= d_action * k_t;
             }
             if (kept.moved(t) != k_t) d_k = 0;  // clipped
             const real length = sqrt_(e * e + c.eps * c.eps);
@@ -1863,7 +1885,10 @@ __global__ void __launch_bounds__(kLoopThreads, 1) closed_loop_backward_kernel(C
     d_gain += d_k;
     if (d.plant.d_initial_state) me.store(d.plant.d_initial_state, c, me.b, dh, d_k, d_p, &kept.d_y(0), 0);
     const int64_t channel = me.b * s.D + me.d;
-    UNROLL for (int j = 0; j < kStates; j++) d_A.v[j] *= me.A.v[j] * kLn2;  // A is its own derivative by A_log
+    UNROLL for (int j = 0; j < kStates; j++) {
+        d_A.v[j] *= me.A.v[j] * kLn2;  // A is its own derivative by A_log
+        if (me.n + j == me.slowest) d_A.v[j] += d_slowest;
+    }
     if (me.there) {
         store_states(parts.A + channel * N, d_A, me.n, N, false);
         store_states(parts.zeta + channel * N, d_zeta, me.n, N, false);

@@ -67,6 +67,7 @@ inline constexpr int kScanChunk = 64;
 inline int64_t scan_chunks(int T) { return (T + kScanChunk - 1) / kScanChunk; }
 // Likewise the closed loop, whose chunks are as short as what a thread can keep of each step in shared memory.
 inline constexpr int kLoopChunk = 16;
+inline constexpr real kLoopTiny = real(1e-12);  // beside |B_t|^2 |C_t|^2, which may be 0
 inline int64_t loop_chunks(int T) { return (T + kLoopChunk - 1) / kLoopChunk; }
 
 inline constexpr const char* kConbaTerms[] = {"selection", "control", "delay", "scaling", "noise", "adaptation"};
@@ -369,9 +370,11 @@ struct Layers {
 
     // -------- selective scan in a closed loop (Conba; after MixCon, doi 10.3233/FAIA240593), per channel, over time:
     //   e_t = y_{t-1} - u_t;  k_t = clip(k_{t-1} + alpha s(e_t) p_{t-1}, -kappa, kappa),  s(e) = e / sqrt(e^2 + eps^2),  k_{-1} = k_0 + state
-    //   v_t = u_t - k_t e_t + delta y_{t-tau};  h_t = exp(dt_t A) h_{t-1} + dt_t v_t B_t + sigma w_t
-    //   y_t = sum_n C_{t,n} r_n h_{t,n} + skip u_t + nu n_t,  r_n = silu(zeta_n h_{t,n} + gamma_n);  p_t = dt_t (C_t . B_t) e_t
-    //   out_t = y_t silu(z_t)
+    //   v_t = u_t + rho_t (delta y_{t-tau} - k_t e_t),  rho_t = 1 / ((1/a + dt_t) |B_t| |C_t|),  a = min_n |A_n|
+    //   h_t = exp(dt_t A) h_{t-1} + dt_t v_t B_t + sigma w_t;  p_t = dt_t rho_t (C_t . B_t) e_t
+    //   y_t = sum_n C_{t,n} r_n h_{t,n} + skip u_t + nu n_t,  r_n = silu(zeta_n h_{t,n} + gamma_n);  out_t = y_t silu(z_t)
+    // rho keeps the loop from ringing: what |k| = 1 feeds back moves h by dt rho |B| |C| |h| at most, and since 1 - exp(-x) > x / (1 + x)
+    // that is less than (1 - exp(-a dt)) |h|, what h loses. So for r = 1, C_t of one length and |k| + |delta| < 1 the loop contracts.
     // Shapes as of the scan; final_state (B, D, states()), chunk_states (B, loop_chunks(T), D, states()), in which k has k_0 in it.
     void (*closed_loop_forward)(floatX* out, real* final_state, real* chunk_states, const ClosedLoop& c, void* scratch, cudaStream_t stream);
     void (*closed_loop_backward)(const ClosedLoopGradients& d, const floatX* d_out, const real* d_final_state, const ClosedLoop& c,

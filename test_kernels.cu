@@ -1211,7 +1211,7 @@ const std::vector<Reference>& references() {
         {layers, "classifier.", head(14, 12, 13, 16, 1 / 14.0), {{"d_losses", ""}}, {"logits", "loss"}},
         {layers, "attention.", attention({1, 21, 6, 2, 24}), {}, {}},
         {layers, "rotate.", rotate(1, 21, 6, 24, 0, 0, 10000, false), {}, {}},
-        {"closed_loop.safetensors", "", closed_loop({.B = 2, .T = 23, .D = 6, .N = 5, .noise = false, .kappa = 0.4}), {}, {"A"}},
+        {"closed_loop.safetensors", "", closed_loop({.B = 2, .T = 23, .D = 6, .N = 5, .noise = false, .kappa = 0.2}), {}, {"A"}},
     };
     if (!kMixedPrecision && all.size() == 13)  // a router that sees rounded inputs may choose another expert
         all.insert(all.end(), {{"switch.safetensors", "", moe(switch_moe), switch_names, switch_unused},
@@ -1275,8 +1275,8 @@ TEST_CASE("the gain adapts to a plant whose input gain changes its sign", "[laye
     for (const Layers* on : devices()) DYNAMIC_SECTION(on->device) {
         const auto open = errors(*on, 0), adapted = errors(*on, 0.01);
         INFO(open[0] << ' ' << open[1] << " with a gain of 0, " << adapted[0] << ' ' << adapted[1] << " with one that adapts");
-        CHECK(adapted[0] < 0.7 * open[0]);
-        CHECK(adapted[1] < 0.6 * open[1]);
+        CHECK(adapted[0] < 0.8 * open[0]);
+        CHECK(adapted[1] < 0.7 * open[1]);
     }
 }
 

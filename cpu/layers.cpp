@@ -1077,11 +1077,16 @@ void scan_backward(const ScanGradients& out, const floatX* d_out, const real* d_
 constexpr int kMaxLoopStates = kMaxStates + 2 + kMaxDelay;
 struct LoopBlock : ScanBlock {
     vec gain, delay, output_noise, zeta[kMaxStates], gamma[kMaxStates];
+    vec slowest = {};  // 1/a, the longest time constant
     LoopBlock(int block, const ClosedLoop& c) : ScanBlock(block, c.plant) {
         const auto load_or_zero = [&](const real* x) { return x ? load_vec(x + d, count) : vec{}; };
         gain = load_or_zero(c.gain), delay = load_or_zero(c.delay), output_noise = load_or_zero(c.output_noise);
         load_state(zeta, offset_or_null(c.zeta, int64_t(d) * N));
         load_state(gamma, offset_or_null(c.gamma, int64_t(d) * N));
+        for (int n = 0; n < N; n++) {
+            const vec time = -kLog2e / A[n];  // A has log2(e) in it
+            slowest = time > slowest ? time : slowest;
+        }
     }
     vec noise(const ClosedLoop& c, int64_t row, int n) const {  // n < N: of a state; N: of the output
         vec w = {};
@@ -1093,9 +1098,9 @@ struct LoopBlock : ScanBlock {
 // What the steps of a chunk compute. y[tau + t] is the output of step t, so that y[t] is the one that is tau steps older.
 struct LoopChunk {
     int count;
-    real CB[kLoopChunk];
+    real CB[kLoopChunk], BB[kLoopChunk], CC[kLoopChunk];  // C . B, |B|^2, |C|^2
     vec u[kLoopChunk], delta[kLoopChunk], e[kLoopChunk], length[kLoopChunk], gain[kLoopChunk], moved[kLoopChunk], pending[kLoopChunk],
-        v[kLoopChunk], y[kMaxDelay + kLoopChunk];  // pending: before the step
+        rho[kLoopChunk], action[kLoopChunk], v[kLoopChunk], y[kMaxDelay + kLoopChunk];  // pending: before the step
     vec *h, *decay, *share;  // (count + 1, N) the state before each step, and after the last; (count, N) exp(dt A), sigmoid(zeta h + gamma);
                              // or null: nobody asks for them
     // From the states before the chunk to those after it.
@@ -1112,8 +1117,11 @@ struct LoopChunk {
             vec *const after = h ? h + (t + 1) * N : state, *const a = h ? decay + t * N : unasked, *const shares = h ? share + t * N : unasked;
             const floatX *const b_t = s.B_t + row * s.ld_bc, *const c_t = s.C_t + row * s.ld_bc;
             const int64_t at = row * s.D + block.d;
-            CB[t] = 0;
-            for (int n = 0; n < N; n++) CB[t] += load(c_t[n]) * load(b_t[n]);
+            CB[t] = BB[t] = CC[t] = 0;
+            for (int n = 0; n < N; n++) {
+                const real b = load(b_t[n]), c = load(c_t[n]);
+                CB[t] += c * b, BB[t] += b * b, CC[t] += c * c;
+            }
             u[t] = load_vec(s.u + at, block.count);
             delta[t] = softplus(load_vec(s.dt + at, block.count) + block.dt_bias);
             e[t] = y[tau + t - 1] - u[t];
@@ -1122,8 +1130,10 @@ struct LoopChunk {
             moved[t] = state[N] + c.alpha * (e[t] / length[t]) * pending[t];
             vec clipped = moved[t] > c.kappa ? c.kappa + vec{} : moved[t];
             gain[t] = state[N] = clipped < -c.kappa ? vec{} - c.kappa : clipped;
-            state[N + 1] = delta[t] * CB[t] * e[t];
-            v[t] = u[t] - (c.gain ? gain[t] * e[t] : vec{}) + block.delay * y[t];
+            rho[t] = 1 / ((block.slowest + delta[t]) * std::sqrt(BB[t] * CC[t] + kLoopTiny));
+            state[N + 1] = delta[t] * rho[t] * CB[t] * e[t];
+            action[t] = block.delay * y[t] - (c.gain ? gain[t] * e[t] : vec{});
+            v[t] = u[t] + rho[t] * action[t];
             vec sum = block.skip * u[t];
             if (c.noise_seed && c.output_noise) sum += block.output_noise * block.noise(c, row, N);
             const vec delta_v = delta[t] * v[t];
@@ -1173,7 +1183,7 @@ void closed_loop_forward(floatX* out, real* final_state, real* chunk_states, con
         }
 }
 struct LoopScratch : ScanScratch {
-    enum LoopParams { skip, dt_bias, gain, delay, output_noise, kLoopParams };
+    enum LoopParams { skip, dt_bias, gain, delay, output_noise, slowest, kLoopParams };
     int params;       // sums of the gradients of parameters, for each channel: A_log, zeta, gamma (N each), and those of LoopParams
     vec* states;      // (threads, 3 kLoopChunk + 1, N)
     LoopScratch(void* scratch, int B, int T, int D, int N, int tau) : ScanScratch(D), params(3 * N + kLoopParams) {
@@ -1208,10 +1218,10 @@ void loop_chunk_backward(const ClosedLoopGradients& out, vec* d_state, vec* d_pa
         const floatX *const b_t = s.B_t + row * s.ld_bc, *const c_t = s.C_t + row * s.ld_bc;
         const vec z = load_vec(s.z + at_z, block.count), gate = sigmoid(z), d_o = load_vec(d_out + at, block.count);
         const vec u = x.u[t], delta = x.delta[t], e = x.e[t], v = x.v[t], d_y = d_o * z * gate + d_y_of[tau + t], d_p = d_state[N + 1];
-        const vec d_CB = d_p * delta * e, delta_v = delta * v;
-        vec dh_B = {}, dh_A = {}, d_e = d_p * delta * x.CB[t];
+        const vec rho = x.rho[t], d_CB = d_p * delta * rho * e, delta_v = delta * v;
+        vec dh_B = {}, dh_A = {}, d_e = d_p * delta * rho * x.CB[t];
         const vec *const h = x.h + (t + 1) * N, *const h_before = x.h + t * N, *const a = x.decay + t * N, *const shares = x.share + t * N;
-        vec scaled[kMaxStates];
+        vec scaled[kMaxStates], d_h[kMaxStates];
         for (int n = 0; n < N; n++) {
             const vec d_scaled = d_y * load(c_t[n]);
             if (c.zeta) {
@@ -1227,25 +1237,31 @@ void loop_chunk_backward(const ClosedLoopGradients& out, vec* d_state, vec* d_pa
             }
         }
         for (int n = 0; n < N; n++) {
-            const real b_n = load(b_t[n]);
-            const vec d_h = d_state[n], d_h_a = d_h * a[n], dh_decayed = d_h_a * h_before[n];
-            vec* const d_bc = d_BC + (t * N + n) * 2;
-            d_bc[0] += d_h * delta_v + d_CB * load(c_t[n]);
-            d_bc[1] += d_y * scaled[n] + d_CB * b_n;
-            dh_B += d_h * b_n;
+            d_h[n] = d_state[n];
+            const vec d_h_a = d_h[n] * a[n], dh_decayed = d_h_a * h_before[n];
+            dh_B += d_h[n] * load(b_t[n]);
             dh_A += dh_decayed * block.A[n];
             d_A[n] += dh_decayed * delta;
             d_state[n] = d_h_a;
         }
-        const vec d_v = dh_B * delta;
+        const vec d_v = dh_B * delta, d_action = d_v * rho, d_log = (d_p * delta * x.CB[t] * e + d_v * x.action[t]) * rho;
+        const real size = x.BB[t] * x.CC[t] + kLoopTiny;
+        const vec d_log_B = d_log * (x.CC[t] / size), d_log_C = d_log * (x.BB[t] / size), d_time = d_log / (block.slowest + delta);
+        for (int n = 0; n < N; n++) {
+            const real b = load(b_t[n]), c = load(c_t[n]);
+            vec* const d_bc = d_BC + (t * N + n) * 2;
+            d_bc[0] += d_h[n] * delta_v + d_CB * c - d_log_B * b;
+            d_bc[1] += d_y * scaled[n] + d_CB * b - d_log_C * c;
+        }
+        sums[LoopScratch::slowest] += d_time * block.slowest;
         vec d_u = d_y * block.skip + d_v;
         sums[LoopScratch::skip] += d_y * u;
         if (c.noise_seed && c.output_noise) sums[LoopScratch::output_noise] += d_y * block.noise(c, row, N);
-        sums[LoopScratch::delay] += d_v * x.y[t];
-        d_y_of[t] += d_v * block.delay;
+        sums[LoopScratch::delay] += d_action * x.y[t];
+        d_y_of[t] += d_action * block.delay;
         if (c.gain) {
-            d_state[N] -= d_v * e;
-            d_e -= d_v * x.gain[t];
+            d_state[N] -= d_action * e;
+            d_e -= d_action * x.gain[t];
         }
         d_state[N] = x.moved[t] != x.gain[t] ? vec{} : d_state[N];  // clipped
         const vec length = x.length[t];  // sqrt(e^2 + eps^2):  s(e) = e / length,  s'(e) = eps^2 / length^3
@@ -1254,7 +1270,7 @@ void loop_chunk_backward(const ClosedLoopGradients& out, vec* d_state, vec* d_pa
         d_y_of[tau + t - 1] += d_e;
         d_u -= d_e;
         const vec raw = load_vec(s.dt + at, block.count) + block.dt_bias;
-        const vec d_raw = (d_p * x.CB[t] * e + v * dh_B + kLn2 * dh_A) * (raw > 20 ? 1 : sigmoid(raw));
+        const vec d_raw = (d_p * x.CB[t] * rho * e + v * dh_B + kLn2 * dh_A - d_time) * (raw > 20 ? 1 : sigmoid(raw));
         sums[LoopScratch::dt_bias] += d_raw;
         store_ahead(out.plant.d_u + at, d_u, block.count);
         store_ahead(out.plant.d_dt + at, d_raw, block.count);
@@ -1313,6 +1329,9 @@ void closed_loop_backward(const ClosedLoopGradients& out, const floatX* d_out, c
                 if (n < N) out.plant.d_A_log[at] -= sum[lane] * std::exp(s.A_log[at]);  // dA/dA_log = A
                 else if (n < 3 * N) {
                     if (c.zeta) (n < 2 * N ? out.d_zeta : out.d_gamma)[at] += sum[lane];
+                } else if (n - 3 * N == LoopScratch::slowest) {
+                    const real* const A_log = s.A_log + int64_t(d) * N;
+                    out.plant.d_A_log[std::min_element(A_log, A_log + N) - s.A_log] += sum[lane];
                 } else if (real* const to = of_channel[n - 3 * N]) to[d] += sum[lane];
             }
         }

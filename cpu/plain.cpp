@@ -333,7 +333,9 @@ void scan_backward(const ScanGradients& g, const floatX* d_out, const real* d_fi
 // Selective scan in a closed loop: see moemamba.h for the equations. One step of one channel, from its states to its states; what it
 // computes on the way is what the backward pass asks for.
 struct LoopStep {
-    real u, delta, CB;                     // inputs: u, softplus(dt + dt_bias), C_t . B_t
+    real u, delta, CB, BB, CC;             // inputs: u, softplus(dt + dt_bias), C_t . B_t, |B_t|^2, |C_t|^2
+    int64_t slowest;                       // state, of the least |A|
+    real a, rho, action;                   // that; factor, and delta y_{t-tau} - k_t e_t
     real e, smooth_sign, d_smooth_sign;    // error; s(e) and s'(e)
     real gain, moved, delayed, v, y;       // k_t, and before the clip; y_{t-tau}; input of the plant; output before the gate
 };
@@ -349,16 +351,24 @@ LoopStep loop_step(const ClosedLoop& c, int64_t row, int64_t d, real* state) {
     LoopStep x{};
     x.u = real(s.u[row * s.D + d]);
     x.delta = softplus(real(s.dt[row * s.D + d]) + s.dt_bias[d]);
-    for (int64_t n = 0; n < N; n++) x.CB += real(C_t[n]) * real(B_t[n]);
+    for (int64_t n = 0; n < N; n++) {
+        x.CB += real(C_t[n]) * real(B_t[n]);
+        x.BB += real(B_t[n]) * real(B_t[n]);
+        x.CC += real(C_t[n]) * real(C_t[n]);
+    }
+    x.slowest = std::min_element(s.A_log + d * N, s.A_log + (d + 1) * N) - (s.A_log + d * N);
+    x.a = std::exp(s.A_log[d * N + x.slowest]);
+    x.rho = 1 / ((1 / x.a + x.delta) * std::sqrt(x.BB * x.CC + kLoopTiny));
     x.e = past[0] - x.u;
     const real length = std::sqrt(x.e * x.e + c.eps * c.eps);
     x.smooth_sign = x.e / length;
     x.d_smooth_sign = c.eps * c.eps / (length * length * length);
     x.moved = gain + c.alpha * x.smooth_sign * pending;
     x.gain = gain = std::clamp(x.moved, -c.kappa, c.kappa);
-    pending = x.delta * x.CB * x.e;
+    pending = x.delta * x.rho * x.CB * x.e;
     x.delayed = past[c.tau - 1];
-    x.v = x.u - (c.gain ? x.gain * x.e : 0) + (c.delay ? c.delay[d] * x.delayed : 0);
+    x.action = (c.delay ? c.delay[d] * x.delayed : 0) - (c.gain ? x.gain * x.e : 0);
+    x.v = x.u + x.rho * x.action;
     x.y = s.skip[d] * x.u + (c.output_noise ? c.output_noise[d] * loop_noise(c, row, d, N) : 0);
     for (int64_t n = 0; n < N; n++) {
         const real A = -std::exp(s.A_log[d * N + n]);
@@ -396,9 +406,12 @@ void closed_loop_forward(floatX* out, real* final_state, real* chunk_states, con
 // Backward through one step. d_state: in, the gradient of the states after it; out, of those before it. before, after: the states.
 //   y_t reached out_t, and as past[0] whatever read it later:  d_y = d_out silu(z) + d_past[0];  the older ones move back one place
 //   each n:  x = zeta h + gamma;  d_h += d_y C (r + h silu'(x) zeta);  d_zeta += d_y C h silu'(x) h;  d_gamma += d_y C h silu'(x);  d_C += d_y r h
-//   p_t = delta CB e:  d_delta += d_p CB e;  d_e = d_p delta CB;  d_CB = d_p delta e
+//   p_t = delta rho CB e:  d_delta += d_p rho CB e;  d_e = d_p delta rho CB;  d_CB = d_p delta rho e;  d_rho = d_p delta CB e
 //   plant:  d_v = sum_n d_h delta B;  d_delta += sum_n d_h (A a h_{t-1} + v B);  d_B += d_h delta v + d_CB C;  d_C += d_CB B;  d_h_{t-1} = a d_h
-//   v_t:  d_u += d_v;  d_k += -d_v e;  d_e += -d_v k;  d_delay += d_v y_{t-tau};  d_y_{t-tau} += d_v delay
+//   v_t = u + rho action:  d_u += d_v;  d_action = d_v rho;  d_rho += d_v action
+//   action:  d_k += -d_action e;  d_e += -d_action k;  d_delay += d_action y_{t-tau};  d_y_{t-tau} += d_action delay
+//   rho = 1 / ((1/a + delta) |B| |C|), d_log = d_rho rho:  d_delta -= d_log / (1/a + delta);  d_A_log += d_log / (1 + a delta), of the slowest
+//     state;  d_B -= d_log B / |B|^2;  d_C -= d_log C / |C|^2
 //   k_t:  d_moved = d_k, or 0 where the clip binds;  d_k_{t-1} = d_moved;  d_p_{t-1} = d_moved alpha s(e);  d_e += d_moved alpha p_{t-1} s'(e)
 //   e_t:  d_y_{t-1} += d_e;  d_u -= d_e
 void loop_step_backward(const ClosedLoopGradients& g, real* d_state, real* d_B, real* d_C, real d_out, const ClosedLoop& c, const LoopStep& x,
@@ -411,8 +424,8 @@ void loop_step_backward(const ClosedLoopGradients& g, real* d_state, real* d_B, 
     const real d_y = d_out * silu(z) + d_past[0];
     std::copy(d_past + 1, d_past + c.tau, d_past);
     d_past[c.tau - 1] = 0;
-    real d_u = d_y * s.skip[d], d_v = 0, d_delta = d_p * x.CB * x.e, d_e = d_p * x.delta * x.CB;
-    const real d_CB = d_p * x.delta * x.e;
+    real d_u = d_y * s.skip[d], d_v = 0, d_delta = d_p * x.rho * x.CB * x.e, d_e = d_p * x.delta * x.rho * x.CB;
+    const real d_CB = d_p * x.delta * x.rho * x.e;
     g.plant.d_skip[d] += d_y * x.u;
     if (c.output_noise) g.d_output_noise[d] += d_y * loop_noise(c, row, d, N);
     for (int64_t n = 0; n < N; n++) {
@@ -434,13 +447,20 @@ void loop_step_backward(const ClosedLoopGradients& g, real* d_state, real* d_B, 
         d_state[n] *= std::exp(x.delta * A);
     }
     d_u += d_v;
+    const real d_action = d_v * x.rho, d_log = (d_p * x.delta * x.CB * x.e + d_v * x.action) * x.rho;
+    d_delta -= d_log / (1 / x.a + x.delta);
+    g.plant.d_A_log[d * N + x.slowest] += d_log / (1 + x.a * x.delta);
+    for (int64_t n = 0; n < N; n++) {
+        d_B[n] -= d_log * real(B_t[n]) * (x.CC / (x.BB * x.CC + kLoopTiny));
+        d_C[n] -= d_log * real(C_t[n]) * (x.BB / (x.BB * x.CC + kLoopTiny));
+    }
     if (c.delay) {
-        g.d_delay[d] += d_v * x.delayed;
-        d_past[c.tau - 1] += d_v * c.delay[d];
+        g.d_delay[d] += d_action * x.delayed;
+        d_past[c.tau - 1] += d_action * c.delay[d];
     }
     if (c.gain) {
-        d_state[N] -= d_v * x.e;
-        d_e -= d_v * x.gain;
+        d_state[N] -= d_action * x.e;
+        d_e -= d_action * x.gain;
     }
     if (x.moved != x.gain) d_state[N] = 0;  // clipped
     d_state[N + 1] = d_state[N] * c.alpha * x.smooth_sign;
