@@ -3348,7 +3348,7 @@ void Config::resolve() {
     }
     std::string terms;  // in one order, so that equal configs have equal texts
     for (const char* term : kConbaTerms)
-        if (("," + conba + ",").find(std::string(",") + term + ",") != std::string::npos) terms += (terms.empty() ? "" : ",") + std::string(term);
+        if (("," + conba + ",").find(std::string(",") + term + ",") != std::string::npos) terms += std::string(terms.empty() ? "" : ",") + term;
     if (conba != "none" && terms.size() != conba.size())
         fail("--conba %.80s: must be none, or some of selection,control,delay,scaling,noise,adaptation, each once", printable(conba).c_str());
     if (conba != "none") conba = terms;
@@ -4300,13 +4300,13 @@ Losses Model::read_losses() {
         for (const auto& layer : step->layers) {
             for (int part = 0; part < kept; part++)
                 layer->report(losses, counts.data() + int64_t(part) * counters + layer->first_counter, batch * time, 1.0 / kept);
-            Gains gains{layer->name, 0, 0};
-            const std::vector<real> all = layer->gains(batch);
+            const std::vector<real> all = parts > 0 ? layer->gains(batch) : std::vector<real>();
+            if (all.empty()) continue;
+            Gains& gains = losses.gains.emplace_back(Gains{layer->name, 0, 0});
             for (const real k : all) {
                 gains.mean += std::fabs(double(k)) / double(all.size());
                 gains.largest = std::max(gains.largest, std::fabs(double(k)));
             }
-            if (parts > 0 && !all.empty()) losses.gains.push_back(gains);
         }
     return losses;
 }

@@ -702,7 +702,8 @@ std::vector<Case> closed_loops() {
                          .noise = bool(terms & 8), .initial = bool(terms & 1), .final = bool(terms & 2), .alpha = terms & 16 ? 0.1 : 0});
     loops.insert(loops.end(), {{.B = 1, .T = 1, .D = 1, .N = 1, .tau = 1}, {.B = 1, .T = 5, .D = 3, .N = 2, .tau = 8},
                                {.B = 1, .T = 2 * kLoopChunk + 5, .D = 2, .N = 3, .tau = 2},
-                               {.B = 2, .T = kLoopChunk, .D = 70, .N = 16, .tau = 8}, {.B = 2, .T = 18, .D = 9, .N = 17, .tau = 20}, {.B = 1, .T = 12, .D = 5, .N = 3, .kappa = 0.05},
+                               {.B = 2, .T = kLoopChunk, .D = 70, .N = 16, .tau = 8}, {.B = 2, .T = 18, .D = 9, .N = 17, .tau = 20},
+                               {.B = 1, .T = 12, .D = 5, .N = 3, .kappa = 0.05},
                                {.B = 1, .T = 12, .D = 3, .N = 3, .eps = 0.02}, {.B = 1, .T = 3, .D = 2, .N = kMaxStates, .tau = kMaxDelay}});
     std::vector<Case> all;
     for (const Loop& loop : loops) all.push_back(closed_loop(loop));
@@ -1329,8 +1330,8 @@ const std::vector<Family>& families() {
                                  {"Jamba", {.layers = "MFAEME", .mamba_norms = 1, .heads = 2, .kv_heads = 1, .rope_base = 0, .top_k = 2,
                                             .capacity = 0, .swiglu_experts = 1, .norm_eps = 1e-6}},
                                  {"MixCon", {.layers = "CFAECE", .conba = "selection,control,delay,scaling,noise,adaptation", .conba_tau = 3,
-                                             .conba_alpha = 0.1, .conba_kappa = 0.3, .conba_sigma = 0.1, .heads = 2, .kv_heads = 1, .rope_base = 0,
-                                             .top_k = 2, .capacity = 0, .swiglu_experts = 1}},
+                                             .conba_alpha = 0.1, .conba_kappa = 0.3, .conba_sigma = 0.1, .heads = 2, .kv_heads = 1,
+                                             .rope_base = 0, .top_k = 2, .capacity = 0, .swiglu_experts = 1}},
                                  {"Expert Choice", {.layers = "AE", .heads = 2, .routing = "expert-choice", .capacity = 1.5, .z_loss = 0.02}}};
         for (auto& [name, c] : f) {
             c.vocab = 37, c.d_model = 16, c.d_inner = 24, c.d_state = 5, c.dt_rank = 3, c.d_ff = c.d_expert = 20, c.experts = 4;

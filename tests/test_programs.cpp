@@ -1023,7 +1023,7 @@ TEST_CASE("a dry run of every preset takes no memory") {
     CHECK(published.find("129.14 M, 90.52 M active without embedding and head") != std::string::npos);
     CHECK(list.str().find("90.52 M active without embedding and head") != std::string::npos);
     for (const char* published : {"46.70 G parameters,   12.88 G active", "51.57 G parameters,   12.11 G active",  // Mixtral, Jamba
-                                  "53.04 G parameters,   13.58 G active", " 6.74 G parameters,", "68.98 G parameters,",                     // MixCon, Llama 2
+                                  "53.04 G parameters,   13.58 G active", " 6.74 G parameters,", "68.98 G parameters,",    // MixCon, Llama 2
                                   "25.17 M active without embedding and head  arXiv 2401.04081"})                   // Transformer
         CHECK(list.str().find(published) != std::string::npos);
     // Contexts. Papers: 32 GiB, 4 GiB, 2 GiB and 128 GiB at 256K.
@@ -1092,7 +1092,8 @@ TEST_CASE("train refuses bad flags") {
     refuse(experts + Arguments{"expert-choice", "--top-k", "2"}, {"--routing expert-choice", "--top-k 1"});
     refuse(experts + Arguments{"expert-choice", "--capacity", "0"}, {"--routing expert-choice", "--capacity above 0"});
     for (const char* terms : {" ", "delays", "delay,delay", "delay,", "none,delay", "delay scaling"})
-        refuse(place + Arguments{"--layers", "C", std::string("--conba=") + terms}, {"--conba", "selection,control,delay,scaling,noise,adaptation"});
+        refuse(place + Arguments{"--layers", "C", std::string("--conba=") + terms},
+               {"--conba", "selection,control,delay,scaling,noise,adaptation"});
     refuse(place + Arguments{"--layers", "C", "--conba-tau", "33"}, {"--conba-tau", "32"});
     refuse(place + Arguments{"--layers", "C", "--conba-kappa=-1"}, {"--conba-kappa"});
     refuse(attention + Arguments{"--heads", "4"}, {"--head-dim 12", "multiple of 8"});
@@ -1381,8 +1382,8 @@ TEST_CASE("Conba: its gains are in the log, its noise goes on where a run was st
     const Workplace at;
     make_data(at);
     const auto flags = [&](const char* out, int steps, const std::string& conba) {
-        return Arguments{"--data", at / "data", "--out", at / out, "--steps", std::to_string(steps), "--schedule", "constant", "--layers", "CFCE",
-                         "--d-model", "16", "--experts", "4", "--conba", conba, "--conba-sigma", "0.2"} + kSize;
+        return Arguments{"--data", at / "data", "--out", at / out, "--steps", std::to_string(steps), "--schedule", "constant",
+                         "--layers", "CFCE", "--d-model", "16", "--experts", "4", "--conba", conba, "--conba-sigma", "0.2"} + kSize;
     };
     const std::string noisy = "noise,control,adaptation";  // in another order than they are saved
     const Result whole = at.succeed("train", flags("whole", 4, noisy));
