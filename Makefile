@@ -34,7 +34,7 @@ RELAXED := -fno-math-errno -fno-trapping-math
 OPTIMIZE ?= $(if $(filter 1,$(SANITIZE)),-O1,-O3) -march=native
 DEBUG ?= -g1
 CXXFLAGS = $(OPTIMIZE) $(DEBUG) -std=c++20 -Wall -Wextra $(if $(filter 1,$(WERROR)),-Werror) -fopenmp $(RELAXED) -I. -MMD -MP $(DEFINES)
-LDLIBS = -lopenblas -fopenmp -lz
+LDLIBS = -lopenblas -fopenmp -lz -lutf8proc
 ifeq ($(CUDA),1)
 ifeq ($(NVCC),)
 $(error CUDA=1: no nvcc in PATH or /usr/local/cuda/bin: install the CUDA toolkit, or say NVCC=path)
@@ -76,7 +76,7 @@ FORMATS := $(patsubst formats/%.cpp,$(SHARED)/%.o,$(wildcard formats/*.cpp))
 COMMON := $(BUILD)/moemamba.o $(BUILD)/layers.o $(BUILD)/plain.o $(FORMATS)
 
 # What a build needs besides the compiler: name:header of each.
-NEEDS := OpenMP:omp.h BLAS:cblas.h nlohmann-json:nlohmann/json.hpp CLI11:CLI/CLI.hpp zlib:zlib.h \
+NEEDS := OpenMP:omp.h BLAS:cblas.h nlohmann-json:nlohmann/json.hpp CLI11:CLI/CLI.hpp zlib:zlib.h utf8proc:utf8proc.h \
   $(if $(filter 0,$(CUDA)),Boost.Context:boost/context/detail/fcontext.hpp)
 
 all: found
@@ -130,7 +130,7 @@ $(SHARED)/%.o: cpu/%.cu | $(SHARED)
 $(SHARED)/%.o: %.cpp | $(SHARED)
 	$(COMPILE)
 $(BUILD)/data_prep: $(SHARED)/data_prep.o $(FORMATS)
-	$(CXX) $^ $(filter -fsanitize%,$(LDLIBS)) -lz -o $@
+	$(CXX) $^ $(filter -fsanitize%,$(LDLIBS)) -fopenmp -lz -lutf8proc -o $@
 $(BUILD)/%: $(BUILD)/%.o $(COMMON)
 	$(CXX) $^ $(LDLIBS) -o $@
 $(SHARED): | $(BUILD)
@@ -155,7 +155,7 @@ $(CATCH): tests/catch.cpp | $(BUILD)
 	@mkdir -p $(@D)
 	$(CXX) -std=c++20 -c $< -o $@
 $(BUILD)/test_kernels: $(CATCH)
-$(BUILD)/test_programs: $(BUILD)/test_programs.o $(CATCH)
+$(BUILD)/test_programs: $(BUILD)/test_programs.o $(FORMATS) $(CATCH)
 	$(CXX) $^ $(LDLIBS) -o $@
 $(SHARED)/test_simt: $(SHARED)/test_simt.o $(CATCH)
 	$(CXX) $^ $(LDLIBS) -o $@
@@ -182,7 +182,7 @@ DEMO := --preset moe-mamba-tiny --batch 16 --seq-len 256 --steps 300 --lr 3e-3 -
 # Any bytes for what reads files: libFuzzer, which clang has (16 or newer). SECONDS for each target; what it finds is in build/fuzz.
 SECONDS ?= 60
 CLANG ?= $(lastword clang++ $(sort $(wildcard /usr/bin/clang++-??)))
-FUZZ := safetensors tokens dataset config tokenizer layers
+FUZZ := safetensors tokens dataset config tokenizer bpe layers
 build/fuzz/fuzz: tests/fuzz/fuzz.cpp $(wildcard formats/*) $(BUILD)/moemamba.o $(BUILD)/layers.o $(BUILD)/plain.o
 	@command -v $(CLANG) > /dev/null || { echo "error: no clang++, which has libFuzzer: install clang-16"; exit 1; }
 	@mkdir -p $(@D)
@@ -211,7 +211,7 @@ gpu-check:
 
 deps:
 	$(if $(filter 0,$(shell id -u)),,sudo )sh -c 'apt-get update && apt-get install -y g++ make python3 libopenblas-openmp-dev strace \
-	  libboost-context-dev nlohmann-json3-dev libcli11-dev zlib1g-dev catch2 bible-kjv'
+	  libboost-context-dev nlohmann-json3-dev libcli11-dev zlib1g-dev libutf8proc-dev catch2 bible-kjv'
 
 clean:
 	rm -rf build $(PROGRAMS)

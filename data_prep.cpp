@@ -1,5 +1,5 @@
 // Text to tokens: text files, directories or stdin become llm.c's .bin shards and a dataset.json that names the tokenizer.
-// One pass in blocks: memory does not grow with the input.
+// One pass in blocks, which all cores encode: memory does not grow with the input.
 #include <fcntl.h>
 #include <unistd.h>
 #include <zlib.h>
@@ -31,7 +31,7 @@ constexpr std::string_view kSeparator = "<|endoftext|>";
 static bool is_dataset_file(const std::string& name) {
     std::string form = name;
     std::replace_if(form.begin(), form.end(), [](char c) { return c >= '0' && c <= '9'; }, '0');
-    return name == kDatasetFile || form == "train_000000.bin" || form == "val_000000.bin";
+    return name == kDatasetFile || name == kTokenizerFile || form == "train_000000.bin" || form == "val_000000.bin";
 }
 // Those in a directory whose name is followed by this suffix, without it.
 static std::vector<std::string> dataset_files(const fs::path& directory, const std::string& suffix) {
@@ -60,17 +60,22 @@ struct ShardWriter {
     const fs::path directory;
     const std::string split;
     const int64_t shard_tokens;
+    const bool wide;  // tokens of 32 bits
     int64_t total = 0;
     std::vector<std::unique_ptr<NewFile>> shards;
 
-    ShardWriter(const fs::path& directory, const std::string& split, int64_t shard_tokens)
-        : directory(directory), split(split), shard_tokens(shard_tokens) {}
+    ShardWriter(const fs::path& directory, const std::string& split, int64_t shard_tokens, bool wide)
+        : directory(directory), split(split), shard_tokens(shard_tokens), wide(wide) {}
     void append(const int* tokens, size_t count) {
         while (count > 0) {
             if (!open) begin();
             const size_t n = std::min(count, size_t(shard_tokens - in_shard));
-            buffer.assign(tokens, tokens + n);
-            shards.back()->write(buffer.data(), n * sizeof(uint16_t));
+            if (wide) {
+                shards.back()->write(tokens, n * sizeof(int));
+            } else {
+                buffer.assign(tokens, tokens + n);
+                shards.back()->write(buffer.data(), n * sizeof(uint16_t));
+            }
             tokens += n, count -= n, in_shard += n, total += n;
             if (in_shard == shard_tokens) close();
         }
@@ -78,7 +83,7 @@ struct ShardWriter {
     void close() {
         if (!open) return;
         // The header goes last: until then the file has no magic number, and nothing can take it for a shard.
-        const int32_t header[kTokenHeaderInts] = {kTokenMagic, 1, int32_t(in_shard)};
+        const int32_t header[kTokenHeaderInts] = {kTokenMagic, wide ? 2 : 1, int32_t(in_shard)};
         shards.back()->write_at(0, header, sizeof(header));
         shards.back()->close();
         open = false;
@@ -102,6 +107,56 @@ struct ShardWriter {
 };
 
 // ------------------------------------------------------------------------------------------------------------------
+// Text on its way to the shards, in segments, in order: as soon as there are enough of them, all cores encode them. A long text becomes
+// several, cut where no word of a tokenizer goes across.
+struct Encoder {
+    static constexpr size_t kSegment = 1 << 18, kBatch = 1 << 23;  // bytes
+    struct Segment {
+        std::string text = {};
+        ShardWriter* to;
+        bool ends = false;  // end-of-text follows
+        std::vector<int> tokens = {};
+        int64_t replaced = 0;
+    };
+    const Tokenizer tokenizer;
+    std::vector<Segment> segments = {};
+    size_t bytes = 0;
+    int64_t replaced = 0;  // places that were not UTF-8
+
+    void text(ShardWriter* to, const char* data, size_t size) {
+        if (segments.empty() || segments.back().ends) segments.push_back({.to = to});
+        std::string& last = segments.back().text;
+        const size_t before = last.size();
+        last.append(data, size);
+        bytes += size;
+        if (last.size() < kSegment) return;
+        const size_t cut = word_boundary(last, before);  // before that it was too short
+        if (cut == std::string::npos) return;
+        Segment rest{.text = last.substr(cut), .to = to};
+        last.resize(cut);
+        if (bytes >= kBatch) run(), bytes = rest.text.size();
+        segments.push_back(std::move(rest));
+    }
+    void end() {  // of a document, or of its part in a split
+        segments.back().ends = true;
+        if (bytes >= kBatch) run();
+    }
+    void run() {
+#pragma omp parallel for schedule(dynamic)
+        for (size_t i = 0; i < segments.size(); i++) {
+            Segment& s = segments[i];
+            s.replaced = tokenizer.encode(s.tokens, s.text);
+            if (s.ends) s.tokens.push_back(tokenizer.end_of_text);
+        }
+        for (Segment& s : segments) {
+            s.to->append(s.tokens.data(), s.tokens.size());
+            replaced += s.replaced;
+        }
+        segments.clear();
+        bytes = 0;
+    }
+};
+
 // Deals text to the two splits in units: documents, but of one that is too long its beginning and then pieces. Too long is what exceeds
 // the share of all text that validation is to get; where there are documents enough for a whole one in validation, four times that.
 // A unit that is cut ends at the first end of a line after its size, half a piece later at the latest. Where a document is cut between
@@ -109,7 +164,7 @@ struct ShardWriter {
 struct Splitter {
     static constexpr size_t kHeld = 16 << 20;
 
-    const Tokenizer tokenizer;
+    Encoder& encoder;
     ShardWriter &train, &val;
     const double fraction;
     int64_t total_bytes, total_documents;  // of all input, as far as known
@@ -125,7 +180,6 @@ struct Splitter {
     bool unit_open = false, document_open = false;
     int64_t units = 0, chosen = 0;  // dealt so far; of them, for validation
     int64_t unit_bytes = 0, limit = 0, piece = 0;
-    std::vector<int> tokens = {};
 
     void text(const char* data, size_t size) {
         if (!holding) return deal(data, size);
@@ -161,16 +215,14 @@ struct Splitter {
         while (size > 0) {
             if (!unit_open) open_unit();
             size_t n = take(data, std::min(size, kBlock));
-            tokens.clear();
-            tokenizer.encode(tokens, data, n);
-            writer->append(tokens.data(), tokens.size());
+            encoder.text(writer, data, n);
             document_open = true;
             data += n, size -= n, bytes += n, unit_bytes += n;
         }
     }
     void end_dealt() {
         if (!document_open) return;
-        writer->append(&tokenizer.end_of_text, 1);
+        encoder.end();
         document_open = unit_open = false;
         ++documents;
     }
@@ -178,7 +230,7 @@ struct Splitter {
         // Stratified: the k-th validation unit lies somewhere in the k-th run of 1 / fraction units. The seed is part of the format.
         bool validation = fraction > 0 && double(units + 1) > (chosen + random_uniform(0, kShuffleStream, chosen)) / fraction;
         ShardWriter* next = validation ? &val : &train;
-        if (document_open && next != writer) writer->append(&tokenizer.end_of_text, 1);
+        if (document_open && next != writer) encoder.end();
         writer = next;
         // Pieces are small enough for some of validation even in a small text, large enough for long contexts in a large one.
         double share = fraction * double(std::max(total_bytes, bytes));
@@ -331,14 +383,17 @@ static bool read_documents(const Input& input, Splitter& splitter, Progress& pro
 
 static int data_prep(int argc, char** argv) {
     std::vector<std::string> paths;
-    std::string output, tokenizer_kind = "bytes";
+    std::string output, tokenizer_name = "bytes";
     double fraction = 0.01;
     int shard_tokens = 100'000'000;
     CommandLine command("Turns text into token files for train. A file is one document, or several if it has lines that read <|endoftext|>; "
                         "every document is followed by the end-of-text token.");
     command.add("--input", paths, "text files, directories of them, or - for standard input; each may be gzipped");
     command.add("--output", output, "directory for train_*.bin, val_*.bin and dataset.json; created if need be");
-    command.add("--tokenizer", tokenizer_kind, "bytes: a token is a byte, 256 is end-of-text");
+    command.add("--tokenizer", tokenizer_name,
+                std::string("bytes: a token is a byte, 256 is end-of-text; or byte-level BPE: a tokenizer.json, or a directory with one, with "
+                            "encoder.json and vocab.bpe (GPT-2), or with vocab.json and merges.txt; letters and numbers are those of Unicode ") +
+                    unicode_version());
     command.add("--val-fraction", fraction,
                 "share for validation, 0 to 0.5: of every 1/share documents one, chosen at random but always the same; a document "
                 "longer than the share of all text (4 times that if there are at least 1/share documents) is dealt in pieces of about "
@@ -346,10 +401,10 @@ static int data_prep(int argc, char** argv) {
     command.add("--shard-tokens", shard_tokens, "most tokens in one file");
     if (!command.parse(argc, argv)) return 0;
     if (paths.empty() || output.empty()) fail("--input and --output are required");
-    if (tokenizer_kind != "bytes") fail("--tokenizer %s: there is bytes", tokenizer_kind.c_str());
     if (!(fraction >= 0 && fraction <= 0.5)) fail("--val-fraction %g: must be from 0 to 0.5", fraction);
     if (shard_tokens < 1) fail("--shard-tokens %d: must be at least 1", shard_tokens);
 
+    const Tokenizer tokenizer = Tokenizer::load(tokenizer_name);
     std::vector<Input> inputs = list_inputs(paths, output);
     Progress progress;
     bool streams = false;
@@ -360,16 +415,17 @@ static int data_prep(int argc, char** argv) {
     if (error) fail("cannot create directory %s: %s", output.c_str(), error.message().c_str());
     recover(output);
 
-    Tokenizer tokenizer;
-    tokenizer.kind = tokenizer_kind;
-    ShardWriter train(output, "train", shard_tokens), val(output, "val", shard_tokens);
-    Splitter splitter{tokenizer, train, val, fraction, progress.total, int64_t(inputs.size())};
+    const bool wide = tokenizer.vocab > 1 << 16;
+    ShardWriter train(output, "train", shard_tokens, wide), val(output, "val", shard_tokens, wide);
+    Encoder encoder{tokenizer};
+    Splitter splitter{encoder, train, val, fraction, progress.total, int64_t(inputs.size())};
     int64_t done = 0, skipped = 0;
     for (const Input& input : inputs) {
         if (!read_documents(input, splitter, progress, done)) ++skipped;
         done += input.size;
     }
     splitter.end_input();
+    encoder.run();
     if (splitter.documents == 0) fail("no text in %s", paths[0].c_str());
     if (train.total == 0 || (fraction > 0 && val.total == 0))
         fail("too little text for --val-fraction %g: %lld bytes; change it, or use 0 for no validation", fraction,
@@ -382,18 +438,28 @@ static int data_prep(int argc, char** argv) {
     json.set("documents", splitter.documents).set("split", fraction == 0 ? "none" : splitter.cuts == 0 ? "documents" : "pieces");
     std::vector<std::unique_ptr<NewFile>> files = std::move(train.shards);
     std::move(val.shards.begin(), val.shards.end(), std::back_inserter(files));
+    if (tokenizer.bpe) {
+        files.push_back(std::make_unique<NewFile>((fs::path(output) / kTokenizerFile).string()));
+        files.back()->write(tokenizer.bpe->file);
+        files.back()->close();
+    }
     files.push_back(std::make_unique<NewFile>((fs::path(output) / kDatasetFile).string()));  // the last: who finds it finds all
     files.back()->write(json.text(2) + "\n");
     files.back()->close();
     std::vector<std::string> gone = dataset_files(output, "");  // shards of an earlier run that this one has no other for
-    std::erase_if(gone, [&](const std::string& path) {
-        return std::any_of(files.begin(), files.end(), [&](const auto& file) { return file->path == path; });
+    std::erase_if(gone, [&](const std::string& path) {  // a tokenizer may be somebody else's
+        return fs::path(path).filename() == kTokenizerFile || std::any_of(files.begin(), files.end(), [&](const auto& file) { return file->path == path; });
     });
     replace_files(files, gone);
+    if (encoder.replaced > 0)
+        fprintf(stderr, "warning: %lld places in the text are not UTF-8 and became U+FFFD\n", (long long)encoder.replaced);
     printf("%s: %lld training and %lld validation tokens (%.2f %%) from %lld document%s%s\n", output.c_str(), (long long)train.total,
            (long long)val.total, 100.0 * val.total / (train.total + val.total), (long long)splitter.documents,
            splitter.documents == 1 ? "" : "s", skipped ? (", not text and skipped: " + std::to_string(skipped)).c_str() : "");
     return 0;
 }
 
-int main(int argc, char** argv) { return run_main(data_prep, argc, argv); }
+int main(int argc, char** argv) {
+    set_up_threads(argv);
+    return run_main(data_prep, argc, argv);
+}

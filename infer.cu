@@ -117,9 +117,9 @@ static std::vector<Question> read_questions(const std::string& path, const Token
         for (const std::string& choice : choices) {
             if (choice.empty()) fail("%s: an empty choice", where.c_str());
             Continuation& c = question.choices.emplace_back(Continuation{{tokenizer.end_of_text}, 0});
-            tokenizer.encode(c.tokens, context.data(), context.size());
+            tokenizer.encode(c.tokens, context);
             c.from = c.tokens.size();
-            tokenizer.encode(c.tokens, choice.data(), choice.size());
+            tokenizer.encode(c.tokens, choice);
         }
     }
     if (questions.empty()) fail("%s: no questions in it", path.c_str());
@@ -260,7 +260,8 @@ static int infer(int argc, char** argv) {
     if (options.prompt_file == "-") text = read_standard_input();
     else if (!options.prompt_file.empty()) text = read_file(options.prompt_file, "--prompt-file");
     std::vector<int> prompt;
-    tokenizer.encode(prompt, text.data(), text.size());
+    if (const int64_t replaced = tokenizer.encode(prompt, text))
+        fprintf(stderr, "warning: %lld places in the prompt are not UTF-8 and became U+FFFD\n", (long long)replaced);
     if (prompt.size() > size_t(1) << 24) fail("the prompt has %zu tokens; at most 2^24 can go in at once", prompt.size());
 
     struct sigaction action{};

@@ -2,6 +2,7 @@
 //
 //   OUT/model.safetensors          weights; its metadata holds the config, the step, the tokenizer and the flags that define the run
 //   OUT/optimizer-STEP.safetensors AdamW's moments after that step
+//   OUT/tokenizer.json             the tokenizer, if it has a file
 //   OUT/log.jsonl                  one object a line: the run, then "train" and "val" lines with their step
 #include "moemamba.h"
 
@@ -129,6 +130,7 @@ static void remove_others(const fs::path& out, const std::string& optimizer) {
 static void save_checkpoint(const Model& model, const fs::path& out, int step, const Run& run, const Dataset& data) {
     const std::string optimizer = "optimizer-" + std::to_string(step) + ".safetensors";
     try {
+        data.tokenizer.save(out.string());
         model.save_optimizer((out / optimizer).string(), {});
         model.save((out / kModelFile).string(), {{"step", std::to_string(step)},
                                                  {"tokenizer", data.tokenizer.to_json()},
@@ -434,7 +436,7 @@ static void train_steps(Model& model, const Options& options, const Run& run, co
     const fs::path out(options.out);
     // The memory of samples is taken now: what does not fit must not end a run halfway.
     std::vector<int> prompt;
-    data.tokenizer.encode(prompt, options.sample_prompt.data(), options.sample_prompt.size());
+    data.tokenizer.encode(prompt, options.sample_prompt);
     DecodeState sampler;
     if (options.sample_every > 0) model.start(sampler, 1, std::max<int64_t>(1, prompt.size()) + options.sample_tokens);
     const double sequences = double(run.steps) * G * B;

@@ -10,24 +10,27 @@
 
 using Json = nlohmann::ordered_json;
 
-Json parse_json(const std::string& text, const std::string& where) {
+template <class AnyJson>
+AnyJson parse_json(const std::string& text, const std::string& where) {
     constexpr int kDeepest = 32;  // printing it, or taking it apart, is recursive
     try {
-        return Json::parse(text, [&](int depth, Json::parse_event_t, Json&) {
+        return AnyJson::parse(text, [&](int depth, typename AnyJson::parse_event_t, AnyJson&) {
             if (depth > kDeepest) fail("%s: JSON nested deeper than %d", where.c_str(), kDeepest);
             return true;
         });
-    } catch (const Json::exception& e) {
+    } catch (const typename AnyJson::exception& e) {
         fail("%s: not readable as JSON (%s)", where.c_str(), e.what());
     }
 }
+template nlohmann::json parse_json(const std::string&, const std::string&);
+template Json parse_json(const std::string&, const std::string&);
 
 JsonObject::JsonObject() : json(std::make_unique<Json>(Json::object())) {}
 JsonObject::JsonObject(JsonObject&&) noexcept = default;
 JsonObject::~JsonObject() = default;
 
 JsonObject::JsonObject(const std::string& text, const std::string& where)
-    : json(std::make_unique<Json>(parse_json(text, where))), where(where) {
+    : json(std::make_unique<Json>(parse_json<Json>(text, where))), where(where) {
     if (!json->is_object()) fail("%s: not a JSON object", where.c_str());
 }
 

@@ -6,7 +6,8 @@
 #include <nlohmann/json_fwd.hpp>
 #include <string>
 
-nlohmann::ordered_json parse_json(const std::string& text, const std::string& where);  // where: what errors call it
+// Json is nlohmann::ordered_json, or nlohmann::json, which does not keep the order and is the one for large objects. where: what errors call it.
+template <class Json> Json parse_json(const std::string& text, const std::string& where);
 
 class JsonObject {
    public:

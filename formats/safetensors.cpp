@@ -62,7 +62,7 @@ Safetensors::Safetensors(const std::string& path) : path(path), file(path) {
         fail("%s: not a safetensors file: it claims a header of %llu bytes", p, (unsigned long long)header_bytes);
     std::string header(header_bytes, 0);
     file.read(8, header.data(), header.size());
-    const Json json = parse_json(header, path + ": not a safetensors file: its header");
+    const Json json = parse_json<Json>(header, path + ": not a safetensors file: its header");
     if (!json.is_object()) fail("%s: not a safetensors file: its header is no JSON object", p);
     try {
         for (const auto& [name, value] : json.items()) {

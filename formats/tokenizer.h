@@ -1,15 +1,27 @@
 // Text to tokens and back. A tokenizer is named in a data directory's dataset.json and in a checkpoint's metadata, so that nothing else
-// needs a flag for it.
+// needs a flag for it. The vocabulary of one that has a file, tokenizer.json, lies beside them.
 #pragma once
 
+#include <memory>
 #include <string>
+#include <string_view>
 #include <vector>
 
+#include "bpe.h"
+
+inline const std::string kTokenizerFile = "tokenizer.json";
+
 struct Tokenizer {
-    std::string kind = "bytes";  // token = byte
+    std::string kind = "bytes";  // token = byte; or "bpe"
     int vocab = 257, end_of_text = 256;
-    void encode(std::vector<int>& tokens, const char* text, size_t size) const;  // appends
-    std::string decode(int token) const;                                         // end-of-text: ""
+    std::shared_ptr<const Bpe> bpe = {};
+
+    // "bytes", or where Bpe::load finds one.
+    static Tokenizer load(const std::string& name);
+    // Appends. Returns how much of the text was not UTF-8 and became U+FFFD; the bytes tokenizer takes it as it is.
+    int64_t encode(std::vector<int>& tokens, std::string_view text) const;
+    std::string decode(int token) const;  // its bytes: not always whole characters; end-of-text: ""
     std::string to_json() const;
-    static Tokenizer from_json(const std::string& text, const std::string& where);  // fails on an unknown kind or bad sizes
+    static Tokenizer from_json(const std::string& text, const std::string& where);  // where: the file that names it. Fails unless it is whole
+    void save(const std::string& directory) const;                                  // its file, if it has one
 };

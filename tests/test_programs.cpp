@@ -28,10 +28,14 @@
 #include <thread>
 #include <vector>
 
+#include "formats/bpe.h"
+#include "formats/random.h"
+
 namespace fs = std::filesystem;
 using Json = nlohmann::json;
 using Arguments = std::vector<std::string>;
-static Arguments operator+(Arguments all, const Arguments& more) {
+template <class T>
+static std::vector<T> operator+(std::vector<T> all, const std::vector<T>& more) {
     all.insert(all.end(), more.begin(), more.end());
     return all;
 }
@@ -171,12 +175,13 @@ static std::vector<int> read_tokens(const fs::path& directory, const std::string
         int32_t header[256];
         memcpy(header, file.data(), sizeof(header));
         CHECK(header[0] == 20240520);
-        CHECK(header[1] == 1);
-        REQUIRE(file.size() == 1024 + size_t(header[2]) * 2);
-        for (size_t at = 1024; at < file.size(); at += 2) {
-            uint16_t token;
-            memcpy(&token, file.data() + at, 2);
-            tokens.push_back(token);
+        CHECK((header[1] == 1 || header[1] == 2));
+        const size_t width = header[1] * 2;
+        REQUIRE(file.size() == 1024 + size_t(header[2]) * width);
+        for (size_t at = 1024; at < file.size(); at += width) {
+            uint32_t token = 0;
+            memcpy(&token, file.data() + at, width);
+            tokens.push_back(int(token));
         }
     }
     return tokens;
@@ -646,7 +651,7 @@ TEST_CASE("data_prep refuses bad input") {
     for (const char* bad : {"x", "0.1x", "0,1", "1e999", "1e-999", "", " "})
         refuse({"--input", text, "--output", out, "--val-fraction", bad},
                {"--val-fraction", std::string("'") + bad + "' is not a number"});
-    refuse({"--input", text, "--output", out, "--tokenizer", "words"}, {"--tokenizer", "words", "bytes"});
+    refuse({"--input", text, "--output", out, "--tokenizer", "words"}, {"words", "No such file"});
     for (const char* bad : {"0", "-1"})
         refuse({"--input", text, "--output", out, "--shard-tokens", bad}, {"--shard-tokens", bad, "at least 1"});
     for (const char* bad : {"3000000000", "9223372036854775808", "99999999999999999999", "10x", "0x10", "1e6", "1.5", "nan", ""})
@@ -1403,6 +1408,165 @@ TEST_CASE("Conba: its gains are in the log, its noise goes on where a run was st
     CHECK(!read_log(at / "none", "train")[0].contains("mean_gains"));
     const Arguments draw = {"--checkpoint", at / "whole", "--prompt", "a", "--tokens", "20", "--seed", "3"};
     CHECK(at.succeed("infer", draw).out == at.succeed("infer", draw + Arguments{"--device", "plain"}).out);
+}
+
+// ---- byte-level BPE
+
+static const Json& bpe_reference() {
+    static const char* const folder = getenv("MOEMAMBA_ORACLE");
+    static const Json all = Json::parse(read_text(fs::path(folder ? folder : "oracle") / "bpe.json"));
+    return all;
+}
+static Bpe bpe_of(const Workplace& at, const Json& tokenizer) {
+    write_text(at / "tokenizer.json", tokenizer.dump());
+    return Bpe::load(at / "tokenizer.json");
+}
+static std::string from_hex(const std::string& hex) {
+    std::string bytes;
+    for (size_t i = 0; i < hex.size(); i += 2) bytes += char(std::stoi(hex.substr(i, 2), nullptr, 16));
+    return bytes;
+}
+static std::vector<int> encode(const Bpe& bpe, const std::string& text) {
+    std::vector<int> tokens;
+    int64_t replaced = 0;
+    bpe.encode(tokens, valid_utf8(text, &replaced));
+    return tokens;
+}
+static std::string decode(const Bpe& bpe, const std::vector<int>& tokens) {
+    std::string text;
+    for (int token : tokens) text += bpe.pieces.at(token);
+    return text;
+}
+
+TEST_CASE("byte-level BPE gives the tokens of tiktoken and tokenizers, and these give the text") {
+    const Workplace at;
+    for (const auto& [tokenizer, tokens] : std::map<std::string, std::string>{{"tokenizer", "tokens"}, {"digits_apart", "digits_apart"}}) {
+        const Bpe bpe = bpe_of(at, bpe_reference().at(tokenizer));
+        CHECK(bpe.digits_apart == (tokenizer == "digits_apart"));
+        for (const Json& one : bpe_reference().at("cases")) {
+            const std::string text = from_hex(one.at("text"));
+            INFO(one.at("text"));
+            const std::vector<int> got = encode(bpe, text);
+            CHECK(got == one.at(tokens).get<std::vector<int>>());
+            int64_t replaced = 0;
+            CHECK(decode(bpe, got) == valid_utf8(text, &replaced));
+        }
+    }
+}
+
+TEST_CASE("a text that is cut between two words has the same tokens") {
+    const Workplace at;
+    const char* const parts[] = {"a", "b", "'s", "'", " ", "  ", "\n", "\r\n", "\t", "1", "!", "é", "\u3000", "\u00a0", "\u2003", "\xe3\x80", "\x80", "中", "\xff"};
+    for (const char* tokenizer : {"tokenizer", "digits_apart"}) {
+        const Bpe bpe = bpe_of(at, bpe_reference().at(tokenizer));
+        int cuts = 0;
+        for (int i = 0; i < 500; i++) {
+            std::string text;
+            for (int k = 0; k < 20; k++) text += parts[random_bits(i, 0, k) % std::size(parts)];
+            const std::vector<int> whole = encode(bpe, text);
+            for (size_t cut = 0; (cut = word_boundary(text, cut + 1)) != std::string::npos; cuts++) {
+                INFO(Json(std::vector<int>(text.begin(), text.end())) << " at " << cut);
+                CHECK(encode(bpe, text.substr(0, cut)) + encode(bpe, text.substr(cut)) == whole);
+            }
+        }
+        CHECK(cuts > 1000);
+    }
+}
+
+TEST_CASE("a million equal characters are encoded in seconds") {
+    const Workplace at;
+    const Bpe bpe = bpe_of(at, bpe_reference().at("tokenizer"));
+    for (const char* character : {"a", " ", "\n", "1", "!", "é", "\xff"}) {
+        std::string text;
+        for (int i = 0; i < 1000000; i++) text += character;
+        INFO(character);
+        const auto start = std::chrono::steady_clock::now();
+        encode(bpe, text);
+        CHECK(std::chrono::steady_clock::now() - start < std::chrono::seconds(10));  // 1 here; what is quadratic takes hours
+    }
+}
+
+TEST_CASE("tokens of BPE: the same whatever reads them, named by the dataset and by the checkpoint") {
+    const Workplace at;
+    const Json& given = bpe_reference().at("tokenizer");
+    const Bpe bpe = bpe_of(at, given);
+    // GPT-2's own files, which have no tokenizer.json
+    fs::create_directory(at / "gpt2");
+    write_text(at / "gpt2/encoder.json", given.at("model").at("vocab").dump());
+    std::string merges = "#version: 0.2\n";
+    for (const Json& merge : given.at("model").at("merges"))
+        merges += (merge.is_array() ? merge[0].get<std::string>() + " " + merge[1].get<std::string>() : merge.get<std::string>()) + "\n";
+    write_text(at / "gpt2/vocab.bpe", merges);
+    // Documents, one of them of several segments
+    const std::vector<std::string> texts = {prose(900000) + "\n", "a<|endoftext|>b \xff 1999\n", prose(30000) + "\n"};
+    write_text(at / "text.txt", texts[0] + "<|endoftext|>\n" + texts[1] + "<|endoftext|>\n" + texts[2]);
+    std::vector<int> want;
+    for (const std::string& text : texts) want = want + encode(bpe, text) + std::vector<int>{bpe.end_of_text};
+    for (const char* tokenizer : {"tokenizer.json", "gpt2"}) {
+        const Result made = at.succeed("data_prep", {"--input", at / "text.txt", "--output", at / "data", "--tokenizer", at / tokenizer,
+                                                     "--val-fraction", "0"});
+        CHECK(made.err.find("1 places in the text are not UTF-8") != std::string::npos);
+        CHECK(read_tokens(at / "data", "train") == want);
+        CHECK(Json::parse(read_text(at / "data/dataset.json")).at("tokenizer") ==
+              Json{{"kind", "bpe"}, {"vocab", bpe.pieces.size()}, {"end_of_text", bpe.end_of_text}});
+    }
+    CHECK(encode(Bpe::load(at / "data"), texts[2]) == encode(bpe, texts[2]));  // that of gpt2, in another form
+    at.succeed("data_prep", {"--input", at / "text.txt", "--output", at / "data", "--tokenizer", at / "gpt2", "--val-fraction", "0.1"});
+    at.succeed("train", train_flags(at, "run", 2));
+    CHECK(read_text(at / "run/tokenizer.json") == read_text(at / "data/tokenizer.json"));
+    const std::string text = at.succeed("infer", {"--checkpoint", at / "run", "--prompt", "the ri", "--tokens", "5"}).out;
+    CHECK(text.starts_with("the ri"));
+    fs::remove(at / "run/tokenizer.json");
+    at.refuse("infer", {"--checkpoint", at / "run", "--prompt", "the ri"}, {"run/tokenizer.json", "No such file"});
+    // More than 2^16 tokens: 32 bits each
+    Json large = given;
+    large["model"]["vocab"]["qqqq"] = 67000;
+    write_text(at / "tokenizer.json", large.dump());
+    at.succeed("data_prep", {"--input", at / "text.txt", "--output", at / "wide", "--tokenizer", at / "tokenizer.json", "--val-fraction", "0.1"});
+    CHECK(read_tokens(at / "wide", "train") == read_tokens(at / "data", "train"));
+    CHECK(fs::file_size(at / "wide/train_000000.bin") - 1024 == 2 * (fs::file_size(at / "data/train_000000.bin") - 1024));
+    // Bytes again: the shards are new, the tokenizer's file might be somebody's.
+    at.succeed("data_prep", {"--input", at / "text.txt", "--output", at / "data"});
+    CHECK(Json::parse(read_text(at / "data/dataset.json")).at("tokenizer").at("kind") == "bytes");
+    CHECK(fs::exists(at / "data/tokenizer.json"));
+}
+
+TEST_CASE("a tokenizer that is damaged, or does more than is known here, is refused") {
+    const Workplace at;
+    write_text(at / "text.txt", prose(3000));
+    const auto refuse = [&](const std::function<void(Json&)>& change, const std::vector<std::string>& phrases) {
+        Json json = bpe_reference().at("tokenizer");
+        change(json);
+        write_text(at / "tokenizer.json", json.dump());
+        at.refuse("data_prep", {"--input", at / "text.txt", "--output", at / "data", "--tokenizer", at / "tokenizer.json"},
+                  std::vector<std::string>{"tokenizer.json"} + phrases);
+        CHECK(!fs::exists(at / "data"));
+    };
+    refuse([](Json& j) { j = Json::array(); }, {"pre_tokenizer"});
+    refuse([](Json& j) { j["model"]["type"] = "Unigram"; }, {"its model", "Unigram"});
+    refuse([](Json& j) { j["model"]["byte_fallback"] = true; }, {"byte_fallback", "true"});
+    refuse([](Json& j) { j["model"]["unk_token"] = "<unk>"; }, {"unk_token", "<unk>"});
+    refuse([](Json& j) { j["normalizer"] = {{"type", "NFC"}}; }, {"normalizer", "NFC"});
+    refuse([](Json& j) { j["pre_tokenizer"]["add_prefix_space"] = true; }, {"pre_tokenizer", "add_prefix_space"});
+    refuse([](Json& j) { j["pre_tokenizer"] = {{"type", "Whitespace"}}; }, {"pre_tokenizer", "Whitespace"});
+    refuse([](Json& j) { j["pre_tokenizer"] = nullptr; }, {"pre_tokenizer", "null"});
+    refuse([](Json& j) { j["model"].erase("vocab"); }, {"its vocabulary", "not an object"});
+    refuse([](Json& j) { j["model"]["merges"][7] = {"q", "q"}; }, {"merge 8", "both together"});
+    refuse([](Json& j) { j["model"]["vocab"].erase("!"); }, {"no token for byte 33"});
+    refuse([](Json& j) { j["model"]["vocab"]["\u4e2d"] = 700; }, {"token 700", "not in the characters"});
+    refuse([](Json& j) { j["model"]["vocab"]["qqqq"] = 5; }, {"two tokens are number 5"});
+    refuse([](Json& j) { j["model"]["vocab"]["qqqq"] = -1; }, {"qqqq", "-1"});
+    refuse([](Json& j) { j["model"]["vocab"]["qqqq"] = 1e15; }, {"qqqq"});
+    refuse([](Json& j) { j["model"]["vocab"]["qqqq"] = 1LL << 40; }, {"qqqq", "must be below 6"});
+    refuse([](Json& j) { j["model"]["merges"] = 3; }, {"no list of merges"});
+    refuse([](Json& j) { j["model"]["merges"][7] = "abc"; }, {"merge 8", "two tokens"});
+    refuse([](Json& j) { j["model"]["merges"][7] = {"q", "\u0120\u0120q"}; }, {"merge 8", "the second"});
+    refuse([](Json& j) { j["added_tokens"] = Json::array(), j["model"]["vocab"].erase("<|endoftext|>"); }, {"no end-of-text token"});
+    refuse([](Json& j) { j["added_tokens"][0]["id"] = "x"; }, {"added token 1", "no id"});
+    write_text(at / "tokenizer.json", "{");
+    at.refuse("data_prep", {"--input", at / "text.txt", "--output", at / "data", "--tokenizer", at / "tokenizer.json"}, {"not readable as JSON"});
+    fs::create_directory(at / "empty");
+    at.refuse("data_prep", {"--input", at / "text.txt", "--output", at / "data", "--tokenizer", at / "empty"}, {"empty", "vocab.bpe"});
 }
 
 // ---- streams, names and numbers that somebody else made

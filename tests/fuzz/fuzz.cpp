@@ -57,6 +57,25 @@ static void dataset(const std::string& bytes) {
 }
 static void config(const std::string& bytes) { Config::from_json(bytes, "config"); }
 static void tokenizer(const std::string& bytes) { Tokenizer::from_json(bytes, "tokenizer"); }
+// A tokenizer's file, and a text for it.
+static void bpe(const std::string& bytes) {
+    file_of(kTokenizerFile, bytes);
+    const Bpe bpe = Bpe::load(directory() + "/" + kTokenizerFile);
+    std::vector<int> tokens;
+    int64_t replaced = 0;
+    bpe.encode(tokens, valid_utf8(bytes, &replaced));
+}
+static std::string smallest_bpe() {
+    std::string vocabulary;
+    for (int b = 0, next = 256; b < 256; b++) {
+        const int code = (b > 0x20 && b < 0x7F) || (b > 0xA0 && b != 0xAD) ? b : next++;
+        char text[24];
+        snprintf(text, sizeof(text), "\"\\u%04x\":%d,", code, b);
+        vocabulary += text;
+    }
+    return R"({"added_tokens":[{"id":257,"content":"</s>"}],"pre_tokenizer":{"type":"ByteLevel","add_prefix_space":false},"model":{"vocab":{)" +
+           vocabulary + R"("ab":256},"merges":["a b"]}})";
+}
 static void layers(const std::string& bytes) {
     Config config;
     config.layers = bytes;
@@ -81,6 +100,7 @@ static const Target& target() {
          {dataset, "{\"tokenizer\":" + Tokenizer().to_json() + R"(,"train_tokens":3,"val_tokens":3,"documents":1,"split":"pieces"})"}},
         {"config", {config, Config().to_json()}},
         {"tokenizer", {tokenizer, Tokenizer().to_json()}},
+        {"bpe", {bpe, smallest_bpe()}},
         {"layers", {layers, "ME(ME)F*2"}}};
     const char* const name = getenv("FUZZ_TARGET");
     if (!name || !targets.count(name)) fprintf(stderr, "error: FUZZ_TARGET: none of those in the Makefile\n"), exit(1);
