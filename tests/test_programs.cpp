@@ -1456,7 +1456,8 @@ TEST_CASE("byte-level BPE gives the tokens of tiktoken and tokenizers, and these
 
 TEST_CASE("a text that is cut between two words has the same tokens") {
     const Workplace at;
-    const char* const parts[] = {"a", "b", "'s", "'", " ", "  ", "\n", "\r\n", "\t", "1", "!", "é", "\u3000", "\u00a0", "\u2003", "\xe3\x80", "\x80", "中", "\xff"};
+    const char* const parts[] = {"a", "b", "'s", "'", " ", "  ", "\n", "\r\n", "\t", "1", "!", "é", "\u3000", "\u00a0", "\u2003", "中",
+                                 "\xe3\x80", "\x80", "\xff"};
     for (const char* tokenizer : {"tokenizer", "digits_apart"}) {
         const Bpe bpe = bpe_of(at, bpe_reference().at(tokenizer));
         int cuts = 0;
