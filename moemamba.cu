@@ -3349,9 +3349,11 @@ void Config::resolve() {
     std::string terms;  // in one order, so that equal configs have equal texts
     for (const char* term : kConbaTerms)
         if (("," + conba + ",").find(std::string(",") + term + ",") != std::string::npos) terms += std::string(terms.empty() ? "" : ",") + term;
-    if (conba != "none" && terms.size() != conba.size())
-        fail("--conba %.80s: must be none, or some of selection,control,delay,scaling,noise,adaptation, each once", printable(conba).c_str());
+    if (conba != "none" && (terms.empty() || terms.size() != conba.size()))
+        fail("--conba %.80s: must be none, or some of selection,control,delay,scaling,noise,adaptation, each once and without spaces",
+             printable(conba).c_str());
     if (conba != "none") conba = terms;
+    if (conba_sigma != 0 && !conba_has("noise")) fail("--conba-sigma %g: there is no noise in --conba %s", conba_sigma, conba.c_str());
     if (!d_ff) d_ff = (swiglu_ff ? 2 : 4) * d_model;
     if (!d_expert) d_expert = (swiglu_experts ? 2 : 3) * d_model;
 }
@@ -3646,7 +3648,8 @@ struct ConbaLayer : MambaLayer {
     ConbaLayer(Model& model, const std::string& name)
         : MambaLayer(model, name, true), selects(model.config.conba_has("selection")), controls(model.config.conba_has("control")),
           delays(model.config.conba_has("delay")), scales(model.config.conba_has("scaling")), adapts(model.config.conba_has("adaptation")),
-          noisy(model.config.conba_has("noise")), number(model.tensors.size()) {
+          noisy(model.config.conba_has("noise")), number(model.tensors.size()) {}
+    void add_optional() override {
         if (selects) {
             model.add_block(select_in, name + "select_in", int64_t(2 * R) * D, Init::uniform, 1 / std::sqrt(double(D)), Tensor::decayed);
             model.add_part(select_in, name + "select_gate_proj.weight", R, D);
@@ -3977,6 +3980,8 @@ Model::Model(const Config& given, const Layers& layers) : config(given), layers(
         head = &head_table;
         add(head_table, "lm_head.weight", {Vp, C}, Init::normal, fan_in(C), Tensor::decayed);
     }
+    for (const auto& step : steps)
+        for (const auto& layer : step->layers) layer->add_optional();
 }
 
 Model::~Model() { layers.release_host(staging); }

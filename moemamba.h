@@ -131,7 +131,7 @@ struct Config {
         f("conba", c.conba, "terms of a C layer: selection,control,delay,scaling,noise,adaptation, some of them, or none", 0, 0);
         f("conba-tau", c.conba_tau, "steps after which an output is fed back by delay", 1, kMaxDelay);
         f("conba-alpha", c.conba_alpha, "rate of adaptation of the gain of control", 0, 1e3);
-        f("conba-kappa", c.conba_kappa, "largest gain of control", 0, 1e3);
+        f("conba-kappa", c.conba_kappa, "largest gain of control; 1 is what cannot make the loop ring", 0, 1);
         f("conba-eps", c.conba_eps, "error below which the gain adapts less", 1e-9, 1e3);
         f("conba-sigma", c.conba_sigma, "deviation of noise on the states, in training, where --conba has noise", 0, 1e3);
         f("heads", c.heads, "heads H of attention; 0 = one for each 64 of C", 0, kMost);
@@ -547,6 +547,7 @@ struct Layer {
 
     Layer(Model& model, const std::string& name) : model(model), name(name) {}  // and lists the parameters: see Model::add
     virtual ~Layer() = default;
+    virtual void add_optional() {}  // lists parameters that a flag adds: after all others, which are then drawn alike with and without them
     virtual void plan_activations(Plan& plan) = 0;                      // what forward leaves behind for backward
     virtual void plan_gradients(Plan& plan) = 0;                        // what only backward uses: one memory for all layers
     virtual void plan_state(Arena&, int /*B*/, int64_t /*context*/) {}  // what decoding carries over, for so many tokens in all

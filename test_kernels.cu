@@ -1452,9 +1452,10 @@ TEST_CASE("a model's gradients are those of its loss", kDouble ? "[model][fd]" :
 TEST_CASE("Conba's gradients are those of its loss, with every subset of its terms", kDouble ? "[model][fd]" : "[.double]") {
     for (int subset = 0; subset < 64; ++subset) {
         Config config{.layers = "C", .vocab = 5, .d_model = 3, .d_inner = 5, .d_state = 2, .d_conv = 2, .dt_rank = 2, .conba = "none",
-                      .conba_tau = 2, .conba_alpha = 0.3, .conba_kappa = 0.25, .conba_eps = 0.1, .conba_sigma = 0.1};
+                      .conba_tau = 2, .conba_alpha = 0.3, .conba_kappa = 0.25, .conba_eps = 0.1};
         for (int term = 0; term < 6; ++term)
             if (subset >> term & 1) config.conba = (config.conba == "none" ? "" : config.conba + ",") + kConbaTerms[term];
+        if (config.conba_has("noise")) config.conba_sigma = 0.1;
         INFO(config.conba);
         Model model(config, plain::layers);
         const Batch batch(config.vocab, 1, 6);
@@ -1476,6 +1477,11 @@ TEST_CASE("Conba without its terms is a Mamba mixer with norms; at first its ter
                 if (off_centre) initialize_off_centre(without);
                 else without.initialize(seed);
                 with.initialize(seed);
+                Config none = conba;  // the other tensors are drawn alike, whatever the terms
+                none.conba = "none";
+                Model bare(none, *on);
+                bare.initialize(seed);
+                for (const Tensor* t : bare.tensors) CHECK(weights_of(with, tensor(with, t->name)) == weights_of(bare, *t));
                 for (const Tensor* t : without.tensors) {
                     const size_t at = t->name.find("mixer");
                     const std::string name = at == std::string::npos ? t->name : std::string(t->name).replace(at, 5, "conba");
@@ -1656,7 +1662,7 @@ TEST_CASE("accumulated parts of a batch give the gradients of the whole", "[mode
     for (Family f : families()) DYNAMIC_SECTION(f.name) {
         if (f.config.expert_choice()) continue;
         f.config.capacity = f.config.balance_loss = f.config.z_loss = 0;  // these depend on the batch as a whole
-        f.config.conba = Config().conba;                                  // and noise on the place in it
+        f.config.conba = Config().conba, f.config.conba_sigma = 0;        // and noise on the place in it
         const int parts = 4, T = 9;
         const Batch batch(f.config.vocab, parts, T);
         Model whole(f.config, cpu::layers), in_parts(f.config, cpu::layers);

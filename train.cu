@@ -151,6 +151,7 @@ static void save_checkpoint(const Model& model, const fs::path& out, int step, c
 struct Checkpoint {
     std::string model, optimizer;  // paths
     std::string machine;           // that wrote it; "": it does not say
+    Tokenizer tokenizer;
     Config config;
     Run run;
     int step = 0;
@@ -161,6 +162,7 @@ struct Checkpoint {
         config = Config::from_json(file.meta("config"), model);
         optimizer = (out / fs::path(file.meta("optimizer")).filename()).string();
         machine = file.meta("machine", "");
+        tokenizer = Tokenizer::from_json(file.meta("tokenizer"), model);
         const auto number = [&](const char* key) {
             const std::string text = file.meta(key);
             int64_t value = 0;
@@ -607,6 +609,9 @@ static int train(int argc, char** argv) {
         config.vocab = data.tokenizer.vocab;
     }
     if (config.vocab < data.tokenizer.vocab) fail("--vocab %d: the data's tokenizer has %d tokens", config.vocab, data.tokenizer.vocab);
+    if (checkpoint && (checkpoint->tokenizer.kind != data.tokenizer.kind ||
+                       (data.tokenizer.bpe && checkpoint->tokenizer.bpe->file != data.tokenizer.bpe->file)))
+        fail("--resume: %s has another tokenizer than the run began with", options.data.c_str());
     if (checkpoint && checkpoint->train_tokens != data.train->count)
         fail("--resume: %s has %lld training tokens, the run began with %lld", options.data.c_str(), (long long)data.train->count,
              (long long)checkpoint->train_tokens);

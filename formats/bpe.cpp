@@ -262,7 +262,9 @@ Bpe::Bpe(const File& from) : digits_apart(from.digits_apart), file(from.text) {
     std::unordered_map<std::string, int> tokens;
     std::fill(std::begin(bytes), std::end(bytes), -1);
     for (const auto& [text, token] : from.added) {
-        place(text, token) = text;
+        std::string& to = place(text, token);
+        if (!to.empty()) fail("%s: two tokens are number %lld", name, (long long)token);
+        to = text;
         for (const char* end : {"<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>"})
             if (end_of_text < 0 && text == end) end_of_text = int(token);
     }
@@ -346,8 +348,10 @@ static void read_tokenizer_json(Bpe::File& file, const Json& json) {
         if (merge.is_array() && merge.size() == 2) file.merges.emplace_back(text_of(merge[0], where), text_of(merge[1], where));
         else read_merge(file.merges, text_of(merge, where), where);
     }
+    if (!added.is_null() && !added.is_array()) refuse("its list of added tokens", added);
     for (size_t i = 0; i < added.size(); i++) {
         const std::string where = name + ": added token " + std::to_string(i + 1);
+        if (member(added[i], "special") == false) fail("%s is not special: to find it in a text is not known here", where.c_str());
         if (!member(added[i], "id").is_number_unsigned()) fail("%s has no id", where.c_str());
         file.added.emplace_back(text_of(member(added[i], "content"), where), int64_t(std::min<uint64_t>(added[i]["id"].get<uint64_t>(), INT64_MAX)));
     }

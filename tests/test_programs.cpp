@@ -1096,6 +1096,8 @@ TEST_CASE("train refuses bad flags") {
     refuse(experts + Arguments{"random"}, {"--routing random", "expert-choice"});
     refuse(experts + Arguments{"expert-choice", "--top-k", "2"}, {"--routing expert-choice", "--top-k 1"});
     refuse(experts + Arguments{"expert-choice", "--capacity", "0"}, {"--routing expert-choice", "--capacity above 0"});
+    refuse(place + Arguments{"--layers", "C", "--conba", ""}, {"--conba", "must be none"});
+    refuse(place + Arguments{"--layers", "C", "--conba-sigma", "0.1"}, {"--conba-sigma 0.1", "no noise"});
     for (const char* terms : {" ", "delays", "delay,delay", "delay,", "none,delay", "delay scaling"})
         refuse(place + Arguments{"--layers", "C", std::string("--conba=") + terms},
                {"--conba", "selection,control,delay,scaling,noise,adaptation"});
@@ -1388,7 +1390,7 @@ TEST_CASE("Conba: its gains are in the log, its noise goes on where a run was st
     make_data(at);
     const auto flags = [&](const char* out, int steps, const std::string& conba) {
         return Arguments{"--data", at / "data", "--out", at / out, "--steps", std::to_string(steps), "--schedule", "constant",
-                         "--layers", "CFCE", "--d-model", "16", "--experts", "4", "--conba", conba, "--conba-sigma", "0.2"} + kSize;
+                         "--layers", "CFCE", "--d-model", "16", "--experts", "4", "--conba", conba, "--conba-sigma", conba.find("noise") == std::string::npos ? "0" : "0.2"} + kSize;
     };
     const std::string noisy = "noise,control,adaptation";  // in another order than they are saved
     const Result whole = at.succeed("train", flags("whole", 4, noisy));
@@ -1513,7 +1515,15 @@ TEST_CASE("tokens of BPE: the same whatever reads them, named by the dataset and
     }
     CHECK(encode(Bpe::load(at / "data"), texts[2]) == encode(bpe, texts[2]));  // that of gpt2, in another form
     at.succeed("data_prep", {"--input", at / "text.txt", "--output", at / "data", "--tokenizer", at / "gpt2", "--val-fraction", "0.1"});
-    at.succeed("train", train_flags(at, "run", 2));
+    at.succeed("train", train_flags(at, "run", 2) + Arguments{"--schedule", "constant"});
+    Json other = given;
+    other["model"]["merges"].erase(200);
+    write_text(at / "tokenizer.json", other.dump());
+    at.succeed("data_prep", {"--input", at / "text.txt", "--output", at / "other", "--tokenizer", at / "tokenizer.json", "--val-fraction", "0.1"});
+    Arguments resume = train_flags(at, "run", 3) + Arguments{"--schedule", "constant", "--resume"};
+    at.succeed("train", resume);
+    resume[1] = at / "other";
+    at.refuse("train", resume, {"--resume", "other", "another tokenizer"});
     CHECK(read_text(at / "run/tokenizer.json") == read_text(at / "data/tokenizer.json"));
     const std::string text = at.succeed("infer", {"--checkpoint", at / "run", "--prompt", "the ri", "--tokens", "5"}).out;
     CHECK(text.starts_with("the ri"));
@@ -1564,6 +1574,9 @@ TEST_CASE("a tokenizer that is damaged, or does more than is known here, is refu
     refuse([](Json& j) { j["model"]["merges"][7] = {"q", "\u0120\u0120q"}; }, {"merge 8", "the second"});
     refuse([](Json& j) { j["added_tokens"] = Json::array(), j["model"]["vocab"].erase("<|endoftext|>"); }, {"no end-of-text token"});
     refuse([](Json& j) { j["added_tokens"][0]["id"] = "x"; }, {"added token 1", "no id"});
+    refuse([](Json& j) { j["added_tokens"][0]["special"] = false; }, {"added token 1", "not special"});
+    refuse([](Json& j) { j["added_tokens"] = "x"; }, {"list of added tokens"});
+    refuse([](Json& j) { j["added_tokens"].push_back({{"id", 0}, {"content", "</s>"}}); }, {"two tokens are number 0"});
     write_text(at / "tokenizer.json", "{");
     at.refuse("data_prep", {"--input", at / "text.txt", "--output", at / "data", "--tokenizer", at / "tokenizer.json"}, {"not readable as JSON"});
     fs::create_directory(at / "empty");
