@@ -108,9 +108,10 @@ struct ShardWriter {
 
 // ------------------------------------------------------------------------------------------------------------------
 // Text on its way to the shards, in segments, in order: as soon as there are enough of them, all cores encode them. A long text becomes
-// several, cut where no word of a tokenizer goes across.
+// several, cut where no word of a tokenizer goes across; or else, so that memory does not grow with the longest word, after kLongest bytes.
 struct Encoder {
-    static constexpr size_t kSegment = 1 << 18, kBatch = 1 << 23;  // bytes
+    static constexpr size_t kSegment = 1 << 16, kLongest = 1 << 22, kBatch = 1 << 20;  // bytes
+    static constexpr size_t kOverhead = 256;                                           // of a segment, which may be a few bytes long
     struct Segment {
         std::string text = {};
         ShardWriter* to;
@@ -124,18 +125,28 @@ struct Encoder {
     int64_t replaced = 0;  // places that were not UTF-8
 
     void text(ShardWriter* to, const char* data, size_t size) {
-        if (segments.empty() || segments.back().ends) segments.push_back({.to = to});
+        if (segments.empty() || segments.back().ends) add({.to = to});
         std::string& last = segments.back().text;
         const size_t before = last.size();
         last.append(data, size);
         bytes += size;
         if (last.size() < kSegment) return;
-        const size_t cut = word_boundary(last, before);  // before that it was too short
-        if (cut == std::string::npos) return;
+        size_t cut = tokenizer.bpe ? word_boundary(last, before) : last.size();  // before that it was too short
+        if (cut == std::string::npos) {
+            if (last.size() < kLongest) return;
+            cut = last.size();  // less its last character, which may not be whole
+            while (cut > last.size() - 3 && (last[cut - 1] & 0xC0) == 0x80) cut--;
+            cut--;
+        }
         Segment rest{.text = last.substr(cut), .to = to};
         last.resize(cut);
-        if (bytes >= kBatch) run(), bytes = rest.text.size();
-        segments.push_back(std::move(rest));
+        bytes -= rest.text.size();
+        if (bytes >= kBatch) run();
+        add(std::move(rest));
+    }
+    void add(Segment&& segment) {
+        bytes += segment.text.size() + kOverhead;
+        segments.push_back(std::move(segment));
     }
     void end() {  // of a document, or of its part in a split
         segments.back().ends = true;

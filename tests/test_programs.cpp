@@ -1529,6 +1529,12 @@ TEST_CASE("tokens of BPE: the same whatever reads them, named by the dataset and
     CHECK(text.starts_with("the ri"));
     fs::remove(at / "run/tokenizer.json");
     at.refuse("infer", {"--checkpoint", at / "run", "--prompt", "the ri"}, {"run/tokenizer.json", "No such file"});
+    // A word without end is cut, but no character: here behind 4 MiB and some
+    std::string endless;
+    while (endless.size() < 5 << 20) endless += "é";
+    write_text(at / "endless.txt", "a" + endless);
+    at.succeed("data_prep", {"--input", at / "endless.txt", "--output", at / "endless", "--tokenizer", at / "gpt2", "--val-fraction", "0"});
+    CHECK((decode(bpe, read_tokens(at / "endless", "train")) == "a" + endless));
     // More than 2^16 tokens: 32 bits each
     Json large = given;
     large["model"]["vocab"]["qqqq"] = 67000;
