@@ -459,7 +459,8 @@ static int data_prep(int argc, char** argv) {
     files.back()->close();
     std::vector<std::string> gone = dataset_files(output, "");  // shards of an earlier run that this one has no other for
     std::erase_if(gone, [&](const std::string& path) {  // a tokenizer may be somebody else's
-        return fs::path(path).filename() == kTokenizerFile || std::any_of(files.begin(), files.end(), [&](const auto& file) { return file->path == path; });
+        return fs::path(path).filename() == kTokenizerFile ||
+               std::any_of(files.begin(), files.end(), [&](const auto& file) { return file->path == path; });
     });
     replace_files(files, gone);
     if (encoder.replaced > 0)

@@ -1482,11 +1482,11 @@ TEST_CASE("Conba without its terms is a Mamba mixer with norms; at first its ter
                 Model bare(none, *on);
                 bare.initialize(seed);
                 for (const Tensor* t : bare.tensors) CHECK(weights_of(with, tensor(with, t->name)) == weights_of(bare, *t));
-                for (const Tensor* t : without.tensors) {
-                    const size_t at = t->name.find("mixer");
-                    const std::string name = at == std::string::npos ? t->name : std::string(t->name).replace(at, 5, "conba");
-                    set_weights(with, tensor(with, name), weights_of(without, *t));
-                }
+                const auto twin = [&](const Tensor& t) -> const Tensor& {  // of a tensor of `without`, in `with`
+                    const size_t at = t.name.find("mixer");
+                    return tensor(with, at == std::string::npos ? t.name : std::string(t.name).replace(at, 5, "conba"));
+                };
+                for (const Tensor* t : without.tensors) set_weights(with, twin(*t), weights_of(without, *t));
                 const Batch batch(37, 2, 40);
                 for (Model* model : {&with, &without}) model->allocate_training(batch.B, batch.T), run_step(*model, batch);
                 const std::vector<real> got = with.logits(batch.tokens.data(), 2, 40), want = without.logits(batch.tokens.data(), 2, 40);
@@ -1497,10 +1497,8 @@ TEST_CASE("Conba without its terms is a Mamba mixer with norms; at first its ter
                 }
                 CHECK(apart <= kClose);
                 for (const Tensor* t : without.tensors) {
-                    const size_t at = t->name.find("mixer");
-                    const std::string name = at == std::string::npos ? t->name : std::string(t->name).replace(at, 5, "conba");
-                    INFO(name);
-                    CHECK(distance(gradient_of(with, tensor(with, name)), gradient_of(without, *t)) <= by_precision(1e-11, 1e-4, 5e-2));
+                    INFO(t->name);
+                    CHECK(distance(gradient_of(with, twin(*t)), gradient_of(without, *t)) <= by_precision(1e-11, 1e-4, 5e-2));
                 }
             }
 }

@@ -130,7 +130,6 @@ static void remove_others(const fs::path& out, const std::string& optimizer) {
 static void save_checkpoint(const Model& model, const fs::path& out, int step, const Run& run, const Dataset& data) {
     const std::string optimizer = "optimizer-" + std::to_string(step) + ".safetensors";
     try {
-        data.tokenizer.save(out.string());
         model.save_optimizer((out / optimizer).string(), {});
         model.save((out / kModelFile).string(), {{"step", std::to_string(step)},
                                                  {"tokenizer", data.tokenizer.to_json()},
@@ -451,10 +450,12 @@ static void train_steps(Model& model, const Options& options, const Run& run, co
            done ? ("resumed after step " + std::to_string(done)).c_str() : "from the start");
 
     Log log(out, done);
-    if (done == 0)
+    if (done == 0) {
+        data.tokenizer.save(options.out);
         log.write(JsonObject().set("kind", "run").set("config", fields_to_json(config)).set("training", fields_to_json(run))
                       .set("device", model.layers.device).set("precision", kPrecision).set("parameters", model.parameter_count())
                       .set("active_parameters", model.active_parameter_count()).set("peak_flops", peak));
+    }
     std::vector<int> tokens(int64_t(B) * T), targets(tokens.size());
     AdamW optimizer{.lr = 0, .beta1 = run.beta1, .beta2 = run.beta2, .weight_decay = run.weight_decay, .grad_clip = run.grad_clip};
     int saved = done;

@@ -212,20 +212,13 @@ void Bpe::encode(std::vector<int>& tokens, std::string_view text) const {
 // Files. Tokens are written with a character for each byte: itself where it is printed, or else one from U+0100 on.
 using Json = nlohmann::json;
 static constexpr int kCharacters = 256 + 68;  // of which 256 stand for a byte
-static std::array<int, 256> byte_characters() {
-    std::array<int, 256> code;
-    int next = 256;
-    for (int b = 0; b < 256; b++) code[b] = (b > 0x20 && b < 0x7F) || (b > 0xA0 && b != 0xAD) ? b : next++;
-    return code;
-}
 
 // The bytes that a token's text stands for; false: something else is in it.
 static bool token_bytes(const std::string& token, std::string& bytes) {
     static const auto byte_of = [] {
         std::array<int, kCharacters> byte;
         byte.fill(-1);
-        const std::array<int, 256> code = byte_characters();
-        for (int b = 0; b < 256; b++) byte[code[b]] = b;
+        for (int b = 0, next = 256; b < 256; b++) byte[(b > 0x20 && b < 0x7F) || (b > 0xA0 && b != 0xAD) ? b : next++] = b;
         return byte;
     }();
     bytes.clear();
@@ -252,19 +245,18 @@ Bpe::Bpe(const File& from) : digits_apart(from.digits_apart), file(from.text) {
     const char* const name = from.name.c_str();
     // Gaps between numbers take memory: they must not be out of proportion.
     const int64_t most = 4 * int64_t(from.vocabulary.size() + from.added.size()) + (1 << 16);
-    const auto place = [&](const std::string& text, int64_t token) -> std::string& {
+    const auto place = [&](const std::string& text, int64_t token, const std::string& piece) {
         if (token < 0 || token >= most)
             fail("%s: \"%.80s\" is token %lld: with so few tokens numbers must be below %lld", name, printable(text).c_str(), (long long)token,
                  (long long)most);
         if (token >= int64_t(pieces.size())) pieces.resize(token + 1);
-        return pieces[token];
+        if (!pieces[token].empty()) fail("%s: two tokens are number %lld", name, (long long)token);
+        pieces[token] = piece;
     };
     std::unordered_map<std::string, int> tokens;
     std::fill(std::begin(bytes), std::end(bytes), -1);
     for (const auto& [text, token] : from.added) {
-        std::string& to = place(text, token);
-        if (!to.empty()) fail("%s: two tokens are number %lld", name, (long long)token);
-        to = text;
+        place(text, token, text);
         for (const char* end : {"<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>"})
             if (end_of_text < 0 && text == end) end_of_text = int(token);
     }
@@ -273,9 +265,7 @@ Bpe::Bpe(const File& from) : digits_apart(from.digits_apart), file(from.text) {
         std::string piece;
         if (!token_bytes(text, piece) || piece.empty())
             fail("%s: token %lld, \"%.80s\", is not in the characters of byte-level BPE", name, (long long)token, printable(text).c_str());
-        std::string& to = place(text, token);
-        if (!to.empty()) fail("%s: two tokens are number %lld", name, (long long)token);
-        to = piece;
+        place(text, token, piece);
         tokens[text] = int(token);
         if (piece.size() == 1) bytes[static_cast<unsigned char>(piece[0])] = int(token);
     }
@@ -398,14 +388,14 @@ Bpe Bpe::load(const std::string& path) {
     std::error_code ignored;
     const fs::path place(path);
     const bool directory = fs::is_directory(place, ignored);
-    const auto has = [&](const char* name) { return fs::exists(place / name, ignored); };
-    if (directory && !has("tokenizer.json")) {
+    const auto has = [&](const std::string& name) { return fs::exists(place / name, ignored); };
+    if (directory && !has(kTokenizerFile)) {
         if (has("encoder.json")) read_pair(file, (place / "encoder.json").string(), (place / "vocab.bpe").string());
         else if (has("vocab.json")) read_pair(file, (place / "vocab.json").string(), (place / "merges.txt").string());
         else fail("%s: no tokenizer.json in it, nor encoder.json and vocab.bpe, nor vocab.json and merges.txt", path.c_str());
         file.text = tokenizer_json(file);
     } else {
-        file.name = directory ? (place / "tokenizer.json").string() : path;
+        file.name = directory ? (place / kTokenizerFile).string() : path;
         file.text = read_file(file.name, "tokenizer");
         read_tokenizer_json(file, parse_json<Json>(file.text, file.name));
     }

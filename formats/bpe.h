@@ -22,6 +22,8 @@ size_t word_boundary(std::string_view text, size_t from);
 // text with U+FFFD for what is not UTF-8, in the places where Python's errors="replace" has it; adds their number to *replaced.
 std::string valid_utf8(std::string_view text, int64_t* replaced);
 
+inline const std::string kTokenizerFile = "tokenizer.json";
+
 struct Bpe {
     std::vector<std::string> pieces;  // the bytes of each token; "" of one that is not text
     int end_of_text = -1;             // token

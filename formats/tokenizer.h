@@ -9,8 +9,6 @@
 
 #include "bpe.h"
 
-inline const std::string kTokenizerFile = "tokenizer.json";
-
 struct Tokenizer {
     std::string kind = "bytes";  // token = byte; or "bpe"
     int vocab = 257, end_of_text = 256;
