@@ -34,7 +34,12 @@ RELAXED := -fno-math-errno -fno-trapping-math
 OPTIMIZE ?= $(if $(filter 1,$(SANITIZE)),-O1,-O3) -march=native
 DEBUG ?= -g1
 CXXFLAGS = $(OPTIMIZE) $(DEBUG) -std=c++20 -Wall -Wextra $(if $(filter 1,$(WERROR)),-Werror) -fopenmp $(RELAXED) -I. -MMD -MP $(DEFINES)
-LDLIBS = -lopenblas -fopenmp -lz -lutf8proc
+# What may be absent: a program then says so where it is wanted.
+has = $(shell echo '\#include <$(1)>' | $(CXX) -E -x c++ - > /dev/null 2>&1 && echo 1)
+SENTENCEPIECE := $(call has,sentencepiece_processor.h)
+ZSTD := $(call has,zstd.h)
+FORMAT_LIBS := -lz -lutf8proc $(if $(SENTENCEPIECE),-lsentencepiece) $(if $(ZSTD),-lzstd)
+LDLIBS = -lopenblas -fopenmp $(FORMAT_LIBS)
 ifeq ($(CUDA),1)
 ifeq ($(NVCC),)
 $(error CUDA=1: no nvcc in PATH or /usr/local/cuda/bin: install the CUDA toolkit, or say NVCC=path)
@@ -122,7 +127,7 @@ $(BUILD)/%.o: cpu/%.cpp | $(BUILD)
 	$(COMPILE)
 $(BUILD)/%.o: tests/%.cpp | $(BUILD)
 	$(COMPILE)
-$(SHARED)/%.o: DEFINES :=
+$(SHARED)/%.o: DEFINES := $(if $(SENTENCEPIECE),-DHAS_SENTENCEPIECE) $(if $(ZSTD),-DHAS_ZSTD)
 $(SHARED)/%.o: formats/%.cpp | $(SHARED)
 	$(COMPILE)
 $(SHARED)/%.o: cpu/%.cu | $(SHARED)
@@ -130,7 +135,7 @@ $(SHARED)/%.o: cpu/%.cu | $(SHARED)
 $(SHARED)/%.o: %.cpp | $(SHARED)
 	$(COMPILE)
 $(BUILD)/data_prep: $(SHARED)/data_prep.o $(FORMATS)
-	$(CXX) $^ $(filter -fsanitize%,$(LDLIBS)) -fopenmp -lz -lutf8proc -o $@
+	$(CXX) $^ $(filter -fsanitize%,$(LDLIBS)) -fopenmp $(FORMAT_LIBS) -o $@
 $(BUILD)/%: $(BUILD)/%.o $(COMMON)
 	$(CXX) $^ $(LDLIBS) -o $@
 $(SHARED): | $(BUILD)
@@ -211,7 +216,7 @@ gpu-check:
 
 deps:
 	$(if $(filter 0,$(shell id -u)),,sudo )sh -c 'apt-get update && apt-get install -y g++ make python3 libopenblas-openmp-dev strace \
-	  libboost-context-dev nlohmann-json3-dev libcli11-dev zlib1g-dev libutf8proc-dev catch2 bible-kjv'
+	  libboost-context-dev nlohmann-json3-dev libcli11-dev zlib1g-dev libutf8proc-dev libsentencepiece-dev libzstd-dev catch2 bible-kjv'
 
 clean:
 	rm -rf build $(PROGRAMS)

@@ -2,7 +2,6 @@
 // One pass in blocks, which all cores encode: memory does not grow with the input.
 #include <fcntl.h>
 #include <unistd.h>
-#include <zlib.h>
 
 #include <algorithm>
 #include <cerrno>
@@ -16,7 +15,9 @@
 #include <utility>
 #include <vector>
 
+#include "formats/bpe_train.h"
 #include "formats/dataset.h"
+#include "formats/documents.h"
 #include "formats/files.h"
 #include "formats/json.h"
 #include "formats/options.h"
@@ -31,7 +32,7 @@ constexpr std::string_view kSeparator = "<|endoftext|>";
 static bool is_dataset_file(const std::string& name) {
     std::string form = name;
     std::replace_if(form.begin(), form.end(), [](char c) { return c >= '0' && c <= '9'; }, '0');
-    return name == kDatasetFile || name == kTokenizerFile || form == "train_000000.bin" || form == "val_000000.bin";
+    return name == kDatasetFile || name == kTokenizerFile || name == kSentencePieceFile || form == "train_000000.bin" || form == "val_000000.bin";
 }
 // Those in a directory whose name is followed by this suffix, without it.
 static std::vector<std::string> dataset_files(const fs::path& directory, const std::string& suffix) {
@@ -115,63 +116,80 @@ struct Encoder {
     struct Segment {
         std::string text = {};
         ShardWriter* to;
-        bool ends = false;  // end-of-text follows
+        bool begins = false;  // a document, or its part in a split: end-of-text, and then the text
         std::vector<int> tokens = {};
         int64_t replaced = 0;
     };
-    const Tokenizer tokenizer;
+    const Tokenizer& tokenizer;
+    WordCounts* words = nullptr;  // to be counted: then nothing is encoded
     std::vector<Segment> segments = {};
     size_t bytes = 0;
     int64_t replaced = 0;  // places that were not UTF-8
 
-    void text(ShardWriter* to, const char* data, size_t size) {
-        if (segments.empty() || segments.back().ends) add({.to = to});
+    void begin(ShardWriter* to) {
+        if (bytes >= kBatch) run();
+        add({.to = to, .begins = true});
+    }
+    void text(const char* data, size_t size) {
         std::string& last = segments.back().text;
         const size_t before = last.size();
         last.append(data, size);
         bytes += size;
         if (last.size() < kSegment) return;
-        size_t cut = tokenizer.bpe ? word_boundary(last, before) : last.size();  // before that it was too short
+        size_t cut = boundary(last, before);  // before that it was too short
         if (cut == std::string::npos) {
             if (last.size() < kLongest) return;
             cut = last.size();  // less its last character, which may not be whole
             while (cut > last.size() - 3 && (last[cut - 1] & 0xC0) == 0x80) cut--;
             cut--;
         }
-        Segment rest{.text = last.substr(cut), .to = to};
+        Segment rest{.text = last.substr(cut), .to = segments.back().to};
         last.resize(cut);
         bytes -= rest.text.size();
         if (bytes >= kBatch) run();
         add(std::move(rest));
     }
+    void run() {
+        if (words) {
+            std::vector<std::string_view> texts;
+            for (const Segment& s : segments) texts.push_back(s.text);
+            replaced += words->add(texts);
+        } else {
+#pragma omp parallel for schedule(dynamic)
+            for (size_t i = 0; i < segments.size(); i++) {
+                Segment& s = segments[i];
+                if (s.begins) s.tokens.push_back(tokenizer.end_of_text);
+                s.replaced = tokenizer.encode(s.tokens, s.text, !s.begins);
+            }
+            for (Segment& s : segments) {
+                s.to->append(s.tokens.data(), s.tokens.size());
+                replaced += s.replaced;
+            }
+        }
+        segments.clear();
+        bytes = 0;
+    }
+
+   private:
     void add(Segment&& segment) {
         bytes += segment.text.size() + kOverhead;
         segments.push_back(std::move(segment));
     }
-    void end() {  // of a document, or of its part in a split
-        segments.back().ends = true;
-        if (bytes >= kBatch) run();
-    }
-    void run() {
-#pragma omp parallel for schedule(dynamic)
-        for (size_t i = 0; i < segments.size(); i++) {
-            Segment& s = segments[i];
-            s.replaced = tokenizer.encode(s.tokens, s.text);
-            if (s.ends) s.tokens.push_back(tokenizer.end_of_text);
-        }
-        for (Segment& s : segments) {
-            s.to->append(s.tokens.data(), s.tokens.size());
-            replaced += s.replaced;
-        }
-        segments.clear();
-        bytes = 0;
+    // Where the text can be cut, at `from` or later; npos: nowhere yet.
+    size_t boundary(const std::string& text, size_t from) const {
+        if (tokenizer.kind == "bytes" && !words) return text.size();
+        size_t at = word_boundary(text, from);
+        // A model of SentencePiece takes one space as what it puts in front of every text.
+        const auto lone_space = [&] { return text[at] == ' ' && at + 1 < text.size() && text[at + 1] > ' '; };
+        while (tokenizer.sentencepiece && at != std::string::npos && !lone_space()) at = word_boundary(text, at + 1);
+        return at;
     }
 };
 
 // Deals text to the two splits in units: documents, but of one that is too long its beginning and then pieces. Too long is what exceeds
 // the share of all text that validation is to get; where there are documents enough for a whole one in validation, four times that.
 // A unit that is cut ends at the first end of a line after its size, half a piece later at the latest. Where a document is cut between
-// the splits, both sides end in end-of-text: no token is in both, and no model reads from one split into the other.
+// the splits, what follows begins with end-of-text: no token is in both, and no model reads from one split into the other.
 struct Splitter {
     static constexpr size_t kHeld = 16 << 20;
 
@@ -226,14 +244,13 @@ struct Splitter {
         while (size > 0) {
             if (!unit_open) open_unit();
             size_t n = take(data, std::min(size, kBlock));
-            encoder.text(writer, data, n);
+            encoder.text(data, n);
             document_open = true;
             data += n, size -= n, bytes += n, unit_bytes += n;
         }
     }
     void end_dealt() {
         if (!document_open) return;
-        encoder.end();
         document_open = unit_open = false;
         ++documents;
     }
@@ -241,7 +258,7 @@ struct Splitter {
         // Stratified: the k-th validation unit lies somewhere in the k-th run of 1 / fraction units. The seed is part of the format.
         bool validation = fraction > 0 && double(units + 1) > (chosen + random_uniform(0, kShuffleStream, chosen)) / fraction;
         ShardWriter* next = validation ? &val : &train;
-        if (document_open && next != writer) encoder.end();
+        if (!document_open || next != writer) encoder.begin(next);
         writer = next;
         // Pieces are small enough for some of validation even in a small text, large enough for long contexts in a large one.
         double share = fraction * double(std::max(total_bytes, bytes));
@@ -280,12 +297,22 @@ struct Input {
     bool named;    // by the user; others were found in a directory
     int64_t size;  // on disk
     bool stream = false;
+    std::string name() const { return path == "-" ? "standard input" : path; }
+    bool json() const {  // lines of it, by the file's name
+        std::string plain = path;
+        for (const char* compressed : {".gz", ".zst"})
+            if (plain.ends_with(compressed)) plain.resize(plain.size() - strlen(compressed));
+        return plain.ends_with(".jsonl") || plain.ends_with(".json") || plain.ends_with(".ndjson");
+    }
 };
 
 struct Progress {
     static double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
-    int64_t total = 0;  // bytes on disk; 0 = unknown
+    int64_t total = 0;  // bytes on disk, or what `unit` is of; 0 = unknown
+    const std::string what = "";
+    const double unit = 1e6;
+    const char* const unit_name = "MB";
     const double start = now();
     const bool terminal = isatty(STDERR_FILENO);
     double next = start + (terminal ? 0.2 : 10);
@@ -295,7 +322,8 @@ struct Progress {
         if (time < next) return;
         next = time + (terminal ? 0.2 : 10);
         double rate = done / (time - start);
-        fprintf(stderr, "%s%.1f MB at %.1f MB/s", terminal ? "\r" : "", done / 1e6, rate / 1e6);
+        fprintf(stderr, "%s%s%.*f %s at %.*f %s/s", terminal ? "\r" : "", what.c_str(), unit > 1, done / unit, unit_name, unit > 1, rate / unit,
+                unit_name);
         if (total > 0) {
             long left = long((total - done) / std::max(rate, 1.0));
             fprintf(stderr, ", %.1f %%, %ld:%02ld left", 100.0 * done / total, left / 60, left % 60);
@@ -345,27 +373,32 @@ static std::vector<Input> list_inputs(const std::vector<std::string>& paths, con
     return inputs;
 }
 
-// Reads one file, gzipped or not, and passes its documents on. False: it is not text.
-static bool read_documents(const Input& input, Splitter& splitter, Progress& progress, int64_t done) {
-    const char* name = input.path == "-" ? "standard input" : input.path.c_str();
-    const int descriptor = input.path == "-" ? dup(STDIN_FILENO) : input.stream ? open(name, O_RDONLY | O_CLOEXEC)
-                                                   : InputFile(name, "cannot read").release();
-    gzFile file = descriptor < 0 ? nullptr : gzdopen(descriptor, "rb");
-    if (!file) fail("cannot read %s: %s", name, strerror(errno));
-    std::unique_ptr<gzFile_s, int (*)(gzFile)> closer(file, gzclose);
-    gzbuffer(file, kBlock);
+static int64_t total_size(const std::vector<Input>& inputs) {  // on disk; 0 = unknown
+    int64_t total = 0;
+    for (const Input& input : inputs) {
+        if (input.stream) return 0;
+        total += input.size;
+    }
+    return total;
+}
 
+static TextFile open_input(const Input& input) {
+    const std::string name = input.name();
+    return TextFile(name, input.path == "-" ? dup(STDIN_FILENO) : input.stream ? open(name.c_str(), O_RDONLY | O_CLOEXEC)
+                                                              : InputFile(name, "cannot read").release());
+}
+
+// Reads one file of text, and passes its documents on. False: it is not text.
+static bool read_text(const Input& input, Splitter& splitter, Progress& progress, int64_t done) {
+    const std::string name = input.name();
+    TextFile file = open_input(input);
     std::string block(kBlock, 0), text;  // text: read but not passed on yet
     bool line_start = true;              // text begins at the start of a line
     for (bool first = true, last = false; !last; first = false) {
-        int n = gzread(file, block.data(), unsigned(block.size()));
-        int error = Z_OK;
-        const char* reason = gzerror(file, &error);
-        if (n < 0) fail("cannot read %s: %s", name, error == Z_ERRNO ? strerror(errno) : reason);
-        if (n == 0 && error == Z_BUF_ERROR) fail("%s is truncated: its gzip data has no end", name);
-        if (first && n == 0 && input.named) fail("%s is empty", name);
+        const size_t n = file.read(block.data(), block.size());
+        if (first && n == 0 && input.named) fail("%s is empty", name.c_str());
         if (first && memchr(block.data(), 0, n)) {
-            if (input.named) fail("%s is not text: it has zero bytes (UTF-16 must be converted to UTF-8)", name);
+            if (input.named) fail("%s is not text: it has zero bytes (UTF-16 must be converted to UTF-8)", name.c_str());
             return false;
         }
         text.append(block, 0, n);
@@ -386,58 +419,163 @@ static bool read_documents(const Input& input, Splitter& splitter, Progress& pro
         splitter.text(text.data() + from, ready - from);
         if (ready > 0) line_start = text[ready - 1] == '\n';
         text.erase(0, ready);
-        progress.show(done + std::max<int64_t>(gzoffset(file), 0));  // -1: of a pipe
+        progress.show(done + file.consumed());
     }
     splitter.end_document();
     return true;
 }
 
-static int data_prep(int argc, char** argv) {
+// JSON lines, each a document. Lines are taken apart by all cores, a batch at a time; a bad one is skipped, and counted.
+struct JsonLines {
+    static constexpr size_t kBatch = 1 << 20, kLongest = 64 << 20;  // bytes: of lines, of a line
+    const std::string field;
+    const bool strict;  // a bad line is an error
+    int64_t bad = 0;
+    std::string first_bad = {};
+
+    void read(const Input& input, Splitter& splitter, Progress& progress, int64_t done) {
+        TextFile file = open_input(input);
+        std::string block(kBlock, 0), text;
+        int64_t line = 0;  // that have been read
+        bool too_long = false;
+        for (bool last = false; !last;) {
+            const size_t n = file.read(block.data(), block.size());
+            last = n == 0;
+            text.append(block, 0, n);
+            progress.show(done + file.consumed());
+            if (last && !text.empty() && !text.ends_with('\n')) text += '\n';
+            const size_t end = text.rfind('\n') + 1;  // 0: there is none
+            if (end == 0 && text.size() > kLongest) too_long = true, text.clear();
+            if (end == 0 || (!last && text.size() < kBatch)) continue;
+            std::vector<std::string_view> lines;
+            for (size_t at = 0; at < end; at = text.find('\n', at) + 1) lines.push_back(std::string_view(text).substr(at, text.find('\n', at) - at));
+            if (too_long) report(input, line + 1, "longer than " + std::to_string(kLongest >> 20) + " MiB"), lines[0] = {};
+            too_long = false;
+            documents(lines, input, line, splitter);
+            line += int64_t(lines.size());
+            text.erase(0, end);
+        }
+    }
+
+   private:
+    void documents(const std::vector<std::string_view>& lines, const Input& input, int64_t before, Splitter& splitter) {
+        std::vector<std::string> texts(lines.size()), problems(lines.size());
+        const auto blank = [&](size_t i) { return lines[i].find_first_not_of(" \t\r") == std::string_view::npos; };
+#pragma omp parallel for schedule(dynamic, 16)
+        for (size_t i = 0; i < lines.size(); i++)
+            if (!blank(i)) read_json_line(lines[i], field, texts[i], problems[i]);
+        for (size_t i = 0; i < lines.size(); i++) {
+            if (!problems[i].empty()) {
+                report(input, before + int64_t(i) + 1, problems[i]);
+                continue;
+            }
+            splitter.text(texts[i].data(), texts[i].size());
+            splitter.end_document();
+        }
+    }
+    void report(const Input& input, int64_t line, const std::string& problem) {
+        const std::string where = input.name() + ", line " + std::to_string(line) + ": " + printable(problem);
+        if (strict) fail("%s; without --strict bad lines are skipped", where.c_str());
+        if (bad++ == 0) first_bad = where;
+    }
+};
+
+struct Options {
     std::vector<std::string> paths;
-    std::string output, tokenizer_name = "bytes";
+    std::string output, tokenizer = "bytes", format = "auto", field = "text";
     double fraction = 0.01;
-    int shard_tokens = 100'000'000;
-    CommandLine command("Turns text into token files for train. A file is one document, or several if it has lines that read <|endoftext|>; "
-                        "every document is followed by the end-of-text token.");
-    command.add("--input", paths, "text files, directories of them, or - for standard input; each may be gzipped");
-    command.add("--output", output, "directory for train_*.bin, val_*.bin and dataset.json; created if need be");
-    command.add("--tokenizer", tokenizer_name,
+    int shard_tokens = 100'000'000, train_tokenizer = 0;
+    bool strict = false;
+
+    void check() const {
+        if (paths.empty() || output.empty()) fail("--input and --output are required");
+        if (!(fraction >= 0 && fraction <= 0.5)) fail("--val-fraction %g: must be from 0 to 0.5", fraction);
+        if (shard_tokens < 1) fail("--shard-tokens %d: must be at least 1", shard_tokens);
+        if (format != "auto" && format != "text" && format != "jsonl") fail("--format %s: there are auto, text and jsonl", format.c_str());
+        if (train_tokenizer != 0 && (train_tokenizer < kLeastVocab || train_tokenizer > kMostVocab))
+            fail("--train-tokenizer %d: must be from %d to %d tokens", train_tokenizer, kLeastVocab, kMostVocab);
+        if (train_tokenizer != 0 && tokenizer != "bytes") fail("--tokenizer or --train-tokenizer, not both");
+    }
+};
+
+// Passes all documents on; returns how many files were no text.
+static int64_t read_inputs(const std::vector<Input>& inputs, const Options& options, const std::string& what, JsonLines& json, Splitter& splitter) {
+    Progress progress{.total = total_size(inputs), .what = what};
+    int64_t done = 0, skipped = 0;
+    for (const Input& input : inputs) {
+        if (options.format == "jsonl" || (options.format == "auto" && input.json())) json.read(input, splitter, progress, done);
+        else if (!read_text(input, splitter, progress, done)) ++skipped;
+        done += input.size;
+    }
+    splitter.end_input();
+    return skipped;
+}
+
+// A tokenizer of the inputs' own words. They are read for it once before they are read for the dataset.
+static std::string train_tokenizer(const std::vector<Input>& inputs, const Options& options) {
+    for (const Input& input : inputs)
+        if (input.stream) fail("--train-tokenizer: %s cannot be read twice: give files", input.name().c_str());
+    const Tokenizer none;
+    WordCounts words;
+    Encoder encoder{none, &words};
+    ShardWriter nowhere(options.output, "train", 1, false);
+    Splitter splitter{encoder, nowhere, nowhere, 0, 0, 0};
+    JsonLines json{options.field, options.strict};
+    read_inputs(inputs, options, "words: ", json, splitter);
+    encoder.run();
+    if (words.counts.empty()) fail("no text in %s", options.paths[0].c_str());
+    Progress progress{.total = options.train_tokenizer, .what = "tokenizer: ", .unit = 1, .unit_name = "tokens"};
+    int made = 0;
+    const std::string file = train_bpe(words, options.train_tokenizer, [&](int tokens) { progress.show(made = tokens); });
+    if (made < options.train_tokenizer)
+        fprintf(stderr, "note: the text has pairs for a tokenizer of %d tokens, not more\n", std::max(made, kLeastVocab));
+    return file;
+}
+
+static int data_prep(int argc, char** argv) {
+    Options options;
+    CommandLine command("Turns text into token files for train. A file of text is one document, or several if it has lines that read "
+                        "<|endoftext|>; in a .jsonl or .json file each line is one. The end-of-text token comes before every document.");
+    command.add("--input", options.paths, "files, directories of them, or - for standard input; each may be compressed by gzip or zstd");
+    command.add("--output", options.output, "directory for train_*.bin, val_*.bin and dataset.json; created if need be");
+    command.add("--format", options.format, "auto: by the file's name; text; or jsonl, where each line is a JSON object");
+    command.add("--field", options.field, "of the JSON object: what has the text");
+    command.add("--strict", options.strict, "stop at a bad line of JSON; without it they are counted and skipped");
+    command.add("--tokenizer", options.tokenizer,
                 std::string("bytes: a token is a byte, 256 is end-of-text; or byte-level BPE: a tokenizer.json, or a directory with one, with "
                             "encoder.json and vocab.bpe (GPT-2), or with vocab.json and merges.txt; letters and numbers are those of Unicode ") +
-                    unicode_version());
-    command.add("--val-fraction", fraction,
+                    unicode_version() + "; or a .model of SentencePiece");
+    command.add("--train-tokenizer", options.train_tokenizer,
+                "make a tokenizer of so many tokens of the input itself first: byte-level BPE, each digit apart, written as tokenizer.json");
+    command.add("--val-fraction", options.fraction,
                 "share for validation, 0 to 0.5: of every 1/share documents one, chosen at random but always the same; a document "
                 "longer than the share of all text (4 times that if there are at least 1/share documents) is dealt in pieces of about "
                 "1/4 of the share, 128 KiB at most, cut at the ends of lines");
-    command.add("--shard-tokens", shard_tokens, "most tokens in one file");
+    command.add("--shard-tokens", options.shard_tokens, "most tokens in one file");
     if (!command.parse(argc, argv)) return 0;
-    if (paths.empty() || output.empty()) fail("--input and --output are required");
-    if (!(fraction >= 0 && fraction <= 0.5)) fail("--val-fraction %g: must be from 0 to 0.5", fraction);
-    if (shard_tokens < 1) fail("--shard-tokens %d: must be at least 1", shard_tokens);
+    options.check();
+    const std::string& output = options.output;
+    const double fraction = options.fraction;
 
-    const Tokenizer tokenizer = Tokenizer::load(tokenizer_name);
-    std::vector<Input> inputs = list_inputs(paths, output);
-    Progress progress;
-    bool streams = false;
-    for (const Input& input : inputs) progress.total += input.size, streams |= input.stream;
-    if (streams) progress.total = 0;
+    Tokenizer tokenizer;
+    if (options.train_tokenizer == 0) tokenizer = Tokenizer::load(options.tokenizer);
+    std::vector<Input> inputs = list_inputs(options.paths, output);
     std::error_code error;
     fs::create_directories(output, error);
     if (error) fail("cannot create directory %s: %s", output.c_str(), error.message().c_str());
     recover(output);
+    if (options.train_tokenizer != 0) tokenizer = Tokenizer::of_bpe(train_tokenizer(inputs, options), "the tokenizer");
 
     const bool wide = tokenizer.vocab > 1 << 16;
-    ShardWriter train(output, "train", shard_tokens, wide), val(output, "val", shard_tokens, wide);
+    ShardWriter train(output, "train", options.shard_tokens, wide), val(output, "val", options.shard_tokens, wide);
     Encoder encoder{tokenizer};
-    Splitter splitter{encoder, train, val, fraction, progress.total, int64_t(inputs.size())};
-    int64_t done = 0, skipped = 0;
-    for (const Input& input : inputs) {
-        if (!read_documents(input, splitter, progress, done)) ++skipped;
-        done += input.size;
-    }
-    splitter.end_input();
+    Splitter splitter{encoder, train, val, fraction, total_size(inputs), int64_t(inputs.size())};
+    JsonLines lines{options.field, options.strict};
+    const int64_t skipped = read_inputs(inputs, options, "", lines, splitter);
     encoder.run();
-    if (splitter.documents == 0) fail("no text in %s", paths[0].c_str());
+    if (lines.bad > 0)
+        fprintf(stderr, "warning: %lld bad line%s skipped; the first: %s\n", (long long)lines.bad, lines.bad == 1 ? "" : "s", lines.first_bad.c_str());
+    if (splitter.documents == 0) fail("no text in %s", options.paths[0].c_str());
     if (train.total == 0 || (fraction > 0 && val.total == 0))
         fail("too little text for --val-fraction %g: %lld bytes; change it, or use 0 for no validation", fraction,
              (long long)splitter.bytes);
@@ -449,9 +587,9 @@ static int data_prep(int argc, char** argv) {
     json.set("documents", splitter.documents).set("split", fraction == 0 ? "none" : splitter.cuts == 0 ? "documents" : "pieces");
     std::vector<std::unique_ptr<NewFile>> files = std::move(train.shards);
     std::move(val.shards.begin(), val.shards.end(), std::back_inserter(files));
-    if (tokenizer.bpe) {
-        files.push_back(std::make_unique<NewFile>((fs::path(output) / kTokenizerFile).string()));
-        files.back()->write(tokenizer.bpe->file);
+    if (!tokenizer.file_name().empty()) {
+        files.push_back(std::make_unique<NewFile>((fs::path(output) / tokenizer.file_name()).string()));
+        files.back()->write(tokenizer.file());
         files.back()->close();
     }
     files.push_back(std::make_unique<NewFile>((fs::path(output) / kDatasetFile).string()));  // the last: who finds it finds all
@@ -459,7 +597,8 @@ static int data_prep(int argc, char** argv) {
     files.back()->close();
     std::vector<std::string> gone = dataset_files(output, "");  // shards of an earlier run that this one has no other for
     std::erase_if(gone, [&](const std::string& path) {  // a tokenizer may be somebody else's
-        return fs::path(path).filename() == kTokenizerFile ||
+        const std::string name = fs::path(path).filename();
+        return name == kTokenizerFile || name == kSentencePieceFile ||
                std::any_of(files.begin(), files.end(), [&](const auto& file) { return file->path == path; });
     });
     replace_files(files, gone);

@@ -20,11 +20,11 @@ namespace fs = std::filesystem;
 
 struct Options {
     static constexpr int kMostSamples = 1 << 16;  // of a batch
-    std::string checkpoint, preset, prompt, prompt_file, choices, device = "auto";
+    std::string checkpoint, preset, tokenizer, prompt, prompt_file, prompt_tokens, choices, device = "auto";
     int64_t tokens = 256;
     int samples = 1;
     Sampling sampling;
-    bool bench = false;
+    bool bench = false, tokenize = false, print_tokens = false;
 
     void check() const {
         if (tokens < 0 || tokens > UINT32_MAX) fail("--tokens %lld: must be from 0 to 2^32 - 1", (long long)tokens);
@@ -33,8 +33,11 @@ struct Options {
             fail("--temperature %g: must be 0, or at least 0.001", sampling.temperature);
         if (sampling.top_k < 0) fail("--top-k %d: must be at least 0", sampling.top_k);
         if (!(sampling.top_p > 0 && sampling.top_p <= 1)) fail("--top-p %g: must be above 0 and at most 1", sampling.top_p);
-        if (!prompt.empty() && !prompt_file.empty()) fail("--prompt or --prompt-file, not both");
-        if (!choices.empty() && (bench || !prompt.empty() || !prompt_file.empty())) fail("--choices goes with no prompt and no --bench");
+        const int prompts = !prompt.empty() + !prompt_file.empty() + !prompt_tokens.empty();
+        if (prompts > 1) fail("--prompt, --prompt-file or --prompt-tokens, not several");
+        if (!choices.empty() && (bench || prompts)) fail("--choices goes with no prompt and no --bench");
+        if (tokenize && (bench || !choices.empty())) fail("--tokenize goes with neither --bench nor --choices");
+        if (tokenize && !tokenizer.empty()) return;  // that is all it needs
         if (checkpoint.empty() == preset.empty()) fail("give --checkpoint, or --preset for random weights");
         if (!preset.empty() && !bench) fail("--preset has random weights: only for --bench");
     }
@@ -47,12 +50,43 @@ static void print(const std::string& text) {
         fail("cannot write the text: %s", strerror(errno));
 }
 
+// Prints a text as it comes: whole characters, with U+FFFD for what is none; or tokens.
+struct Printer {
+    const Tokenizer& tokenizer;
+    const bool tokens;
+    std::string waiting = {};  // the beginning of a character
+    bool first = true;
+
+    void add(int token) {
+        if (tokens) return print((std::exchange(first, false) ? "" : ",") + std::to_string(token));
+        waiting += tokenizer.decode(token);
+        const size_t whole = whole_characters(waiting);
+        write(waiting.substr(0, whole));
+        waiting.erase(0, whole);
+    }
+    void end() {
+        write(waiting);
+        print("\n");
+    }
+
+   private:
+    static void write(const std::string& text) {
+        int64_t replaced = 0;
+        if (!text.empty()) print(valid_utf8(text, &replaced));
+    }
+};
+
 // One text appears as it is drawn; several, which are drawn in one batch, one after the other when they are done.
 static void sample(Model& model, const Tokenizer& tokenizer, const std::vector<int>& prompt, const std::string& prompt_text,
                    const Options& options) {
     const bool alone = options.samples == 1;
-    std::vector<std::string> texts(options.samples, prompt_text);
-    if (alone) print(prompt_text);
+    std::vector<std::vector<int>> drawn(options.samples);
+    const auto begin = [&](Printer& printer) {
+        if (!options.print_tokens && options.prompt_tokens.empty()) print(prompt_text);
+        else for (const int token : prompt) printer.add(token);
+    };
+    Printer printer{tokenizer, options.print_tokens};
+    if (alone) begin(printer);
     const double start = omp_get_wtime();
     double first = start, shown = start;
     int64_t count = 0;
@@ -60,8 +94,8 @@ static void sample(Model& model, const Tokenizer& tokenizer, const std::vector<i
     generate(model, state, tokenizer, prompt, options.tokens, options.sampling, 0, options.samples, [&](int text, int token) {
         const double now = omp_get_wtime();
         if (count++ == 0) first = now;
-        if (alone) print(tokenizer.decode(token));
-        else texts[text] += tokenizer.decode(token);
+        if (alone) printer.add(token);
+        else drawn[text].push_back(token);
         if (!alone && now - shown >= 1) {
             shown = now;
             fprintf(stderr, "%lld of at most %lld tokens\n", (long long)count, (long long)(options.tokens * options.samples));
@@ -69,9 +103,14 @@ static void sample(Model& model, const Tokenizer& tokenizer, const std::vector<i
         return !interrupted;
     });
     const double decoding = omp_get_wtime() - first;
-    if (alone) print("\n");
-    for (int i = 0; i < options.samples && !alone; i++)
-        print((i ? "\n---- sample " : "---- sample ") + std::to_string(i + 1) + "\n" + texts[i] + "\n");
+    if (alone) printer.end();
+    for (int i = 0; i < options.samples && !alone; i++) {
+        if (!options.print_tokens) print((i ? "\n---- sample " : "---- sample ") + std::to_string(i + 1) + "\n");
+        Printer one{tokenizer, options.print_tokens};
+        begin(one);
+        for (const int token : drawn[i]) one.add(token);
+        one.end();
+    }
     fprintf(stderr, "[prompt: %zu tokens in %.0f ms; text: %lld tokens", std::max<size_t>(prompt.size(), 1), 1e3 * (first - start),
             (long long)count);
     if (count > options.samples) fprintf(stderr, ", %.1f tokens/s", double(count - options.samples) / decoding);
@@ -219,12 +258,61 @@ static void bench(Model& model, std::vector<int> prompt) {
            100 * rate * weight_bytes / bandwidth, bandwidth / 1e9);
 }
 
+// That of the checkpoint. Where there is none, and tokens are all that is wanted, there need not be one.
+static Tokenizer find_tokenizer(const ModelFiles& files, const Options& options) {
+    const bool text = options.prompt_tokens.empty() || !options.print_tokens || options.tokenize || !options.choices.empty();
+    try {
+        return files.tokenizer();
+    } catch (const Error& e) {
+        if (!text && !files.ours()) return Tokenizer::none(files.config.vocab, files.end_of_text.empty() ? -1 : files.end_of_text[0]);
+        if (files.ours()) throw;
+        fail("%s; or give --tokenizer, or --prompt-tokens and --print-tokens", e.what());
+    }
+}
+
+// "12,7,3"
+static std::vector<int> parse_tokens(const std::string& text, int vocab) {
+    std::vector<int> tokens;
+    std::istringstream list(text);
+    for (std::string number; std::getline(list, number, ',');) {
+        int token = 0;
+        if (parse_number(number, token) != std::errc() || token < 0 || token >= vocab)
+            fail("--prompt-tokens: \"%.40s\" is no token; they are from 0 to %d, with commas between them", printable(number).c_str(), vocab - 1);
+        tokens.push_back(token);
+    }
+    if (text.ends_with(',')) fail("--prompt-tokens: nothing follows the last comma");
+    return tokens;
+}
+
+// With \xNN for each byte that is of no character.
+static std::string quoted(const std::string& piece) {
+    std::string text;
+    for (size_t at = 0, n; at < piece.size(); at += n) {
+        const auto valid = [&] {
+            int64_t replaced = 0;
+            valid_utf8(piece.substr(at, n), &replaced);
+            return replaced == 0;
+        };
+        for (n = 1; n <= 4 && !valid();) n++;
+        char code[8];
+        snprintf(code, sizeof(code), "\\x%02x", static_cast<unsigned char>(piece[at]));
+        text += n <= 4 ? printable(piece.substr(at, n)) : code;
+        if (n > 4) n = 1;
+    }
+    return "\"" + text + "\"";
+}
+
 static int infer(int argc, char** argv) {
     Options options;
     CommandLine command("Samples text from a checkpoint of train. Ctrl-C ends it cleanly.");
-    command.add("--checkpoint", options.checkpoint, "model.safetensors, or the directory that it is in");
+    command.add("--checkpoint", options.checkpoint,
+                "model.safetensors, its index, or the directory that it is in: of train, or of Hugging Face's transformers (mamba, jamba, mixtral)");
     command.add("--prompt", options.prompt, "text to continue; empty: a new document");
     command.add("--prompt-file", options.prompt_file, "file with the text to continue; - = standard input");
+    command.add("--prompt-tokens", options.prompt_tokens, "tokens to continue, like 12,7,3: for a model without a tokenizer");
+    command.add("--print-tokens", options.print_tokens, "print tokens, not text");
+    command.add("--tokenizer", options.tokenizer, "as data_prep's, instead of the checkpoint's");
+    command.add("--tokenize", options.tokenize, "only print the prompt's tokens with their texts; needs --checkpoint or --tokenizer");
     command.add("--tokens", options.tokens, "most tokens to draw; end-of-text ends a sample before");
     command.add("--temperature", options.sampling.temperature, "below 1 favours probable tokens; 0 takes the most probable one");
     command.add("--top-k", options.sampling.top_k, "draw from the k most probable tokens; 0 = all");
@@ -239,29 +327,36 @@ static int infer(int argc, char** argv) {
     command.add("--preset", options.preset, "with --bench, instead of --checkpoint: a model of train --list-presets, random weights");
     if (!command.parse(argc, argv)) return 0;
     options.check();
-    const Layers& layers = find_device(options.device);
     Config config;
     Tokenizer tokenizer;
-    std::string path = options.checkpoint;
-    if (path.empty()) {
-        config = find_preset(options.preset).config;
-    } else {
-        if (fs::is_directory(path)) path = (fs::path(path) / "model.safetensors").string();
-        const Safetensors file(path);
-        config = Config::from_json(file.meta("config"), path);
-        if (!config.causal())
+    std::unique_ptr<ModelFiles> files;
+    if (!options.checkpoint.empty()) {
+        files = std::make_unique<ModelFiles>(options.checkpoint);
+        config = files->config;
+        if (!config.causal() && !options.tokenize)
             fail("%s: its experts choose their tokens from a whole batch (--routing expert-choice), later ones included: such a model can be "
-                 "trained and compared, not continue a text", path.c_str());
-        tokenizer = Tokenizer::from_json(file.meta("tokenizer"), path);
-        if (config.vocab < tokenizer.vocab)
-            fail("%s: its model has %d tokens, its tokenizer %d", path.c_str(), config.vocab, tokenizer.vocab);
+                 "trained and compared, not continue a text", files->weights.path.c_str());
+    } else if (!options.preset.empty()) {
+        config = find_preset(options.preset).config;
     }
+    if (!options.tokenizer.empty()) tokenizer = Tokenizer::load(options.tokenizer);
+    else if (files) tokenizer = find_tokenizer(*files, options);
+    if (files && config.vocab < tokenizer.vocab)
+        fail("%s: its model has %d tokens, the tokenizer %d", files->weights.path.c_str(), config.vocab, tokenizer.vocab);
     std::string text = options.prompt;
     if (options.prompt_file == "-") text = read_standard_input();
     else if (!options.prompt_file.empty()) text = read_file(options.prompt_file, "--prompt-file");
-    std::vector<int> prompt;
+    std::vector<int> prompt = parse_tokens(options.prompt_tokens, options.checkpoint.empty() ? tokenizer.vocab : config.vocab);
     if (const int64_t replaced = tokenizer.encode(prompt, text))
         fprintf(stderr, "warning: %lld places in the prompt are not UTF-8 and became U+FFFD\n", (long long)replaced);
+    if (options.tokenize) {
+        for (const int token : prompt) printf("%7d  %s\n", token, quoted(tokenizer.decode(token)).c_str());
+        return 0;
+    }
+    if (tokenizer.kind == "none" && !options.print_tokens && !options.bench)
+        fail("%s has no tokenizer: give --tokenizer, or --prompt-tokens and --print-tokens", options.checkpoint.c_str());
+    if (prompt.empty() && tokenizer.end_of_text < 0) fail("a model without end-of-text needs a prompt to begin with: --prompt-tokens");
+    const Layers& layers = find_device(options.device);
     if (prompt.size() > size_t(1) << 24) fail("the prompt has %zu tokens; at most 2^24 can go in at once", prompt.size());
 
     struct sigaction action{};
@@ -269,8 +364,9 @@ static int infer(int argc, char** argv) {
     action.sa_flags = SA_RESETHAND | SA_RESTART;  // a second Ctrl-C ends it at once
     sigaction(SIGINT, &action, nullptr);
     Model model(config, layers);
-    if (path.empty()) model.initialize(options.sampling.seed);
-    else model.load(path);
+    model.trains = false;
+    if (files) model.load(*files);
+    else model.initialize(options.sampling.seed);
     if (options.bench) bench(model, prompt);
     else if (!options.choices.empty()) answer(model, tokenizer, options.choices);
     else sample(model, tokenizer, prompt, text, options);

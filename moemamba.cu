@@ -9,6 +9,7 @@
 //  - Long dimensions lie in gridDim.x; offsets into tensors are 64-bit.
 // The Model, after it, is host code only: it calls the layers of whichever device it was given.
 #include "moemamba.h"
+#include "formats/huggingface.h"
 #include "formats/json.h"
 #include "formats/options.h"
 
@@ -17,10 +18,14 @@
 #include <chrono>
 #include <cmath>
 #include <cstring>
+#include <filesystem>
 #include <limits>
 #include <numeric>
 #include <span>
 #include <type_traits>
+#include <unordered_set>
+
+namespace fs = std::filesystem;
 
 namespace gpu {
 namespace {
@@ -3366,13 +3371,14 @@ int Config::capacity_rows(int rows) const {
 
 std::string Config::to_json() const { return fields_to_json(*this).text(); }
 
-Config Config::from_json(const std::string& text, const std::string& where) {
+Config Config::from_json(const std::string& text, const std::string& where, bool whole) {
     Config config;
     const JsonObject json(text, where + ": the model's config");
     const std::string added[] = {"mamba-norms", "conba", "conba-tau", "conba-alpha", "conba-kappa", "conba-eps", "conba-sigma", "heads",
                                  "kv-heads", "head-dim", "rope-base", "swiglu-ff", "routing"};  // older files lack them
     each_field(config, [&](const char* flag, auto& field, auto...) {
-        if (json.has(flag) || std::find(std::begin(added), std::end(added), flag) == std::end(added)) json.get(flag, field);
+        const bool may_lack = !whole || std::find(std::begin(added), std::end(added), flag) != std::end(added);
+        if (json.has(flag) || !may_lack) json.get(flag, field);
     });
     try {
         config.resolve();
@@ -3536,11 +3542,11 @@ struct MambaLayer : Layer {
         model.add(skip, name + "D", {D}, Init::constant, 1, Tensor::plain);
         model.add(conv_weight, name + "conv1d.weight", {D, 1, W}, Init::uniform, conv, Tensor::decayed);
         model.add(conv_bias, name + "conv1d.bias", {D}, Init::uniform, conv, Tensor::plain);
-        model.add(in_proj, name + "in_proj.weight", {2 * D, C}, Init::uniform, 1 / std::sqrt(double(C)), Tensor::decayed);
-        model.add(x_proj, name + "x_proj.weight", {R + 2 * N, D}, Init::uniform, inner, Tensor::decayed);
-        model.add(dt_proj, name + "dt_proj.weight", {D, R}, Init::uniform, 1 / std::sqrt(double(R)), Tensor::decayed);
+        model.add(in_proj, name + "in_proj.weight", {2 * D, C}, Init::uniform, 1 / std::sqrt(double(C)), Tensor::matrix);
+        model.add(x_proj, name + "x_proj.weight", {R + 2 * N, D}, Init::uniform, inner, Tensor::matrix);
+        model.add(dt_proj, name + "dt_proj.weight", {D, R}, Init::uniform, 1 / std::sqrt(double(R)), Tensor::matrix);
         model.add(dt_bias, name + "dt_proj.bias", {D}, Init::dt_bias, 0, Tensor::plain);
-        model.add(out_proj, name + "out_proj.weight", {C, D}, Init::uniform, inner / std::sqrt(double(model.additions)), Tensor::decayed);
+        model.add(out_proj, name + "out_proj.weight", {C, D}, Init::uniform, inner / std::sqrt(double(model.additions)), Tensor::matrix);
         if (!normed_slices) return;
         model.add(dt_norm, name + "dt_layernorm.weight", {R}, Init::constant, 1, Tensor::plain);
         model.add(b_norm, name + "b_layernorm.weight", {N}, Init::constant, 1, Tensor::plain);
@@ -3651,10 +3657,10 @@ struct ConbaLayer : MambaLayer {
           noisy(model.config.conba_has("noise")), number(model.tensors.size()) {}
     void add_optional() override {
         if (selects) {
-            model.add_block(select_in, name + "select_in", int64_t(2 * R) * D, Init::uniform, 1 / std::sqrt(double(D)), Tensor::decayed);
+            model.add_block(select_in, name + "select_in", int64_t(2 * R) * D, Init::uniform, 1 / std::sqrt(double(D)), Tensor::matrix);
             model.add_part(select_in, name + "select_gate_proj.weight", R, D);
             model.add_part(select_in, name + "select_up_proj.weight", R, D);
-            model.add(select_out, name + "select_proj.weight", {R + 2 * N, R}, Init::constant, 0, Tensor::decayed);
+            model.add(select_out, name + "select_proj.weight", {R + 2 * N, R}, Init::constant, 0, Tensor::matrix);
         }
         if (controls) model.add(gain, name + "gain", {D}, Init::constant, 0, Tensor::plain);
         if (delays) model.add(delay, name + "delay", {D}, Init::constant, 0, Tensor::plain);
@@ -3734,11 +3740,11 @@ struct AttentionLayer : Layer {
     AttentionLayer(Model& model, const std::string& name)
         : Layer(model, name), C(model.config.d_model), H(model.config.heads), G(model.config.kv_heads), S(model.config.head_dim),
           ld((H + 2 * G) * S), ld_cache(2 * G * S) {
-        model.add_block(qkv, name + "qkv", int64_t(ld) * C, Init::normal, fan_in(C), Tensor::decayed);
+        model.add_block(qkv, name + "qkv", int64_t(ld) * C, Init::normal, fan_in(C), Tensor::matrix);
         model.add_part(qkv, name + "q_proj.weight", H * S, C);
         model.add_part(qkv, name + "k_proj.weight", G * S, C);
         model.add_part(qkv, name + "v_proj.weight", G * S, C);
-        model.add(out, name + "o_proj.weight", {C, H * S}, Init::normal, fan_in(H * S), Tensor::decayed);
+        model.add(out, name + "o_proj.weight", {C, H * S}, Init::normal, fan_in(H * S), Tensor::matrix);
     }
     void plan_activations(Plan& plan) override {
         plan.arena.add(&qkv_out, name + "queries, keys, values", plan.rows() * ld);
@@ -3800,10 +3806,10 @@ struct FeedForwardLayer : Layer {
 
     FeedForwardLayer(Model& model, const std::string& name)
         : Layer(model, name), C(model.config.d_model), F(model.config.d_ff), swiglu(model.config.swiglu_ff), F_in(swiglu ? 2 * F : F) {
-        model.add_block(in, name + "in", int64_t(F_in) * C, Init::normal, fan_in(C), Tensor::decayed);
+        model.add_block(in, name + "in", int64_t(F_in) * C, Init::normal, fan_in(C), Tensor::matrix);
         if (swiglu) model.add_part(in, name + "gate_proj.weight", F, C);
         model.add_part(in, name + "up_proj.weight", F, C);
-        model.add(down, name + "down_proj.weight", {C, F}, Init::normal, fan_in(F), Tensor::decayed);
+        model.add(down, name + "down_proj.weight", {C, F}, Init::normal, fan_in(F), Tensor::matrix);
     }
     void plan_activations(Plan& plan) override {
         plan.arena.add(&gate_up, name + "gate, up", swiglu ? plan.rows() * F_in : 0);
@@ -3852,8 +3858,8 @@ struct ExpertsLayer : Layer {
           E(model.config.experts), K(expert_choice ? E : model.config.top_k), swiglu(model.config.swiglu_experts), F_in(swiglu ? 2 * F : F) {
         model.expert_layers++;
         model.add(router, name + "router.weight", {E, C}, Init::normal, fan_in(C), Tensor::decayed);
-        model.add_block(in, name + "experts.in", int64_t(E) * F_in * C, Init::normal, fan_in(C), Tensor::decayed);
-        model.add_block(out, name + "experts.out", int64_t(E) * C * F, Init::normal, fan_in(F), Tensor::decayed);
+        model.add_block(in, name + "experts.in", int64_t(E) * F_in * C, Init::normal, fan_in(C), Tensor::matrix);
+        model.add_block(out, name + "experts.out", int64_t(E) * C * F, Init::normal, fan_in(F), Tensor::matrix);
         for (int e = 0; e < E; e++) {
             const std::string expert = name + "experts." + std::to_string(e) + ".";
             if (swiglu) model.add_part(in, expert + "gate_proj.weight", F, C);
@@ -3960,7 +3966,7 @@ Model::Model(const Config& given, const Layers& layers) : config(given), layers(
     const int64_t C = config.d_model, Vp = config.padded_vocab();
     const std::vector<std::string> layout = config.steps();
     for (const std::string& step : layout) additions += int(step.size());
-    add(embedding, "backbone.embeddings.weight", {Vp, C}, Init::normal, 0.02, Tensor::decayed);
+    add(embedding, "backbone.embeddings.weight", {Vp, C}, Init::normal, 0.02, Tensor::matrix);
     for (size_t s = 0; s < layout.size(); s++) {
         Step& step = *steps.emplace_back(std::make_unique<Step>());
         const std::string prefix = "backbone.layers." + std::to_string(s) + ".";
@@ -3978,7 +3984,7 @@ Model::Model(const Config& given, const Layers& layers) : config(given), layers(
     head = &embedding;
     if (!config.tied) {
         head = &head_table;
-        add(head_table, "lm_head.weight", {Vp, C}, Init::normal, fan_in(C), Tensor::decayed);
+        add(head_table, "lm_head.weight", {Vp, C}, Init::normal, fan_in(C), Tensor::matrix);
     }
     for (const auto& step : steps)
         for (const auto& layer : step->layers) layer->add_optional();
@@ -3995,8 +4001,16 @@ void Model::add_block(Tensor& t, const std::string& name, int64_t count, Init in
     tensors.push_back(&t);
 }
 
+static int64_t product(const std::vector<int64_t>& shape) {
+    return std::accumulate(shape.begin(), shape.end(), int64_t(1), std::multiplies<>());
+}
+static std::string shape_text(const std::vector<int64_t>& shape) {
+    std::string text;
+    for (const int64_t size : shape) text += (text.empty() ? "(" : ", ") + std::to_string(size);
+    return text + ")";
+}
 void Model::add(Tensor& t, const std::string& name, std::vector<int64_t> shape, Init init, double scale, Tensor::Update update) {
-    const int64_t count = std::accumulate(shape.begin(), shape.end(), int64_t(1), std::multiplies<>());
+    const int64_t count = product(shape);
     add_block(t, name, count, init, scale, update);
     parameters.push_back({name, std::move(shape), &t, 0, count});
 }
@@ -4037,7 +4051,7 @@ double Model::matmul_flops_per_token(int T, bool training) const {
 void Model::plan_tensors() {
     constexpr int64_t kAlign = 128;  // elements: 256 bytes of bf16
     int64_t at = 0;
-    for (Tensor::Update update : {Tensor::decayed, Tensor::plain, Tensor::never}) {
+    for (Tensor::Update update : {Tensor::matrix, Tensor::decayed, Tensor::plain, Tensor::never}) {
         for (Tensor* t : tensors)
             if (t->update == update) {
                 t->at = at;
@@ -4045,28 +4059,31 @@ void Model::plan_tensors() {
             }
         ends[update] = at;
     }
-    masters.add(&buffers.master, "master weights", at);
-    if (kMixedPrecision) weights.add(&buffers.weight, "weights", at);
+    masters.add(&buffers.master, "master weights", at - first_master());
+    if (kMixedPrecision) weights.add(&buffers.weight, "weights", trains ? at : ends[Tensor::matrix]);
 }
+int64_t Model::first_master() const { return kMixedPrecision && !trains ? ends[Tensor::matrix] : 0; }
 
 void Model::allocate_weights() {
     if (masters.device) return;
     if (masters.entries.empty()) plan_tensors();
     stream = layers.open();
     masters.allocate(layers);
-    layers.zero(buffers.master, ends[Tensor::never] * sizeof(real), stream);  // what lies between tensors, too
     if (kMixedPrecision) weights.allocate(layers);
     else buffers.weight = reinterpret_cast<floatX*>(buffers.master);  // one type, one copy
+    for (const Arena* arena : {&masters, &weights})  // what lies between tensors, too, and what files leave out: rows that pad the vocabulary
+        for (const Arena::Entry& entry : arena->entries) layers.zero(entry.memory, entry.bytes, stream);
     for (Tensor* t : tensors) {
-        t->master = buffers.master + t->at;
-        t->weight = buffers.weight + t->at;
+        const bool matrix = t->update == Tensor::matrix;
+        t->master = matrix && first_master() > 0 ? nullptr : buffers.master + (t->at - first_master());
+        t->weight = matrix || trains ? buffers.weight + t->at : nullptr;
     }
 }
 
-// Copies `count` values to the master and the rounded weight of a tensor.
+// Copies values to the master and the rounded weight of a tensor, or to that of them which there is.
 static void set_tensor(const Model& model, const Tensor& t, int64_t offset, const std::vector<real>& values) {
-    model.layers.upload(t.master + offset, values.data(), values.size() * sizeof(real), model.stream);
-    if (kMixedPrecision) {
+    if (t.master) model.layers.upload(t.master + offset, values.data(), values.size() * sizeof(real), model.stream);
+    if (kMixedPrecision && t.weight) {
         const std::vector<floatX> rounded(values.begin(), values.end());
         model.layers.upload(t.weight + offset, rounded.data(), rounded.size() * sizeof(floatX), model.stream);
     }
@@ -4344,7 +4361,7 @@ std::string Model::first_bad_tensor() {
 void Model::update(const AdamW& o, const Losses& losses, int step) {
     const double clip = o.grad_clip > 0 && losses.grad_norm > o.grad_clip ? o.grad_clip / losses.grad_norm : 1;
     int64_t first = 0;
-    for (Tensor::Update update : {Tensor::decayed, Tensor::plain}) {
+    for (Tensor::Update update : {Tensor::decayed, Tensor::plain}) {  // the first are matrices too
         AdamW options = o;
         if (update == Tensor::plain) options.weight_decay = 0;
         layers.adamw(buffers.master + first, kMixedPrecision ? buffers.weight + first : nullptr, buffers.m + first, buffers.v + first,
@@ -4545,11 +4562,16 @@ static void each_kept(const Model& model, std::span<const Kept> kept, F&& f) {
             if (k.values == &Tensor::master || p.tensor->update != Tensor::never) f(p, p.name + k.suffix, p.tensor->*k.values + p.offset);
 }
 
-static void save_tensors(const Model& model, std::span<const Kept> kept, const std::string& path, const Model::Metadata& metadata) {
+// names: of each tensor, and its shape, as the file has them; they may be fewer rows than there are.
+using Names = std::function<void(std::string& name, std::vector<int64_t>& shape, const Parameter&)>;
+static void save_tensors(const Model& model, std::span<const Kept> kept, const std::string& path, const Model::Metadata& metadata,
+                         const Names& names) {
     std::vector<Safetensors::NewEntry> list;
     std::vector<const real*> sources;
     each_kept(model, kept, [&](const Parameter& p, const std::string& name, const real* from) {
-        list.push_back({name, sizeof(real) == 8 ? "F64" : "F32", p.shape, p.count * int64_t(sizeof(real))});
+        Safetensors::NewEntry& entry = list.emplace_back(Safetensors::NewEntry{name, sizeof(real) == 8 ? "F64" : "F32", p.shape, 0});
+        names(entry.name, entry.shape, p);
+        entry.bytes = product(entry.shape) * int64_t(sizeof(real));
         sources.push_back(from);
     });
     std::vector<char> bytes;
@@ -4560,42 +4582,137 @@ static void save_tensors(const Model& model, std::span<const Kept> kept, const s
     });
 }
 
-// Every tensor of the file is one that the model has, and the other way round. set(parameter, where it goes, values)
+// Calls f(values, where they go in the parameter) for a tensor, piece by piece: what is loaded does not exist twice.
 template <class F>
-static void load_tensors(const Model& model, std::span<const Kept> kept, const Safetensors& file, F&& set) {
+static void read_in_pieces(const Safetensors& file, const std::string& name, int64_t first, int64_t count, F&& f) {
+    constexpr int64_t kMost = 1 << 20;
+    std::vector<real> values;
+    for (int64_t at = 0; at < count; at += kMost) {
+        values.resize(std::min(kMost, count - at));
+        file.read(name, values.data(), first + at, int64_t(values.size()));
+        f(values, at);
+    }
+}
+
+std::string Model::family() const { return huggingface::family(JsonObject(config.to_json(), "config"), config.steps()); }
+
+void Model::save(const std::string& path, const Metadata& metadata) const {
+    Metadata all = {{"format", "pt"}, {"config", config.to_json()}};
+    all.insert(all.end(), metadata.begin(), metadata.end());
+    save_tensors(*this, kMasters, path, all, [&, family = family()](std::string& name, std::vector<int64_t>& shape, const Parameter& p) {
+        name = huggingface::tensor_name(family, name);
+        if (of_vocabulary(p)) shape[0] = config.vocab;
+    });
+}
+
+void Model::save_optimizer(const std::string& path, const Metadata& metadata) const {
+    save_tensors(*this, kMoments, path, metadata, [](std::string&, std::vector<int64_t>&, const Parameter&) {});
+}
+
+void Model::save_config(const std::string& directory, const Tokenizer& tokenizer) const {
+    const JsonObject json = huggingface::write_config(JsonObject(config.to_json(), "config"), config.steps(), tokenizer.end_of_text,
+                                                      sizeof(real) == 8 ? "float64" : "float32");
+    write_atomically(directory + "/" + huggingface::kConfigFile, [&](NewFile& file) { file.write(json.text(2) + "\n"); });
+    tokenizer.save(directory);
+}
+
+// Where a file has a parameter: the name of a tensor, and the first of its elements.
+struct Place {
+    std::string name;
+    int64_t first = 0, count = 0;  // count 0: it has none, and the parameter is zero
+};
+static Place find_place(const Model& model, const ModelFiles& files, const std::string& family, const Parameter& p, bool conv_bias) {
+    const Safetensors& file = files.weights;
+    const std::string name = huggingface::tensor_name(family, p.name), fused = huggingface::fused_name(family, p.name);
+    const auto place = [&](const std::string& name, const std::vector<int64_t>& shape, int64_t first) {
+        if (const std::vector<int64_t>& there = file.find(name).shape; there != shape)
+            fail("%s: tensor %s has shape %s, the model's config says %s", file.path.c_str(), name.c_str(), shape_text(there).c_str(),
+                 shape_text(shape).c_str());
+        return Place{name, first, std::min(p.count, product(shape))};
+    };
+    std::vector<int64_t> shape = p.shape;
+    if (model.of_vocabulary(p)) {
+        shape[0] = model.config.vocab;
+        const std::string older = file.has(name) ? name : p.name;  // with its padding
+        if (file.has(older) && file.find(older).shape == p.shape) return {older, 0, p.count};
+    }
+    if (!fused.empty() && !file.has(name) && file.has(fused)) {
+        if (fused.ends_with(".weight")) return place(fused, shape, 0);
+        return place(fused, {model.config.experts, p.tensor->count / model.config.experts / shape[1], shape[1]}, p.offset);
+    }
+    if (!file.has(name) && file.has(p.name)) return place(p.name, shape, 0);  // of checkpoints from before: all had our names
+    if (!conv_bias && !file.has(name) && name.ends_with("conv1d.bias")) return {};
+    return place(name, shape, 0);
+}
+
+void Model::load(const ModelFiles& files) {
+    const Safetensors& file = files.weights;
+    std::vector<Place> places;
+    std::unordered_set<std::string> used;
+    for (const Parameter& p : parameters) used.insert(places.emplace_back(find_place(*this, files, family(), p, files.conv_bias)).name);
+    if (config.tied) used.insert("lm_head.weight");  // what some files have all the same
+    for (const auto& [name, entry] : file.entries)
+        if (!used.count(name)) fail("%s: has a tensor %s; a model of its config has none", file.path.c_str(), name.c_str());
+    allocate_weights();
+    for (size_t i = 0; i < parameters.size(); i++)
+        read_in_pieces(file, places[i].name, places[i].first, places[i].count, [&](const std::vector<real>& values, int64_t at) {
+            set_tensor(*this, *parameters[i].tensor, parameters[i].offset + at, values);
+        });
+}
+
+void Model::load_optimizer(const std::string& path) {
+    const Safetensors file(path);
     size_t count = 0;
-    each_kept(model, kept, [&](const Parameter& p, const std::string& name, real*) {
+    each_kept(*this, kMoments, [&](const Parameter& p, const std::string& name, real*) {
         if (file.find(name).shape != p.shape)
             fail("%s: tensor %s has another shape than the model's config says", file.path.c_str(), name.c_str());
         count++;
     });
     if (file.entries.size() != count)
         fail("%s: has %zu tensors, the model's config says %zu", file.path.c_str(), file.entries.size(), count);
-    each_kept(model, kept, [&](const Parameter& p, const std::string& name, real* to) {
-        std::vector<real> values(p.count);
-        file.read(name, values.data());
-        set(p, to, values);
+    each_kept(*this, kMoments, [&](const Parameter& p, const std::string& name, real* to) {
+        read_in_pieces(file, name, 0, p.count, [&](const std::vector<real>& values, int64_t at) {
+            layers.upload(to + at, values.data(), values.size() * sizeof(real), stream);
+        });
     });
 }
 
-void Model::save(const std::string& path, const Metadata& metadata) const {
-    Metadata all = {{"format", "pt"}, {"config", config.to_json()}};
-    all.insert(all.end(), metadata.begin(), metadata.end());
-    save_tensors(*this, kMasters, path, all);
+// ------------------------------------------------------------------------------------------------------------------
+// A model on disk
+
+static std::string weights_in(const std::string& path) {
+    std::error_code ignored;
+    if (!fs::is_directory(path, ignored)) return path;
+    const fs::path one = fs::path(path) / kModelFile, index = fs::path(path) / (std::string(kModelFile) + ".index.json");
+    return fs::exists(index, ignored) && !fs::exists(one, ignored) ? index.string() : one.string();
 }
 
-void Model::save_optimizer(const std::string& path, const Metadata& metadata) const { save_tensors(*this, kMoments, path, metadata); }
-
-void Model::load(const std::string& path) {
-    const Safetensors file(path);
-    allocate_weights();
-    load_tensors(*this, kMasters, file, [&](const Parameter& p, real*, const std::vector<real>& values) {
-        set_tensor(*this, *p.tensor, p.offset, values);
-    });
+ModelFiles::ModelFiles(const std::string& path) : weights(weights_in(path)) {
+    if (ours()) {
+        config = Config::from_json(weights.meta("config"), weights.path);
+        return;
+    }
+    const fs::path directory = fs::path(weights.path).parent_path();
+    const std::string file = (directory / huggingface::kConfigFile).string();
+    std::error_code ignored;
+    if (!fs::exists(file, ignored))
+        fail("%s: no \"config\" in its metadata, as train writes it, and no %s beside it, as transformers does", weights.path.c_str(),
+             huggingface::kConfigFile.c_str());
+    huggingface::TheirConfig theirs = huggingface::read_config(JsonObject(read_file(file, "config"), file), file);
+    config = Config::from_json(theirs.config.text(), file, false);
+    conv_bias = theirs.conv_bias;
+    end_of_text = theirs.end_of_text;
+    std::string unknown;
+    for (const std::string& name : theirs.unknown) unknown += (unknown.empty() ? "" : ", ") + printable(name);
+    if (!unknown.empty()) fprintf(stderr, "note: %s: not known here, and not used: %s\n", file.c_str(), unknown.c_str());
 }
 
-void Model::load_optimizer(const std::string& path) {
-    load_tensors(*this, kMoments, Safetensors(path), [&](const Parameter&, real* to, const std::vector<real>& values) {
-        layers.upload(to, values.data(), values.size() * sizeof(real), stream);
-    });
+Tokenizer ModelFiles::tokenizer() const {
+    const fs::path directory = fs::path(weights.path).parent_path();
+    Tokenizer t = ours() ? Tokenizer::from_json(weights.meta("tokenizer"), weights.path) : Tokenizer::load(directory.string());
+    if (config.vocab < t.vocab)
+        fail("%s: its model has %d tokens, its tokenizer %d", weights.path.c_str(), config.vocab, t.vocab);
+    for (const int token : end_of_text)
+        if (token < t.vocab) t.end_of_text = token;
+    return t;
 }

@@ -70,6 +70,8 @@ inline constexpr int kLoopChunk = 16;
 inline constexpr real kLoopTiny = real(1e-12);  // beside |B_t|^2 |C_t|^2, which may be 0
 inline int64_t loop_chunks(int T) { return (T + kLoopChunk - 1) / kLoopChunk; }
 
+inline constexpr const char* kModelFile = "model.safetensors";
+
 inline constexpr const char* kConbaTerms[] = {"selection", "control", "delay", "scaling", "noise", "adaptation"};
 
 // The largest that every implementation of the layers serves.
@@ -162,7 +164,7 @@ struct Config {
     int padded_vocab() const { return (vocab + 7) / 8 * 8; }
     int capacity_rows(int rows) const;              // per expert; 0 = no limit
     std::string to_json() const;
-    static Config from_json(const std::string& text, const std::string& where);
+    static Config from_json(const std::string& text, const std::string& where, bool whole = true);  // whole: no field may lack
 };
 struct Preset {
     const char *name, *note;
@@ -496,10 +498,11 @@ struct Tensor {
     int64_t count = 0;
     Init init = Init::constant;
     double scale = 0;
-    enum Update { decayed, plain, never } update = plain;  // by AdamW: with weight decay, without; or only saved and loaded
+    // By AdamW: with weight decay, of matrices that are used as `weight` and of what is used as `master`; without; or only saved and loaded.
+    enum Update { matrix, decayed, plain, never } update = plain;
     int64_t at = 0;            // its first element in each of the model's arenas
-    real* master = nullptr;    // what the optimizer updates; small parameters are used in this form
-    floatX* weight = nullptr;  // what matrix products read: master rounded to floatX, or master itself where they are one type
+    real* master = nullptr;    // what the optimizer updates; small parameters are used in this form. Null of a matrix that is not trained
+    floatX* weight = nullptr;  // what matrix products read: master rounded to floatX, or master itself where they are one type. Of a matrix
     real *grad = nullptr, *m = nullptr, *v = nullptr;
 };
 struct Parameter {
@@ -579,11 +582,13 @@ struct DecodeState {
     Arena arena{"decode state"};
 };
 
+struct ModelFiles;
 struct Model {
     Config config;
     const Layers& layers;
     cudaStream_t stream = nullptr;
     std::vector<Parameter> parameters;
+    bool trains = true;  // false, before weights are allocated: of matrices only what products read is kept
 
     Model(const Config& config, const Layers& layers);  // resolves config, lists the parameters, allocates nothing
     ~Model();
@@ -623,11 +628,13 @@ struct Model {
     };
     StateBytes decode_state_bytes(int64_t context, int bits);  // per sequence
 
-    // ---- checkpoints: safetensors; metadata holds "config" and whatever the caller adds
+    // ---- checkpoints: safetensors; metadata holds "config" and whatever the caller adds. Weights have the names and shapes that Hugging Face's
+    // transformers gives them, if it has such a model, without the rows that pad the vocabulary.
     using Metadata = Safetensors::Metadata;
     void save(const std::string& path, const Metadata& metadata) const;            // master weights
     void save_optimizer(const std::string& path, const Metadata& metadata) const;  // m and v
-    void load(const std::string& path);            // allocates the weights if need be; fails on any missing, extra or misshapen tensor
+    void save_config(const std::string& directory, const Tokenizer& tokenizer) const;  // what else transformers reads: config.json, tokenizer.json
+    void load(const ModelFiles& files);            // allocates the weights if need be; fails on any missing, extra or misshapen tensor
     void load_optimizer(const std::string& path);  // after allocate_training
 
     // ---- for layers, as they are constructed: a tensor that checkpoints know under one name; or one that they know in parts,
@@ -645,7 +652,7 @@ struct Model {
     Tensor embedding, head_table;
     Tensor* head;                  // &embedding if tied
     std::vector<Tensor*> tensors;  // all of them, in the order of the parameters
-    int64_t ends[3] = {};          // in the arenas, of the tensors with each kind of update
+    int64_t ends[4] = {};          // in the arenas, of the tensors with each kind of update
     enum { kCrossEntropy, kBalance, kZ, kGradSquares, kLossCount };
     struct Buffers {                // shared by all layers
         real *master, *grad, *m, *v;  // all tensors
@@ -670,6 +677,9 @@ struct Model {
     int64_t targets_seen = 0;
     std::vector<real> probabilities;
 
+    std::string family() const;  // of Hugging Face's: see huggingface.h
+    bool of_vocabulary(const Parameter& p) const { return p.tensor == &embedding || p.tensor == &head_table; }  // a row for each token
+    int64_t first_master() const;  // of the elements of all tensors
     void plan_tensors();
     void allocate_weights();
     void plan_activations(Arena& arena, int B, int T, bool training);
@@ -681,6 +691,20 @@ struct Model {
     int head_rows() const;
     template <class F> void head_blocks(const floatX* normed, int ld_normed, int rows, F&& each);
     template <class F> void cross_entropy(real* sum, int rows, real d_loss, F&& each);
+};
+
+// A model on disk: a checkpoint of train, or a directory of Hugging Face's transformers with its config.json.
+struct ModelFiles {
+    const Safetensors weights;
+    Config config;
+    std::vector<int> end_of_text;                  // tokens that config.json names
+    explicit ModelFiles(const std::string& path);  // model.safetensors, or its index, or the directory that either is in
+    Tokenizer tokenizer() const;                   // fails if there is none, or none that is known
+    bool ours() const { return !weights.meta("config", "").empty(); }
+
+   private:
+    bool conv_bias = true;  // false: Mamba's convolutions have none
+    friend struct Model;
 };
 
 // Draws an index from probabilities: the top_k largest (0 = all), of those the fewest that reach top_p, by u in [0, 1).

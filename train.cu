@@ -2,7 +2,8 @@
 //
 //   OUT/model.safetensors          weights; its metadata holds the config, the step, the tokenizer and the flags that define the run
 //   OUT/optimizer-STEP.safetensors AdamW's moments after that step
-//   OUT/tokenizer.json             the tokenizer, if it has a file
+//   OUT/config.json                what Hugging Face's transformers reads beside the weights,
+//   OUT/tokenizer.json             and the tokenizer (tokenizer.model, of SentencePiece)
 //   OUT/log.jsonl                  one object a line: the run, then "train" and "val" lines with their step
 #include "moemamba.h"
 
@@ -111,8 +112,6 @@ struct Loader {
 // ------------------------------------------------------------------------------------------------------------------
 // Checkpoints. The optimizer is written first, under a name of its own; renaming model.safetensors, which names it, is the moment at which
 // both become the checkpoint; then older optimizers go. Wherever a run is killed, one whole checkpoint is there.
-static const char* const kModelFile = "model.safetensors";
-
 // Optimizers of other steps, and what a kill left half written. What cannot be removed is no reason to end a run.
 static void remove_others(const fs::path& out, const std::string& optimizer) {
     try {
@@ -148,20 +147,21 @@ static void save_checkpoint(const Model& model, const fs::path& out, int step, c
 }
 
 struct Checkpoint {
-    std::string model, optimizer;  // paths
-    std::string machine;           // that wrote it; "": it does not say
+    ModelFiles files;
+    std::string optimizer;  // path
+    std::string machine;    // that wrote it; "": it does not say
     Tokenizer tokenizer;
     Config config;
     Run run;
     int step = 0;
     int64_t train_tokens = 0;
 
-    explicit Checkpoint(const fs::path& out) : model((out / kModelFile).string()) {
-        const Safetensors file(model);
-        config = Config::from_json(file.meta("config"), model);
+    explicit Checkpoint(const fs::path& out) : files((out / kModelFile).string()), config(files.config) {
+        const Safetensors& file = files.weights;
+        const std::string& model = file.path;
         optimizer = (out / fs::path(file.meta("optimizer")).filename()).string();
         machine = file.meta("machine", "");
-        tokenizer = Tokenizer::from_json(file.meta("tokenizer"), model);
+        tokenizer = files.tokenizer();
         const auto number = [&](const char* key) {
             const std::string text = file.meta(key);
             int64_t value = 0;
@@ -406,7 +406,8 @@ static void stop_on_signals() {
 }
 
 struct Options {
-    std::string data, out, device = "auto", preset, sample_prompt, memory, compare;
+    std::vector<std::string> data, val_data;
+    std::string tokenizer, out, init_from, device = "auto", preset, sample_prompt, memory, compare;
     int save_every = 100, eval_every = 100, sample_every = 0, sample_tokens = 256;
     int64_t eval_tokens = 131072;
     double max_minutes = 0, peak_flops = 0;
@@ -416,6 +417,7 @@ struct Options {
     void check() {
         if (!dry_run && (!memory.empty() || !compare.empty() || decoding.bits != Decoding().bits))
             fail("--memory, --bits and --compare belong to --dry-run");
+        if (!init_from.empty() && (resume || !preset.empty())) fail("--init-from goes with neither --resume nor --preset");
         if (decoding.bits != 8 && decoding.bits != 16) fail("--bits %d: must be 8 or 16", decoding.bits);
         if (!memory.empty()) decoding.memory = parse_bytes("--memory", memory);
         const std::pair<const char*, int> counts[] = {
@@ -450,8 +452,8 @@ static void train_steps(Model& model, const Options& options, const Run& run, co
            done ? ("resumed after step " + std::to_string(done)).c_str() : "from the start");
 
     Log log(out, done);
+    model.save_config(options.out, data.tokenizer);
     if (done == 0) {
-        data.tokenizer.save(options.out);
         log.write(JsonObject().set("kind", "run").set("config", fields_to_json(config)).set("training", fields_to_json(run))
                       .set("device", model.layers.device).set("precision", kPrecision).set("parameters", model.parameter_count())
                       .set("active_parameters", model.active_parameter_count()).set("peak_flops", peak));
@@ -509,13 +511,14 @@ static void train_steps(Model& model, const Options& options, const Run& run, co
             log.write(JsonObject().set("kind", "val").set("step", step).set("loss", loss).set("bits_per_token", bits));
         }
         if (due(options.sample_every)) {
-            printf("sample after step %d: %s", step, options.sample_prompt.c_str());
+            std::string text = options.sample_prompt;
+            int64_t replaced = 0;
             const Sampling sampling{.seed = run.seed};
             generate(model, sampler, data.tokenizer, prompt, options.sample_tokens, sampling, step, 1, [&](int, int token) {
-                fputs(data.tokenizer.decode(token).c_str(), stdout);
+                text += data.tokenizer.decode(token);
                 return true;
             });
-            printf("\n");
+            printf("sample after step %d: %s\n", step, valid_utf8(text, &replaced).c_str());
         }
         const bool stop = interrupted || (options.max_minutes > 0 && now - start > 60 * options.max_minutes);
         if (last || stop || due(options.save_every)) {
@@ -527,7 +530,7 @@ static void train_steps(Model& model, const Options& options, const Run& run, co
             saved = step;
         }
         if (stop && !last) {
-            printf("stopped after step %d and saved; continue with: train --data %s --out %s --resume\n", step, options.data.c_str(),
+            printf("stopped after step %d and saved; continue with: train --data %s --out %s --resume\n", step, options.data[0].c_str(),
                    options.out.c_str());
             break;
         }
@@ -535,14 +538,47 @@ static void train_steps(Model& model, const Options& options, const Run& run, co
     log.close();
 }
 
+static Dataset open_dataset(const Options& options) {
+    std::error_code ignored;
+    const bool directory = fs::is_directory(options.data[0], ignored);
+    if (directory && options.data.size() > 1) fail("--data: one directory, or files");
+    if (directory && !(options.val_data.empty() && options.tokenizer.empty()))
+        fail("--val-data and --tokenizer go with token files, not with a directory (%s), which has its own", options.data[0].c_str());
+    if (directory || !fs::exists(options.data[0], ignored)) return Dataset(options.data[0]);
+    return Dataset(options.data, options.val_data, options.tokenizer);
+}
+
+// The tokens of the data mean what they meant to the model that a run begins with, as far as can be seen.
+static void check_tokens(const ModelFiles& origin, const Dataset& data) {
+    const char* const path = origin.weights.path.c_str();
+    if (origin.config.vocab < data.tokenizer.vocab)
+        fail("--init-from %s: its model has %d tokens, the data's tokenizer %d", path, origin.config.vocab, data.tokenizer.vocab);
+    std::string problem;
+    try {
+        const Tokenizer theirs = origin.tokenizer();
+        const auto differs = [&](int token) { return theirs.decode(token) != data.tokenizer.decode(token); };
+        for (int token = 0; problem.empty() && data.tokenizer.kind != "none" && token < std::min(theirs.vocab, data.tokenizer.vocab); token++)
+            if (theirs.kind != "none" && differs(token) && token != theirs.end_of_text && token != data.tokenizer.end_of_text)
+                problem = "its token " + std::to_string(token) + " is another text than the data's";
+    } catch (const Error& e) {
+        problem = std::string("whether its tokens are the data's cannot be seen: ") + e.what();
+    }
+    if (!problem.empty()) fprintf(stderr, "warning: --init-from %s: %s\n", path, printable(problem).c_str());
+}
+
 static int train(int argc, char** argv) {
     Options options;
     Run run_flags;
     Config model_flags;
-    CommandLine command("Trains a model on token files of data_prep. Needs --preset or --layers, or --resume. Ctrl-C: finish the step, save, "
+    CommandLine command("Trains a model on token files. Needs --preset or --layers, --init-from or --resume. Ctrl-C: finish the step, save, "
                         "stop.");
-    command.add("--data", options.data, "directory that data_prep wrote");
+    command.add("--data", options.data, "directory that data_prep wrote; or token files, as llm.c writes them");
+    command.add("--val-data", options.val_data, "token files for validation, where --data has files");
+    command.add("--tokenizer", options.tokenizer, "of such files, as data_prep's; without it there are tokens, but no text");
     command.add("--out", options.out, "directory for checkpoint and log; created if need be");
+    command.add("--init-from", options.init_from,
+                "begin with the weights of a checkpoint, or of a directory of Hugging Face's transformers (mamba, jamba, mixtral), and its model; "
+                "flags of the model may change what has no weights");
     command.add("--device", options.device, "auto, cpu, simt, plain or cuda; auto is the fastest there is");
     command.add("--save-every", options.save_every, "steps from one checkpoint to the next, beside the last; 0 = only the last");
     command.add("--eval-every", options.eval_every, "steps from one validation to the next, beside the last; 0 = none");
@@ -573,9 +609,11 @@ static int train(int argc, char** argv) {
     options.check();
     const Layers& layers = find_device(options.device);
     if (!options.compare.empty()) return compare(options.compare, options.decoding), 0;
-    if (!options.resume && options.preset.empty() && !command.has("--layers"))
-        fail("which model? Give --preset (see --list-presets) or --layers");
-    const Config base = options.preset.empty() ? Config() : find_preset(options.preset).config;
+    std::unique_ptr<ModelFiles> origin;
+    if (!options.init_from.empty()) origin = std::make_unique<ModelFiles>(options.init_from);
+    if (!options.resume && !origin && options.preset.empty() && !command.has("--layers"))
+        fail("which model? Give --preset (see --list-presets), --layers or --init-from");
+    const Config base = origin ? origin->config : options.preset.empty() ? Config() : find_preset(options.preset).config;
     if (options.dry_run) {
         dry_run(overlay(base, model_flags, command), layers, overlay(Run(), run_flags, command), options.decoding);
         return 0;
@@ -588,7 +626,8 @@ static int train(int argc, char** argv) {
         config = overlay(base, model_flags, command);
         run = overlay(Run(), run_flags, command);
     }
-    const Dataset data(options.data);
+    const Dataset data = open_dataset(options);
+    if (origin) check_tokens(*origin, data);
     std::error_code error;
     if (!options.resume) fs::create_directories(options.out, error);
     if (error) fail("cannot create directory %s: %s", options.out.c_str(), error.message().c_str());
@@ -606,21 +645,21 @@ static int train(int argc, char** argv) {
         run = overlay(checkpoint->run, run_flags, command);
         if (run.schedule == "constant" && run.steps > checkpoint->run.steps) checkpoint->run.steps = run.steps;
         check_same(run, checkpoint->run);
-    } else if (!command.has("--vocab")) {
+    } else if (!command.has("--vocab") && !origin) {
         config.vocab = data.tokenizer.vocab;
     }
     if (config.vocab < data.tokenizer.vocab) fail("--vocab %d: the data's tokenizer has %d tokens", config.vocab, data.tokenizer.vocab);
-    if (checkpoint && (checkpoint->tokenizer.kind != data.tokenizer.kind ||
-                       (data.tokenizer.bpe && checkpoint->tokenizer.bpe->file != data.tokenizer.bpe->file)))
-        fail("--resume: %s has another tokenizer than the run began with", options.data.c_str());
+    if (checkpoint && !checkpoint->tokenizer.same_as(data.tokenizer))
+        fail("--resume: %s has another tokenizer than the run began with", options.data[0].c_str());
     if (checkpoint && checkpoint->train_tokens != data.train->count)
-        fail("--resume: %s has %lld training tokens, the run began with %lld", options.data.c_str(), (long long)data.train->count,
+        fail("--resume: %s has %lld training tokens, the run began with %lld", options.data[0].c_str(), (long long)data.train->count,
              (long long)checkpoint->train_tokens);
     if (checkpoint && checkpoint->step >= run.steps) {
         printf("%s is complete: %d of %d steps\n", options.out.c_str(), checkpoint->step, run.steps);
         return 0;
     }
 
+    if (data.tokenizer.kind == "none" && options.sample_every > 0) fail("--sample-every: the data's tokens have no texts; give --tokenizer");
     if (!config.causal() && options.sample_every > 0) fail("--sample-every: with --routing expert-choice a model cannot continue a text");
     if (!config.causal())
         fprintf(stderr, "warning: with --routing expert-choice a token's experts depend on the tokens after it: losses, validation's too, are not "
@@ -636,7 +675,8 @@ static int train(int argc, char** argv) {
     const int size = device == "cuda" ? 8192 : device == "cpu" ? 2048 : 64;
     const double peak = options.peak_flops > 0 ? options.peak_flops : measure_matmul_flops(layers, size);
     Model model(config, layers);
-    if (checkpoint) model.load(checkpoint->model);
+    if (checkpoint) model.load(checkpoint->files);
+    else if (origin) model.load(*origin);
     else model.initialize(run.seed);
     model.allocate_training(run.batch, run.seq_len, run.grad_accum);
     if (checkpoint) model.load_optimizer(checkpoint->optimizer);

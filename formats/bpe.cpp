@@ -84,6 +84,15 @@ std::string valid_utf8(std::string_view text, int64_t* replaced) {
     }
     return out;
 }
+size_t whole_characters(std::string_view text) {
+    for (size_t at = text.size() - std::min<size_t>(text.size(), 3); at < text.size(); at++) {
+        bool valid;
+        const size_t n = utf8_length(text, at, &valid);
+        // What begins a character, and ends with the text before the character does
+        if (!valid && at + n == text.size() && static_cast<unsigned char>(text[at]) >= 0xC2 && static_cast<unsigned char>(text[at]) < 0xF5) return at;
+    }
+    return text.size();
+}
 
 // ------------------------------------------------------------------------------------------------------------------
 // Words
@@ -213,12 +222,22 @@ void Bpe::encode(std::vector<int>& tokens, std::string_view text) const {
 using Json = nlohmann::json;
 static constexpr int kCharacters = 256 + 68;  // of which 256 stand for a byte
 
+static std::array<int, 256> byte_characters() {  // code points
+    std::array<int, 256> code;
+    for (int b = 0, next = 256; b < 256; b++) code[b] = (b > 0x20 && b < 0x7F) || (b > 0xA0 && b != 0xAD) ? b : next++;
+    return code;
+}
+static std::string byte_text(int byte) {
+    static const auto code = byte_characters();
+    if (code[byte] < 0x80) return std::string(1, char(code[byte]));
+    return {char(0xC0 | code[byte] >> 6), char(0x80 | (code[byte] & 0x3F))};
+}
 // The bytes that a token's text stands for; false: something else is in it.
 static bool token_bytes(const std::string& token, std::string& bytes) {
     static const auto byte_of = [] {
         std::array<int, kCharacters> byte;
         byte.fill(-1);
-        for (int b = 0, next = 256; b < 256; b++) byte[(b > 0x20 && b < 0x7F) || (b > 0xA0 && b != 0xAD) ? b : next++] = b;
+        for (int b = 0; b < 256; b++) byte[byte_characters()[b]] = b;
         return byte;
     }();
     bytes.clear();
@@ -258,7 +277,7 @@ Bpe::Bpe(const File& from) : digits_apart(from.digits_apart), file(from.text) {
     for (const auto& [text, token] : from.added) {
         place(text, token, text);
         for (const char* end : {"<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>"})
-            if (end_of_text < 0 && text == end) end_of_text = int(token);
+            if (end_of_text < 0 && text == end) end_of_text = int(token), end_text = text;
     }
     for (const auto& [text, token] : from.vocabulary) {
         if (std::any_of(from.added.begin(), from.added.end(), [&](const auto& a) { return a.first == text; })) continue;
@@ -367,6 +386,34 @@ static std::string tokenizer_json(const Bpe::File& file) {
         .dump();
 }
 
+std::vector<std::string> Bpe::alphabet() {
+    std::vector<std::pair<int, int>> ordered;  // by the characters that they are written with
+    for (int b = 0; b < 256; b++) ordered.emplace_back(byte_characters()[b], b);
+    std::sort(ordered.begin(), ordered.end());
+    std::vector<std::string> pieces = {""};
+    for (const auto& [code, byte] : ordered) pieces.emplace_back(1, char(byte));
+    return pieces;
+}
+std::string Bpe::write(const std::vector<std::string>& pieces, const std::vector<std::pair<int, int>>& merges, bool digits_apart) {
+    File file;
+    std::vector<std::string> texts;
+    for (const std::string& piece : pieces) {
+        std::string& text = texts.emplace_back();
+        for (const char byte : piece) text += byte_text(static_cast<unsigned char>(byte));
+    }
+    file.added = {{"<|endoftext|>", 0}};
+    for (size_t t = 1; t < texts.size(); t++) file.vocabulary.emplace_back(texts[t], int64_t(t));
+    for (const auto& [left, right] : merges) file.merges.emplace_back(texts[left], texts[right]);
+    file.digits_apart = digits_apart;
+    return tokenizer_json(file);
+}
+std::string Bpe::of_bytes() {
+    File file;
+    for (int b = 0; b < 256; b++) file.vocabulary.emplace_back(byte_text(b), b);
+    file.added = {{"<|endoftext|>", 256}};
+    return tokenizer_json(file);
+}
+
 // GPT-2's two files: {"token": number}; and a line for each merge, after one that begins with #version.
 static void read_pair(Bpe::File& file, const std::string& vocabulary, const std::string& merges) {
     file.name = vocabulary;
@@ -394,10 +441,16 @@ Bpe Bpe::load(const std::string& path) {
         else if (has("vocab.json")) read_pair(file, (place / "vocab.json").string(), (place / "merges.txt").string());
         else fail("%s: no tokenizer.json in it, nor encoder.json and vocab.bpe, nor vocab.json and merges.txt", path.c_str());
         file.text = tokenizer_json(file);
-    } else {
-        file.name = directory ? (place / kTokenizerFile).string() : path;
-        file.text = read_file(file.name, "tokenizer");
-        read_tokenizer_json(file, parse_json<Json>(file.text, file.name));
+        return Bpe(file);
     }
+    const std::string name = directory ? (place / kTokenizerFile).string() : path;
+    return of_file(read_file(name, "tokenizer"), name);
+}
+
+Bpe Bpe::of_file(const std::string& text, const std::string& where) {
+    File file;
+    file.name = where;
+    file.text = text;
+    read_tokenizer_json(file, parse_json<Json>(text, where));
     return Bpe(file);
 }

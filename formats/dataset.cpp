@@ -6,15 +6,18 @@
 #include "json.h"
 
 static TokenStream::Shard open_shard(const std::string& path, int64_t first) {
-    TokenStream::Shard shard{InputFile(path), 0, first, 0};
+    TokenStream::Shard shard{InputFile(path), 0, 0, first, 0};
     const char* p = path.c_str();
     const int64_t size = shard.file.size;
     if (size < kTokenHeaderBytes)
         fail("%s: not a token file: %lld bytes, its header alone has %lld", p, (long long)size, (long long)kTokenHeaderBytes);
     int32_t header[3];
     shard.file.read(0, header, sizeof(header));
-    if (header[0] != kTokenMagic) fail("%s: not a token file: it starts with %d, not %d", p, header[0], kTokenMagic);
-    if (header[1] != 1 && header[1] != 2) fail("%s: version %d of the token format is unknown; there are 1 and 2", p, header[1]);
+    const bool llama = header[0] == kLlamaMagic;
+    if (header[0] != kTokenMagic && !llama) fail("%s: not a token file: it starts with %d, not %d or %d", p, header[0], kTokenMagic, kLlamaMagic);
+    if (llama ? header[1] != 7 : header[1] != 1 && header[1] != 2)
+        fail("%s: version %d of the token format is unknown; there %s", p, header[1], llama ? "is 7" : "are 1 and 2");
+    shard.magic = header[0];
     shard.width = header[1] == 1 ? 2 : 4;
     shard.count = header[2];
     if (shard.count < 1 || kTokenHeaderBytes + shard.count * shard.width != size)
@@ -23,12 +26,21 @@ static TokenStream::Shard open_shard(const std::string& path, int64_t first) {
     return shard;
 }
 
-TokenStream::TokenStream(const std::string& directory, const std::string& split, int64_t expected, int vocab) : vocab(vocab) {
+TokenStream::TokenStream(const std::vector<std::string>& paths, int vocab) : vocab(vocab) {
+    for (const std::string& path : paths) {
+        shards.push_back(open_shard(path, count));
+        count += shards.back().count;
+    }
+}
+
+static std::vector<std::string> files_of(const std::string& directory, const std::string& split) {
+    std::vector<std::string> paths;
     for (const std::string& name : list_directory(directory))
-        if (name.starts_with(split + "_") && name.ends_with(".bin")) {
-            shards.push_back(open_shard(directory + "/" + name, count));
-            count += shards.back().count;
-        }
+        if (name.starts_with(split + "_") && name.ends_with(".bin")) paths.push_back(directory + "/" + name);
+    return paths;
+}
+TokenStream::TokenStream(const std::string& directory, const std::string& split, int64_t expected, int vocab)
+    : TokenStream(files_of(directory, split), vocab) {
     if (count != expected)
         fail("%s: its %s_*.bin hold %lld tokens, %s says %lld; run data_prep again", directory.c_str(), split.c_str(), (long long)count,
              kDatasetFile.c_str(), (long long)expected);
@@ -62,4 +74,19 @@ Dataset::Dataset(const std::string& directory) {
     tokenizer = Tokenizer::from_json(named.text(), path);
     train = std::make_unique<TokenStream>(directory, "train", train_tokens, tokenizer.vocab);
     val = std::make_unique<TokenStream>(directory, "val", val_tokens, tokenizer.vocab);
+}
+
+Dataset::Dataset(const std::vector<std::string>& train_files, const std::vector<std::string>& val_files, const std::string& named) {
+    train = std::make_unique<TokenStream>(train_files, 0);
+    val = std::make_unique<TokenStream>(val_files, 0);
+    const TokenStream::Shard& first = train->shards.at(0);
+    for (const TokenStream* stream : {train.get(), val.get()})
+        for (const TokenStream::Shard& shard : stream->shards)
+            if (shard.magic != first.magic || shard.width != first.width)
+                fail("%s and %s: token files of two kinds", first.file.path.c_str(), shard.file.path.c_str());
+    if (!named.empty()) tokenizer = Tokenizer::load(named);
+    else if (first.magic == kLlamaMagic) tokenizer = Tokenizer::none(128256, 128001);
+    else if (first.width == 2) tokenizer = Tokenizer::none(50257, 50256);
+    else fail("%s: whose tokens are they? Give --tokenizer, or the directory that data_prep wrote", first.file.path.c_str());
+    train->vocab = val->vocab = tokenizer.vocab;
 }

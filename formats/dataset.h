@@ -1,6 +1,7 @@
 // Datasets, as data_prep writes them: a directory of token files (.bin, llm.c's format) and a dataset.json that names their tokenizer.
 //   train_000000.bin, val_000000.bin, ...   256 int32 {kTokenMagic, version, count, 0...}, then count tokens: uint16 (version 1) or uint32 (2)
 //   dataset.json                            {"tokenizer": {...}, "train_tokens", "val_tokens", "documents", "split"}
+// llm.c's own files can be read without a dataset.json: of GPT-2's tokens (kTokenMagic, version 1), or of Llama 3's (kLlamaMagic, version 7: uint32).
 #pragma once
 
 #include <cstdint>
@@ -11,7 +12,7 @@
 #include "files.h"
 #include "tokenizer.h"
 
-inline constexpr int kTokenMagic = 20240520, kTokenHeaderInts = 256;
+inline constexpr int kTokenMagic = 20240520, kLlamaMagic = 20240801, kTokenHeaderInts = 256;
 inline constexpr int64_t kTokenHeaderBytes = kTokenHeaderInts * sizeof(int32_t);
 inline const std::string kDatasetFile = "dataset.json";
 
@@ -20,13 +21,16 @@ inline const std::string kDatasetFile = "dataset.json";
 struct TokenStream {
     struct Shard {
         InputFile file;
+        int32_t magic;
         int width;             // bytes of a token
         int64_t first, count;  // position of its first token in the stream, tokens
     };
     std::vector<Shard> shards;
     int64_t count = 0;
-    const int vocab;
-    TokenStream(const std::string& directory, const std::string& split, int64_t expected, int vocab);  // fails unless it holds so many
+    int vocab;
+    TokenStream(const std::vector<std::string>& paths, int vocab);
+    // The files of a split in a directory; fails unless they hold so many
+    TokenStream(const std::string& directory, const std::string& split, int64_t expected, int vocab);
     void read(int* out, int64_t first, int64_t n) const;                                               // fails at a token beyond vocab
 };
 
@@ -34,4 +38,6 @@ struct Dataset {
     Tokenizer tokenizer;
     std::unique_ptr<TokenStream> train, val;
     explicit Dataset(const std::string& directory);
+    // Token files. named: their tokenizer, as Tokenizer::load; "": none, and the vocabulary is what llm.c's files have.
+    Dataset(const std::vector<std::string>& train, const std::vector<std::string>& val, const std::string& named);
 };

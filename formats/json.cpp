@@ -35,6 +35,11 @@ JsonObject::JsonObject(const std::string& text, const std::string& where)
 }
 
 bool JsonObject::has(const std::string& name) const { return json->contains(name); }
+std::vector<std::string> JsonObject::names() const {
+    std::vector<std::string> all;
+    for (const auto& [name, value] : json->items()) all.push_back(name);
+    return all;
+}
 std::string JsonObject::text(const std::string& name) const { return json->at(name).dump(); }
 std::string JsonObject::text(int indent) const { return json->dump(indent); }
 
@@ -42,6 +47,10 @@ template <class T>
 JsonObject& JsonObject::set(const std::string& name, const T& value) {
     if constexpr (std::is_same_v<T, JsonObject>) (*json)[name] = *value.json;
     else (*json)[name] = value;
+    return *this;
+}
+JsonObject& JsonObject::set_null(const std::string& name) {
+    (*json)[name] = nullptr;
     return *this;
 }
 
@@ -65,6 +74,9 @@ void JsonObject::get(const std::string& name, T& value) const {
         } else if constexpr (std::is_same_v<T, std::vector<double>>) {
             if (!found->is_array() || !std::all_of(found->begin(), found->end(), [](const Json& e) { return e.is_number(); }))
                 wrong("a list of numbers");
+        } else if constexpr (std::is_same_v<T, std::vector<int>>) {
+            const auto whole = [](const Json& e) { return e.is_number_unsigned() && std::in_range<int>(e.template get<uint64_t>()); };
+            if (!found->is_array() || !std::all_of(found->begin(), found->end(), whole)) wrong("a list of whole numbers");
         } else if constexpr (std::is_same_v<T, double>) {
             if (!found->is_number()) wrong("a number");
         } else {  // a whole number is read as uint64_t, a negative one as int64_t, and what fits neither, like what has a point, as double
@@ -85,6 +97,8 @@ INSTANTIATE(uint64_t)
 INSTANTIATE(double)
 INSTANTIATE(std::string)
 INSTANTIATE(std::vector<std::string>)
+INSTANTIATE(std::vector<int>)
 INSTANTIATE(std::vector<double>)
 INSTANTIATE(JsonObject)
 #undef INSTANTIATE
+template JsonObject& JsonObject::set<bool>(const std::string&, const bool&);

@@ -5,6 +5,7 @@
 #include <memory>
 #include <nlohmann/json_fwd.hpp>
 #include <string>
+#include <vector>
 
 // Json is nlohmann::ordered_json, or nlohmann::json, which does not keep the order and is the one for large objects. where: what errors call it.
 template <class Json> Json parse_json(const std::string& text, const std::string& where);
@@ -16,11 +17,13 @@ class JsonObject {
     JsonObject(JsonObject&&) noexcept;
     ~JsonObject();
 
-    // T is int, int64_t, uint64_t, double, std::string, a vector of std::string or double, or JsonObject. Members keep the order in which they were set.
+    // T is bool (set alone), int, int64_t, uint64_t, double, std::string, a vector of std::string, int or double, or JsonObject. Members keep the order in which they were set.
     template <class T> JsonObject& set(const std::string& name, const T& value);
     template <class T> void get(const std::string& name, T& value) const;
     JsonObject& set(const std::string& name, const char* value) { return set(name, std::string(value)); }
+    JsonObject& set_null(const std::string& name);
     bool has(const std::string& name) const;
+    std::vector<std::string> names() const;           // of all members
     std::string text(const std::string& name) const;  // a member as JSON
     std::string text(int indent = -1) const;          // all of it; in one line unless there is an indent
 

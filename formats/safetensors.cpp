@@ -2,19 +2,22 @@
 
 #include <algorithm>
 #include <bit>
+#include <cmath>
 #include <cstring>
+#include <filesystem>
+#include <map>
 #include <nlohmann/json.hpp>
 #include <type_traits>
 
 #include "files.h"
 #include "json.h"
 
-using Json = nlohmann::ordered_json;
+using Json = nlohmann::json;
 
 static int64_t dtype_bytes(const std::string& dtype) {
     if (dtype == "F64" || dtype == "I64") return 8;
     if (dtype == "F32" || dtype == "I32") return 4;
-    if (dtype == "BF16") return 2;
+    if (dtype == "BF16" || dtype == "F16") return 2;
     return 0;
 }
 
@@ -40,7 +43,7 @@ static Safetensors::Entry read_entry(const Json& value, const std::string& name,
     for (const int64_t d : e.shape)
         if (__builtin_mul_overflow(e.count, d, &e.count)) fail("%s has an impossible shape", n);
     const int64_t width = dtype_bytes(e.dtype);
-    if (!width) fail("%s has dtype %s; F64, F32, BF16, I64 and I32 can be read", n, e.dtype.c_str());
+    if (!width) fail("%s has dtype %s; F64, F32, F16, BF16, I64 and I32 can be read", n, e.dtype.c_str());
     if (ends.size() != 2 || ends[1] < ends[0] || ends[1] > size - data) fail("%s lies outside the file, which is cut off or damaged", n);
     e.offset = data + ends[0];
     e.bytes = ends[1] - ends[0];
@@ -49,7 +52,9 @@ static Safetensors::Entry read_entry(const Json& value, const std::string& name,
     return e;
 }
 
-Safetensors::Safetensors(const std::string& path) : path(path), file(path) {
+// One file's tensors, added to those that are there.
+void Safetensors::open(const std::string& path) {
+    const InputFile& file = files.emplace_back(path);
     const char* p = path.c_str();
     const int64_t size = file.size;
     if (size < 8) fail("%s: too short for a safetensors file (%lld bytes)", p, (long long)size);
@@ -66,24 +71,51 @@ Safetensors::Safetensors(const std::string& path) : path(path), file(path) {
     if (!json.is_object()) fail("%s: not a safetensors file: its header is no JSON object", p);
     try {
         for (const auto& [name, value] : json.items()) {
-            if (name != "__metadata__")
+            if (name != "__metadata__") {
+                if (!places.emplace(name, entries.size()).second) fail("%s: tensor %s is there twice", p, name.c_str());
                 entries.emplace_back(name, read_entry(value, path + ": tensor " + name, 8 + int64_t(header_bytes), size));
-            else
+                entries.back().second.file = files.size() - 1;
+            } else {
                 for (const auto& [key, text] : value.items()) metadata.emplace_back(key, text.get<std::string>());
+            }
         }
     } catch (const Json::exception& e) {
         fail("%s: not a safetensors file: its header is no JSON of the right form (%s)", p, e.what());
     }
 }
 
-bool Safetensors::has(const std::string& name) const {
-    return std::any_of(entries.begin(), entries.end(), [&](const auto& e) { return e.first == name; });
+// {"metadata": {...}, "weight_map": {tensor: file, ...}}, of files beside it.
+Safetensors::Safetensors(const std::string& path) : path(path) {
+    if (!path.ends_with(".index.json")) {
+        open(path);
+        return;
+    }
+    const char* p = path.c_str();
+    const Json index = parse_json<Json>(read_file(path, "index"), path);
+    if (!index.is_object() || !index.contains("weight_map") || !index["weight_map"].is_object()) fail("%s: it has no \"weight_map\"", p);
+    std::map<std::string, size_t> number;  // of each file
+    std::vector<std::pair<std::string, std::string>> listed;
+    for (const auto& [tensor, value] : index["weight_map"].items()) {
+        const std::string file = value.is_string() ? value.get<std::string>() : "";
+        if (file.empty() || file.find('/') != std::string::npos)
+            fail("%s: tensor %s is in %.100s, which is no file beside it", p, tensor.c_str(), printable(value.dump()).c_str());
+        listed.emplace_back(tensor, file);
+        number.emplace(file, 0);
+    }
+    for (auto& [file, place] : number) {
+        place = files.size();
+        open((std::filesystem::path(path).parent_path() / file).string());
+    }
+    metadata.clear();
+    for (const auto& [tensor, file] : listed)
+        if (!has(tensor) || find(tensor).file != number[file]) fail("%s: %s has no tensor %s", p, file.c_str(), tensor.c_str());
+    if (entries.size() != listed.size()) fail("%s: its files have %zu tensors, it lists %zu", p, entries.size(), listed.size());
 }
 
 const Safetensors::Entry& Safetensors::find(const std::string& name) const {
-    for (const auto& [key, entry] : entries)
-        if (key == name) return entry;
-    fail("%s: has no tensor %s", path.c_str(), name.c_str());
+    const auto found = places.find(name);
+    if (found == places.end()) fail("%s: has no tensor %s", path.c_str(), name.c_str());
+    return entries[found->second].second;
 }
 
 std::string Safetensors::meta(const std::string& key) const {
@@ -101,35 +133,55 @@ struct Bfloat16 {  // the upper half of a float
     uint16_t bits;
     operator float() const { return std::bit_cast<float>(uint32_t(bits) << 16); }
 };
+struct Float16 {  // IEEE 754's: 1 bit of sign, 5 of exponent, 10 of fraction
+    uint16_t bits;
+    operator float() const {
+        const int exponent = bits >> 10 & 0x1F, fraction = bits & 0x3FF;
+        const float size = exponent == 0x1F ? (fraction ? NAN : INFINITY)
+                           : exponent == 0  ? std::ldexp(float(fraction), -24)
+                                            : std::ldexp(float(fraction | 0x400), exponent - 25);
+        return bits >> 15 ? -size : size;
+    }
+};
 
 template <class Stored, class T>
 static void convert(T* out, const std::vector<char>& raw) {
     for (size_t i = 0; i < raw.size() / sizeof(Stored); i++) {
         Stored value;
         memcpy(&value, raw.data() + i * sizeof(Stored), sizeof(Stored));
-        if constexpr (std::is_same_v<Stored, Bfloat16>) out[i] = T(float(value));
+        if constexpr (std::is_class_v<Stored>) out[i] = T(float(value));
         else out[i] = T(value);
     }
 }
 
 template <class T>
-static void read_tensor(const InputFile& file, const Safetensors::Entry& e, T* out) {
-    std::vector<char> raw(e.bytes);
-    file.read(e.offset, raw.data(), raw.size());
-    if (e.dtype == "F64") convert<double>(out, raw);
-    else if (e.dtype == "F32") convert<float>(out, raw);
-    else if (e.dtype == "BF16") convert<Bfloat16>(out, raw);
-    else if (e.dtype == "I64") convert<int64_t>(out, raw);
-    else convert<int32_t>(out, raw);
+void Safetensors::read(const std::string& name, T* out, int64_t first, int64_t count) const {
+    const Entry& e = find(name);
+    const int64_t width = dtype_bytes(e.dtype), most = 1 << 20;  // a piece at a time: what is read is not there twice
+    if (count < 0) count = e.count - first;
+    if (first < 0 || count > e.count - first)
+        fail("%s: tensor %s has %lld elements, not as many as are wanted", path.c_str(), name.c_str(), (long long)e.count);
+    std::vector<char> raw;
+    for (int64_t at = first; at < first + count; at += most) {
+        const int64_t n = std::min(most, first + count - at);
+        raw.resize(n * width);
+        files[e.file].read(e.offset + at * width, raw.data(), raw.size());
+        T* const to = out + (at - first);
+        if (e.dtype == "F64") convert<double>(to, raw);
+        else if (e.dtype == "F32") convert<float>(to, raw);
+        else if (e.dtype == "F16") convert<Float16>(to, raw);
+        else if (e.dtype == "BF16") convert<Bfloat16>(to, raw);
+        else if (e.dtype == "I64") convert<int64_t>(to, raw);
+        else convert<int32_t>(to, raw);
+    }
 }
-
-void Safetensors::read(const std::string& name, double* out) const { read_tensor(file, find(name), out); }
-void Safetensors::read(const std::string& name, float* out) const { read_tensor(file, find(name), out); }
-void Safetensors::read(const std::string& name, int* out) const { read_tensor(file, find(name), out); }
+template void Safetensors::read(const std::string&, double*, int64_t, int64_t) const;
+template void Safetensors::read(const std::string&, float*, int64_t, int64_t) const;
+template void Safetensors::read(const std::string&, int*, int64_t, int64_t) const;
 
 void Safetensors::write(const std::string& path, const std::vector<NewEntry>& list, const Metadata& metadata,
                         const std::function<const void*(size_t i)>& data) {
-    Json header;
+    nlohmann::ordered_json header;
     for (const auto& [key, text] : metadata) header["__metadata__"][key] = text;
     int64_t offset = 0;
     for (const NewEntry& e : list) {

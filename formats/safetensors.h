@@ -1,32 +1,34 @@
-// safetensors files: 8 bytes of header length, a JSON header (names, types, shapes, offsets, metadata), then the tensors.
+// safetensors files (https://github.com/huggingface/safetensors): 8 bytes of header length, a JSON header (names, types, shapes, offsets, metadata), then the tensors.
 #pragma once
 
 #include <cstdint>
 #include <functional>
 #include <string>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
 #include "files.h"
 
-struct Safetensors {  // a file, open for reading
+struct Safetensors {  // a file, or the files that an index names, open for reading
     using Metadata = std::vector<std::pair<std::string, std::string>>;
     struct Entry {
-        std::string dtype;  // F64, F32, BF16, I64, I32
+        std::string dtype;  // F64, F32, F16, BF16, I64, I32
         std::vector<int64_t> shape;
         int64_t offset, bytes, count;  // offset from the start of the file
+        size_t file;
     };
     const std::string path;
     std::vector<std::pair<std::string, Entry>> entries;
-    Metadata metadata;
-    explicit Safetensors(const std::string& path);  // fails on anything malformed
-    bool has(const std::string& name) const;
+    Metadata metadata;  // of a file alone
+    // Of Hugging Face's model.safetensors.index.json: all its files. Fails on anything malformed.
+    explicit Safetensors(const std::string& path);
+    bool has(const std::string& name) const { return places.count(name); }
     const Entry& find(const std::string& name) const;  // fails if there is none
     std::string meta(const std::string& key) const;    // fails if there is none
     std::string meta(const std::string& key, const std::string& otherwise) const;
-    void read(const std::string& name, double* out) const;  // converts
-    void read(const std::string& name, float* out) const;
-    void read(const std::string& name, int* out) const;
+    // Converts `count` elements from `first` on (-1: all that follow) to T: double, float or int.
+    template <class T> void read(const std::string& name, T* out, int64_t first = 0, int64_t count = -1) const;
 
     struct NewEntry {
         std::string name, dtype;
@@ -38,5 +40,7 @@ struct Safetensors {  // a file, open for reading
                       const std::function<const void*(size_t i)>& data);
 
    private:
-    InputFile file;
+    std::vector<InputFile> files;
+    std::unordered_map<std::string, size_t> places;  // in entries
+    void open(const std::string& path);
 };
