@@ -4518,7 +4518,8 @@ void generate(Model& model, DecodeState& state, const Tokenizer& tokenizer, std:
     DecodeState alone, &reader = texts > 1 ? alone : state;  // of the prompt, for all texts
     model.start(state, texts, length + count);
     if (texts > 1) model.start(alone, 1, length);
-    std::vector<int> tokens(texts, -1);  // the last one of each
+    std::vector<int> tokens(texts);  // the last one of each
+    std::vector<char> ended(texts);
     for (int64_t i = 0; i < count; i++) {
         const bool first = i == 0;
         const real* const probs = first ? model.decode(reader, prompt.data(), int(length), real(sampling.temperature))
@@ -4527,7 +4528,7 @@ void generate(Model& model, DecodeState& state, const Tokenizer& tokenizer, std:
         bool finite = true;
 #pragma omp parallel for if (texts > 1) reduction(&& : finite)
         for (int text = 0; text < texts; text++) {
-            if (tokens[text] == tokenizer.end_of_text) continue;  // what it still computes, nobody reads
+            if (ended[text]) continue;  // what it still computes, nobody reads
             const real* p = probs + (first ? 0 : text * V);
             finite = finite && std::isfinite(std::accumulate(p, p + tokenizer.vocab, 0.0));
             const double u = random_uniform(sampling.seed, kSampleStream, uint64_t(sample + text) << 32 | uint64_t(i));
@@ -4536,7 +4537,8 @@ void generate(Model& model, DecodeState& state, const Tokenizer& tokenizer, std:
         if (!finite) fail("the model's probabilities are not finite: its weights are damaged, perhaps by too high a learning rate");
         bool all_ended = true;
         for (int text = 0; text < texts; text++) {
-            if (tokens[text] == tokenizer.end_of_text) continue;
+            if (tokens[text] == tokenizer.end_of_text) ended[text] = true;
+            if (ended[text]) continue;
             all_ended = false;
             if (!emit(text, tokens[text])) return;
         }
@@ -4594,12 +4596,12 @@ static void read_in_pieces(const Safetensors& file, const std::string& name, int
     }
 }
 
-std::string Model::family() const { return huggingface::family(JsonObject(config.to_json(), "config"), config.steps()); }
+static std::string family(const Config& config) { return huggingface::family(JsonObject(config.to_json(), "config"), config.steps()); }
 
 void Model::save(const std::string& path, const Metadata& metadata) const {
     Metadata all = {{"format", "pt"}, {"config", config.to_json()}};
     all.insert(all.end(), metadata.begin(), metadata.end());
-    save_tensors(*this, kMasters, path, all, [&, family = family()](std::string& name, std::vector<int64_t>& shape, const Parameter& p) {
+    save_tensors(*this, kMasters, path, all, [&, family = family(config)](std::string& name, std::vector<int64_t>& shape, const Parameter& p) {
         name = huggingface::tensor_name(family, name);
         if (of_vocabulary(p)) shape[0] = config.vocab;
     });
@@ -4621,8 +4623,7 @@ struct Place {
     std::string name;
     int64_t first = 0, count = 0;  // count 0: it has none, and the parameter is zero
 };
-static Place find_place(const Model& model, const ModelFiles& files, const std::string& family, const Parameter& p, bool conv_bias) {
-    const Safetensors& file = files.weights;
+static Place find_place(const Model& model, const Safetensors& file, const std::string& family, const Parameter& p, bool conv_bias) {
     const std::string name = huggingface::tensor_name(family, p.name), fused = huggingface::fused_name(family, p.name);
     const auto place = [&](const std::string& name, const std::vector<int64_t>& shape, int64_t first) {
         if (const std::vector<int64_t>& there = file.find(name).shape; there != shape)
@@ -4649,7 +4650,8 @@ void Model::load(const ModelFiles& files) {
     const Safetensors& file = files.weights;
     std::vector<Place> places;
     std::unordered_set<std::string> used;
-    for (const Parameter& p : parameters) used.insert(places.emplace_back(find_place(*this, files, family(), p, files.conv_bias)).name);
+    const std::string names = family(files.config);
+    for (const Parameter& p : parameters) used.insert(places.emplace_back(find_place(*this, file, names, p, files.conv_bias)).name);
     if (config.tied) used.insert("lm_head.weight");  // what some files have all the same
     for (const auto& [name, entry] : file.entries)
         if (!used.count(name)) fail("%s: has a tensor %s; a model of its config has none", file.path.c_str(), name.c_str());

@@ -677,7 +677,6 @@ struct Model {
     int64_t targets_seen = 0;
     std::vector<real> probabilities;
 
-    std::string family() const;  // of Hugging Face's: see huggingface.h
     bool of_vocabulary(const Parameter& p) const { return p.tensor == &embedding || p.tensor == &head_table; }  // a row for each token
     int64_t first_master() const;  // of the elements of all tensors
     void plan_tensors();

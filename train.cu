@@ -156,7 +156,7 @@ struct Checkpoint {
     int step = 0;
     int64_t train_tokens = 0;
 
-    explicit Checkpoint(const fs::path& out) : files((out / kModelFile).string()), config(files.config) {
+    explicit Checkpoint(const fs::path& out) : files(out.string()), config(files.config) {
         const Safetensors& file = files.weights;
         const std::string& model = file.path;
         optimizer = (out / fs::path(file.meta("optimizer")).filename()).string();

@@ -62,7 +62,7 @@ size_t TextFile::read(char* to, size_t most) {
     if (!first.empty()) {
         const size_t n = first.copy(to, most);
         first.erase(0, n);
-        return n;
+        return n + (n < most ? read_gzip(to + n, most - n) : 0);
     }
     if (!zstd) return read_gzip(to, most);
 #ifdef HAS_ZSTD

@@ -66,7 +66,7 @@ static bool regular(const std::vector<char>& layers, char letter, int& period, i
     const auto first = std::find(layers.begin(), layers.end(), letter);
     const auto second = first == layers.end() ? first : std::find(first + 1, layers.end(), letter);
     offset = int(first - layers.begin());  // n, if there is none
-    period = second != layers.end() ? int(second - first) : n + 1;
+    period = second != layers.end() ? int(second - first) : std::max(n, offset + 1);
     for (int i = 0; i < n; i++)
         if ((i % period == offset) != (layers[i] == letter)) return false;
     return true;
@@ -140,6 +140,7 @@ JsonObject write_config(const JsonObject& config, const std::vector<std::string>
         same("conv_kernel", "d-conv");
         same("time_step_rank", "dt-rank");
         json.set("expand", expand).set("use_bias", false).set("use_conv_bias", true);
+        json.set("pad_vocab_size_multiple", 1);  // llama.cpp's converter takes 8 unless told
         return json;
     }
     const Pairs pairs(steps);
@@ -182,7 +183,7 @@ struct Reader {
                                       "max_position_embeddings", "attention_dropout", "router_jitter_noise", "output_router_logits",
                                       "num_logits_to_keep", "use_mamba_kernels", "use_mambapy", "use_associative_scan", "rescale_prenorm_residual",
                                       "residual_in_fp32", "time_step_scale", "time_step_min", "time_step_max", "time_step_init_scheme",
-                                      "time_step_floor", "is_decoder", "is_encoder_decoder"};
+                                      "time_step_floor", "pad_vocab_size_multiple", "is_decoder", "is_encoder_decoder"};
 
     template <class T>
     T get(const std::string& name, const T& otherwise) {

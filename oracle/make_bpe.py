@@ -63,7 +63,19 @@ def make(digits):
 
 (plain, plain_ids), (digits, digits_ids) = make(False), make(True)
 cases = [{"text": b.hex(), "tokens": p, "digits_apart": d} for b, p, d in zip(raw, plain_ids, digits_ids)]
+
+# A tokenizer that data_prep is to make too: of words that repeat, every digit apart, and with ties between pairs.
+words = (english + scripts + emoji).split(" ") + ["aaaa", "aaaaaaa", "abcabc", "bcabca", "1999", "2024", "x1", "zz"]
+made_of = " ".join(random.choice(words) for _ in range(3000)) + "\n" * 9 + "a" * 300
+level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+t = Tokenizer(models.BPE())
+t.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), level])
+t.train_from_iterator([made_of], trainers.BpeTrainer(vocab_size=500, special_tokens=["<|endoftext|>"], show_progress=False,
+                                                     initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
+model = json.loads(t.to_str())["model"]
+trained = {"text": made_of.encode().hex(), "vocab": model["vocab"], "merges": [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]}
+
 with open(os.path.join(FOLDER, "bpe.json"), "w") as f:
-    json.dump({"tokenizer": plain, "digits_apart": digits, "cases": cases}, f, separators=(",", ":"))
+    json.dump({"tokenizer": plain, "digits_apart": digits, "cases": cases, "trained": trained}, f, separators=(",", ":"))
     f.write("\n")
 print(len(cases), "texts")

@@ -28,8 +28,9 @@
 #include <thread>
 #include <vector>
 
-#include "formats/bpe.h"
 #include "formats/random.h"
+#include "formats/safetensors.h"
+#include "formats/tokenizer.h"
 
 namespace fs = std::filesystem;
 using Json = nlohmann::json;
@@ -188,12 +189,11 @@ static std::vector<int> read_tokens(const fs::path& directory, const std::string
 }
 
 static std::vector<std::string> documents(const std::vector<int>& tokens) {
-    std::vector<std::string> all(1);
+    std::vector<std::string> all;
+    CHECK((tokens.empty() || tokens[0] == 256));  // end-of-text comes before every document
     for (int token : tokens)
         if (token == 256) all.emplace_back();
         else all.back() += char(token);
-    CHECK(all.back().empty());  // every document ends in end-of-text
-    all.pop_back();
     return all;
 }
 
@@ -323,7 +323,8 @@ TEST_CASE("text becomes tokens, a checkpoint, and text") {
     const Workplace at;
     make_data(at);
     at.succeed("train", train_flags(at, "run", 12) + Arguments{"--eval-every", "6", "--sample-every", "6", "--sample-prompt", "the ri"});
-    CHECK(files(at / "run") == std::vector<std::string>{"log.jsonl", "model.safetensors", "optimizer-12.safetensors"});
+    CHECK(files(at / "run") == std::vector<std::string>{"config.json", "log.jsonl", "model.safetensors", "optimizer-12.safetensors",
+                                                        "tokenizer.json", "tokenizer_config.json"});
     const std::vector<double> curve = losses(at / "run");
     REQUIRE(curve.size() == 12);
     CHECK(std::abs(curve[0] - std::log(257.0)) < 0.02 * std::log(257.0));
@@ -892,7 +893,8 @@ TEST_CASE("one training at a time in a directory") {
     const Result resumed = at.succeed("train", train_flags(at, "run", 1000000) + briefly + Arguments{"--resume"});
     CHECK(resumed.out.find("stopped after step") != std::string::npos);
     for (const std::string& name : files(at / "run"))  // none is there for the lock
-        CHECK((name == "log.jsonl" || name == "model.safetensors" || name.starts_with("optimizer-")));
+        CHECK((name == "log.jsonl" || name == "config.json" || name.starts_with("tokenizer") || name == "model.safetensors" ||
+               name.starts_with("optimizer-")));
 }
 
 TEST_CASE("kill -9 at any time leaves a checkpoint that resumes") {
@@ -986,7 +988,7 @@ TEST_CASE("a loss or gradient that is not finite stops before the update, and wh
     make_data(at);
     at.refuse("train", train_flags(at, "ruined", 12, "1e30") + Arguments{"--save-every", "1"},
               {"step 1: after its update the loss is", "not saved", "no checkpoint yet", "--lr"});
-    CHECK(files(at / "ruined") == std::vector<std::string>{"log.jsonl"});
+    CHECK(files(at / "ruined") == std::vector<std::string>{"config.json", "log.jsonl", "tokenizer.json", "tokenizer_config.json"});
 
     const std::string path = at / "run/model.safetensors";
     const Arguments on = train_flags(at, "run", 4) + Arguments{"--schedule", "constant"};
@@ -1002,7 +1004,8 @@ TEST_CASE("a loss or gradient that is not finite stops before the update, and wh
               {"step 3: loss", "before the update", "First bad tensor: weight of " + tensor, "checkpoint of step 2"});
     CHECK(losses(at / "run").size() == 2);
     CHECK((read_text(path) == model));
-    CHECK(files(at / "run") == std::vector<std::string>{"log.jsonl", "model.safetensors", "optimizer-2.safetensors"});
+    CHECK(files(at / "run") == std::vector<std::string>{"config.json", "log.jsonl", "model.safetensors", "optimizer-2.safetensors",
+                                                        "tokenizer.json", "tokenizer_config.json"});
     at.refuse("infer", {"--checkpoint", at / "run", "--prompt", "the"}, {"not finite"});
 }
 
@@ -1269,7 +1272,12 @@ TEST_CASE("infer and --resume refuse bad checkpoints and flags") {
     with_header([&](Json& h) { h[tensor] = 1; });
     refuse({path});
     with_header([](Json& h) { h.erase("__metadata__"); });
+    at.succeed("infer", infer);  // of which config.json and tokenizer.json are enough
+    at.refuse("train", resume, {path, "\"optimizer\""});
+    const std::string config = read_text(at / "run/config.json");
+    fs::remove(at / "run/config.json");
     refuse({path, "config"});
+    write_text(at / "run/config.json", config);
     with_header([](Json& h) { h["__metadata__"]["config"] = "{}"; });
     refuse({path, "config"});
     with_header([](Json& h) { h["__metadata__"]["tokenizer"] = "{\"kind\": \"words\", \"vocab\": 257, \"end_of_text\": 256}"; });
@@ -1504,12 +1512,12 @@ TEST_CASE("tokens of BPE: the same whatever reads them, named by the dataset and
     const std::vector<std::string> texts = {prose(900000) + "\n", "a<|endoftext|>b \xff 1999\n", prose(30000) + "\n"};
     write_text(at / "text.txt", texts[0] + "<|endoftext|>\n" + texts[1] + "<|endoftext|>\n" + texts[2]);
     std::vector<int> want;
-    for (const std::string& text : texts) want = want + encode(bpe, text) + std::vector<int>{bpe.end_of_text};
+    for (const std::string& text : texts) want = want + std::vector<int>{bpe.end_of_text} + encode(bpe, text);
     for (const char* tokenizer : {"tokenizer.json", "gpt2"}) {
         const Result made = at.succeed("data_prep", {"--input", at / "text.txt", "--output", at / "data", "--tokenizer", at / tokenizer,
                                                      "--val-fraction", "0"});
         CHECK(made.err.find("1 places in the text are not UTF-8") != std::string::npos);
-        CHECK(read_tokens(at / "data", "train") == want);
+        CHECK((read_tokens(at / "data", "train") == want));
         CHECK(Json::parse(read_text(at / "data/dataset.json")).at("tokenizer") ==
               Json{{"kind", "bpe"}, {"vocab", bpe.pieces.size()}, {"end_of_text", bpe.end_of_text}});
     }
@@ -1540,7 +1548,7 @@ TEST_CASE("tokens of BPE: the same whatever reads them, named by the dataset and
     large["model"]["vocab"]["qqqq"] = 67000;
     write_text(at / "tokenizer.json", large.dump());
     at.succeed("data_prep", {"--input", at / "text.txt", "--output", at / "wide", "--tokenizer", at / "tokenizer.json", "--val-fraction", "0.1"});
-    CHECK(read_tokens(at / "wide", "train") == read_tokens(at / "data", "train"));
+    CHECK((read_tokens(at / "wide", "train") == read_tokens(at / "data", "train")));
     CHECK(fs::file_size(at / "wide/train_000000.bin") - 1024 == 2 * (fs::file_size(at / "data/train_000000.bin") - 1024));
     // Bytes again: the shards are new, the tokenizer's file might be somebody's.
     at.succeed("data_prep", {"--input", at / "text.txt", "--output", at / "data"});
@@ -1587,6 +1595,407 @@ TEST_CASE("a tokenizer that is damaged, or does more than is known here, is refu
     at.refuse("data_prep", {"--input", at / "text.txt", "--output", at / "data", "--tokenizer", at / "tokenizer.json"}, {"not readable as JSON"});
     fs::create_directory(at / "empty");
     at.refuse("data_prep", {"--input", at / "text.txt", "--output", at / "data", "--tokenizer", at / "empty"}, {"empty", "vocab.bpe"});
+}
+
+// ---- tokenizers of one's own, and of SentencePiece
+
+TEST_CASE("a tokenizer made of a text is the one that Hugging Face's trainer makes, and encodes it") {
+    const Workplace at;
+    const Json& trained = bpe_reference().at("trained");
+    const std::string text = from_hex(trained.at("text"));
+    write_text(at / "text.txt", text);
+    at.succeed("data_prep", {"--input", at / "text.txt", "--output", at / "data", "--train-tokenizer", "500", "--val-fraction", "0"});
+    const Json made = Json::parse(read_text(at / "data/tokenizer.json"));
+    CHECK(made.at("model").at("vocab") == trained.at("vocab"));
+    CHECK(made.at("model").at("merges") == trained.at("merges"));
+    const Bpe bpe = Bpe::load(at / "data");
+    CHECK(bpe.digits_apart);
+    CHECK(bpe.pieces.size() == 500);
+    CHECK((read_tokens(at / "data", "train") == std::vector<int>{0} + encode(bpe, text)));
+    // The same, however the text comes
+    fs::create_directory(at / "texts");
+    write_text(at / "texts/a.json", Json{{"text", text.substr(0, word_boundary(text, 5000))}}.dump() + "\n");
+    write_text(at / "texts/b.jsonl", Json{{"text", text.substr(word_boundary(text, 5000))}}.dump());
+    at.succeed("data_prep", {"--input", at / "texts", "--output", at / "parts", "--train-tokenizer", "500", "--val-fraction", "0"}, {.threads = "1"});
+    CHECK(read_text(at / "parts/tokenizer.json") == read_text(at / "data/tokenizer.json"));
+    // A text that has no more pairs; what cannot be read twice; bad sizes
+    write_text(at / "small.txt", "abab abab");
+    const Result small = at.succeed("data_prep", {"--input", at / "small.txt", "--output", at / "small", "--train-tokenizer", "262144",
+                                                  "--val-fraction", "0"});
+    CHECK(small.err.find("not more") != std::string::npos);
+    CHECK(Bpe::load(at / "small").pieces.back() == " abab");
+    at.refuse("data_prep", {"--input", "-", "--output", at / "no", "--train-tokenizer", "500"}, {"standard input", "twice"}, {.input = at / "text.txt"});
+    for (const char* size : {"256", "262145", "-1"})
+        at.refuse("data_prep", {"--input", at / "text.txt", "--output", at / "no", "--train-tokenizer", size}, {"--train-tokenizer", size});
+    at.refuse("data_prep", {"--input", at / "text.txt", "--output", at / "no", "--train-tokenizer", "500", "--tokenizer", at / "data"}, {"not both"});
+}
+
+TEST_CASE("text of SentencePiece's tokens") {
+    const Workplace at;
+    static const char* const folder = getenv("MOEMAMBA_ORACLE");
+    const Json reference = Json::parse(read_text(fs::path(folder ? folder : "oracle") / "sentencepiece.json"));
+    bool absent = false;
+    for (const Json& one : reference) {
+        write_text(at / "tokenizer.model", from_hex(one.at("model")));
+        const Result probe = at.run("infer", {"--tokenize", "--tokenizer", at / "tokenizer.model", "--prompt", "a"});
+        if (probe.err.find("library was not there") != std::string::npos) {
+            absent = true;
+            continue;
+        }
+        const Tokenizer tokenizer = Tokenizer::load(at / "tokenizer.model");
+        for (const Json& pair : one.at("cases")) {
+            const std::string text = from_hex(pair.at("text"));
+            INFO(pair.at("text"));
+            std::vector<int> tokens;
+            tokenizer.encode(tokens, text);
+            CHECK(tokens == pair.at("tokens").get<std::vector<int>>());
+        }
+        // A document of several segments has the tokens of the whole
+        const std::string text = prose(300000);
+        write_text(at / "text.txt", text);
+        std::vector<int> whole = {tokenizer.end_of_text};
+        tokenizer.encode(whole, text);
+        at.succeed("data_prep", {"--input", at / "text.txt", "--output", at / "data", "--tokenizer", at / "tokenizer.model", "--val-fraction", "0"});
+        CHECK((read_tokens(at / "data", "train") == whole));
+        at.succeed("data_prep", {"--input", at / "text.txt", "--output", at / "data", "--tokenizer", at.path, "--val-fraction", "0.1"});
+        at.succeed("train", train_flags(at, "run-" + std::to_string(tokenizer.vocab), 1));
+        const std::string run = at / ("run-" + std::to_string(tokenizer.vocab));
+        CHECK(read_text(run + "/tokenizer.model") == from_hex(one.at("model")));
+        CHECK(at.succeed("infer", {"--checkpoint", run, "--prompt", "the river", "--tokens", "3"}).out.starts_with("the river"));
+    }
+    write_text(at / "tokenizer.model", "no model");
+    at.refuse("infer", {"--tokenize", "--tokenizer", at / "tokenizer.model"}, {"tokenizer.model"});
+    if (absent) printf("skipped: SentencePiece, whose library was not there when this was built (make deps)\n");
+}
+
+// ---- other forms of input
+
+TEST_CASE("JSON lines, plain or compressed, are documents") {
+    const Workplace at;
+    std::vector<std::string> texts;
+    std::string lines;
+    for (int i = 0; i < 300; i++) {
+        texts.push_back("document " + std::to_string(i) + " \"é\u4e2d\U0001f600\"\n" + prose(i * 37 % 3000));
+        lines += Json{{"url", "x"}, {"text", texts.back()}, {"meta", {{"text", "another"}, {"list", {1, {{"text", 2}}}}}}}.dump(-1, ' ', i % 2) + "\n";
+        if (i == 100) lines += "\n{\"text\": 3}\r\n[1]\n{\"body\": \"x\"}\n{\"text\": \"cut\n" + std::string(40, '[') + "\n\xff\n";
+    }
+    std::sort(texts.begin(), texts.end());
+    const std::string gz = at / "lines.json.gz", plain = at / "lines.jsonl";
+    write_text(plain, lines);
+    gzFile file = gzopen(gz.c_str(), "wb1");
+    gzwrite(file, lines.data(), unsigned(lines.size()));
+    gzclose(file);
+    std::vector<Arguments> ways = {{"--input", plain}, {"--input", gz}, {"--input", "-", "--format", "jsonl"}};
+    if (system("zstd --version > /dev/null 2>&1") == 0) {
+        REQUIRE(system(("zstd -q '" + plain + "' -o '" + (at / "lines.json.zst") + "'").c_str()) == 0);
+        const Result probe = at.run("data_prep", {"--input", at / "lines.json.zst", "--output", at / "probe"});
+        if (probe.err.find("library was not there") != std::string::npos) printf("skipped: zstd, whose library was not there when this was built\n");
+        else ways.push_back({"--input", at / "lines.json.zst"});
+    } else {
+        printf("skipped: zstd (there is no program of that name: make deps)\n");
+    }
+    for (const Arguments& way : ways) {
+        INFO(way[1]);
+        const Result made = at.succeed("data_prep", way + Arguments{"--output", at / "data", "--val-fraction", "0.1"}, {.input = plain});
+        const std::string name = way[1] == "-" ? "standard input" : way[1];
+        CHECK(made.err.find("warning: 6 bad lines skipped; the first: " + name + ", line 103: \"text\" is no text") != std::string::npos);
+        std::vector<std::string> found = documents(read_tokens(at / "data", "train")) + documents(read_tokens(at / "data", "val"));
+        std::sort(found.begin(), found.end());
+        CHECK((found == texts));
+        CHECK(documents(read_tokens(at / "data", "val")).size() == 30);
+        at.refuse("data_prep", way + Arguments{"--output", at / "no", "--strict"}, {name, "line 103", "--strict"}, {.input = plain});
+        if (way.size() == 2 && way[1] != plain) {  // cut off
+            const std::string whole = read_text(way[1]), cut = at / ("cut" + fs::path(way[1]).filename().string());
+            write_text(cut, whole.substr(0, whole.size() / 2));
+            at.refuse("data_prep", {"--input", cut, "--output", at / "no"}, {cut, "truncated"});
+        }
+    }
+    at.refuse("data_prep", {"--input", plain, "--output", at / "no", "--field", "body", "--strict"}, {"line 1:", "has no \"body\""});
+    at.succeed("data_prep", {"--input", plain, "--output", at / "body", "--field", "body", "--val-fraction", "0"});
+    CHECK(documents(read_tokens(at / "body", "train")) == std::vector<std::string>{"x"});
+    at.succeed("data_prep", {"--input", plain, "--output", at / "text", "--format", "text", "--val-fraction", "0"});
+    CHECK((documents(read_tokens(at / "text", "train")) == std::vector<std::string>{lines}));
+    at.refuse("data_prep", {"--input", plain, "--output", at / "no", "--format", "xml"}, {"--format", "xml"});
+    // A line that is too long is one bad line, and takes no more memory than that
+    write_text(at / "long.jsonl", "{\"text\": \"" + std::string(70 << 20, 'a') + "\"}\n{\"text\": \"b\"}");
+    CHECK(at.succeed("data_prep", {"--input", at / "long.jsonl", "--output", at / "long", "--val-fraction", "0"}).err.find("line 1: longer than 64 MiB") !=
+          std::string::npos);
+    CHECK(documents(read_tokens(at / "long", "train")) == std::vector<std::string>{"b"});
+}
+
+TEST_CASE("token files of llm.c go straight into training") {
+    const Workplace at;
+    const auto write = [&](const std::string& name, int32_t magic, int32_t version, const std::vector<int>& tokens) {
+        int32_t header[256] = {magic, version, int32_t(tokens.size())};
+        std::string file(reinterpret_cast<const char*>(header), sizeof(header));
+        for (const uint32_t token : tokens) file.append(reinterpret_cast<const char*>(&token), version == 1 ? 2 : 4);
+        write_text(at / name, file);
+    };
+    std::vector<int> tokens(500), llama(500);
+    for (size_t i = 0; i < tokens.size(); i++) tokens[i] = i % 100 ? int(i * 7 % 50256) : 50256, llama[i] = i % 100 ? int(i * 7 % 128000) : 128001;
+    write("train_a.bin", 20240520, 1, tokens);
+    write("train_b.bin", 20240520, 1, tokens);
+    write("val.bin", 20240520, 1, tokens);
+    write("llama.bin", 20240801, 7, llama);
+    write("old.bin", 20240801, 1, llama);
+    write("ours.bin", 20240520, 2, tokens);
+    const Arguments tiny = {"--layers", "M", "--d-model", "8", "--batch", "1", "--seq-len", "8", "--steps", "1", "--peak-flops", "1e9"};
+    const Result made = at.succeed("train", Arguments{"--data", at / "train_a.bin", at / "train_b.bin", "--val-data", at / "val.bin", "--out",
+                                                      at / "run"} + tiny);
+    CHECK(made.out.find("1000 tokens") != std::string::npos);
+    CHECK(made.out.find("vocabulary 50257") != std::string::npos);
+    CHECK(losses(at / "run", "val").size() == 1);
+    at.refuse("infer", {"--checkpoint", at / "run", "--prompt", "a"}, {"no tokenizer"});
+    at.refuse("infer", {"--checkpoint", at / "run", "--prompt-tokens", "1"}, {"no tokenizer", "--print-tokens"});
+    const std::string drawn = at.succeed("infer", {"--checkpoint", at / "run", "--prompt-tokens", "5,6", "--print-tokens", "--tokens", "4"}).out;
+    CHECK(drawn.starts_with("5,6,"));
+    CHECK(std::count(drawn.begin(), drawn.end(), ',') == 5);
+    at.succeed("train", Arguments{"--data", at / "train_a.bin", at / "train_b.bin", "--val-data", at / "val.bin", "--out", at / "run", "--resume"});
+    CHECK(at.succeed("train", Arguments{"--data", at / "llama.bin", "--out", at / "llama"} + tiny).out.find("vocabulary 128256") != std::string::npos);
+    const auto refuse = [&](const Arguments& arguments, const std::vector<std::string>& phrases) {
+        at.refuse("train", arguments + Arguments{"--out", at / "no"} + tiny, phrases);
+    };
+    refuse({"--data", at / "train_a.bin", at / "llama.bin"}, {"train_a.bin", "llama.bin", "two kinds"});
+    refuse({"--data", at / "train_a.bin", "--val-data", at / "llama.bin"}, {"two kinds"});
+    refuse({"--data", at / "old.bin"}, {"old.bin", "version 1"});
+    refuse({"--data", at / "ours.bin"}, {"ours.bin", "--tokenizer"});
+    refuse({"--data", at / "train_a.bin", "--tokenizer", "bytes"}, {"train_a.bin", "beyond the vocabulary of 257"});
+    refuse({"--data", at / "train_a.bin", "--sample-every", "1"}, {"--sample-every"});
+    make_data(at);
+    refuse({"--data", at / "data", "--val-data", at / "val.bin"}, {"--val-data"});
+}
+
+// ---- Hugging Face's directories
+
+static fs::path huggingface_reference() {
+    static const char* const folder = getenv("MOEMAMBA_ORACLE");
+    return fs::path(folder ? folder : "oracle") / "huggingface";
+}
+
+TEST_CASE("what transformers has saved continues a text as there, and can be trained on") {
+    const Workplace at;
+    make_data(at);
+    for (const auto& entry : fs::directory_iterator(huggingface_reference())) {
+        const std::string model = entry.path();
+        INFO(model);
+        const Safetensors expected(model + "/expected.safetensors");
+        std::vector<int> greedy(expected.find("greedy").count);
+        expected.read("greedy", greedy.data());
+        std::string want, prompt;
+        for (size_t i = 0; i < greedy.size(); i++) {
+            want += (i ? "," : "") + std::to_string(greedy[i]);
+            if (i == 8) prompt = want;
+        }
+        const Arguments draw = {"--prompt-tokens", prompt, "--print-tokens", "--tokens", std::to_string(greedy.size() - 9), "--temperature", "0"};
+        CHECK(at.succeed("infer", Arguments{"--checkpoint", model} + draw).out == want + "\n");
+        at.refuse("infer", Arguments{"--checkpoint", model, "--prompt", "a"}, {"tokenizer.json", "--prompt-tokens"});
+        // Training begins with its weights, and what it saves has them in one form
+        const std::string out = at / ("run" + entry.path().filename().string());
+        std::vector<int> tokens(200);
+        for (size_t i = 0; i < tokens.size(); i++) tokens[i] = int(i * i % 43);
+        int32_t header[256] = {20240520, 1, int32_t(tokens.size())};
+        std::string file(reinterpret_cast<const char*>(header), sizeof(header));
+        for (const uint32_t token : tokens) file.append(reinterpret_cast<const char*>(&token), 2);
+        write_text(at / "tokens.bin", file);
+        const Json bytes = Json::parse(Bpe::of_bytes());
+        const Arguments train = {"--data", at / "tokens.bin", "--out", out, "--init-from", model, "--batch", "1", "--seq-len", "8", "--steps", "1",
+                                 "--peak-flops", "1e9"};
+        at.refuse("train", train, {"--init-from", "43 tokens", "50257"});
+        at.refuse("train", train + Arguments{"--preset", "mamba-tiny"}, {"--init-from", "--preset"});
+    }
+}
+
+// A copy of a directory of transformers, changed.
+static void change_model(const Workplace& at, const std::string& from, const std::function<void(Json&)>& change) {
+    fs::remove_all(at / "model");
+    fs::copy(huggingface_reference() / from, at / "model");
+    Json config = Json::parse(read_text(at / "model/config.json"));
+    change(config);
+    write_text(at / "model/config.json", config.dump());
+}
+
+TEST_CASE("a directory of transformers that our models cannot be is refused by name") {
+    const Workplace at;
+    const Arguments infer = {"--checkpoint", at / "model", "--prompt-tokens", "1", "--print-tokens", "--tokens", "1"};
+    const auto refuse = [&](const std::string& from, const std::function<void(Json&)>& change, const std::vector<std::string>& phrases) {
+        change_model(at, from, change);
+        at.refuse("infer", infer, phrases);
+    };
+    const auto set = [](const char* key, const Json& value) { return [=](Json& c) { c[key] = value; }; };
+    refuse("mamba", set("use_bias", true), {"config.json", "\"use_bias\" is true"});
+    refuse("mamba", set("hidden_act", "gelu"), {"hidden_act", "gelu"});
+    refuse("mamba", set("model_type", "llama"), {"model_type", "llama", "mixtral"});
+    refuse("mamba", set("model_type", 1), {"model_type", "not a text"});
+    refuse("mamba", set("hidden_size", -16), {"hidden_size", "-16"});
+    refuse("mamba", set("hidden_size", "16"), {"hidden_size", "\"16\""});
+    refuse("mamba", set("hidden_size", 1 << 30), {"hidden_size"});
+    refuse("mamba", set("state_size", 65), {"config.json", "65"});
+    refuse("mamba", set("num_hidden_layers", 1000000), {"num_hidden_layers"});
+    refuse("mamba", set("num_hidden_layers", 3), {"backbone.layers.2."});
+    refuse("mamba", set("num_hidden_layers", 1), {"has a tensor backbone.layers.1."});
+    refuse("mamba", set("hidden_size", 24), {"shape", "(43, 16)", "(43, 24)"});
+    refuse("mamba", set("tie_word_embeddings", false), {"lm_head.weight"});
+    refuse("mamba", set("quantization_config", Json::object()), {"quantization_config"});
+    refuse("mamba", set("eos_token_id", {1, -2}), {"eos_token_id"});
+    refuse("mamba", [](Json& c) { c = Json::array(); }, {"config.json", "not a JSON object"});
+    refuse("mixtral", set("sliding_window", 4096), {"sliding_window", "4096"});
+    refuse("mixtral", set("rope_scaling", {{"type", "linear"}}), {"rope_scaling"});
+    refuse("mixtral", set("rope_parameters", {{"rope_type", "yarn"}}), {"rope_type", "yarn"});
+    refuse("mixtral", set("num_key_value_heads", 3), {"config.json"});
+    refuse("mixtral", set("num_experts_per_tok", 4), {"top-k"});
+    refuse("jamba-sharded", set("mamba_proj_bias", true), {"mamba_proj_bias"});
+    refuse("jamba-sharded", set("num_attention_heads", 3), {"num_attention_heads"});
+    change_model(at, "jamba-fused", set("num_experts", 2));
+    at.refuse("infer", infer, {"shape", "router"});
+    change_model(at, "mamba", set("something_new", 1));
+    const Result noted = at.succeed("infer", infer);
+    CHECK(noted.err.find("not used: something_new") != std::string::npos);
+    change_model(at, "mamba", set("use_conv_bias", false));  // it has one all the same
+    at.succeed("infer", infer);
+    const std::string index = at / "model/model.safetensors.index.json";
+    const auto refuse_index = [&](const std::function<void(Json&)>& change, const std::vector<std::string>& phrases) {
+        change_model(at, "jamba-sharded", [](Json&) {});
+        Json json = Json::parse(read_text(index));
+        change(json);
+        write_text(index, json.dump());
+        at.refuse("infer", infer, phrases);
+    };
+    refuse_index([](Json& j) { j["weight_map"]["lm_head.weight"] = "../x"; }, {"lm_head.weight", "no file beside it"});
+    refuse_index([](Json& j) { j["weight_map"]["lm_head.weight"] = "x.safetensors"; }, {"x.safetensors", "No such file"});
+    refuse_index([](Json& j) { j["weight_map"].erase("lm_head.weight"); }, {"tensors, it lists"});
+    refuse_index([](Json& j) { j["weight_map"]["stranger"] = j["weight_map"]["lm_head.weight"]; }, {"no tensor stranger"});
+    refuse_index([](Json& j) { j.erase("weight_map"); }, {"weight_map"});
+    fs::remove(at / "model/config.json");
+    at.refuse("infer", infer, {"weight_map"});
+}
+
+TEST_CASE("every checkpoint is a directory of transformers, and weights go from one training to the next") {
+    const Workplace at;
+    make_data(at);
+    struct Family {
+        const char *kind, *layers;
+        Arguments more;
+    };
+    const Family families[] = {{"mamba", "M*2", {"--tied", "1"}},
+                               {"jamba", "MFMEAFME", {"--mamba-norms", "1", "--rope-base", "0", "--swiglu-experts", "1", "--d-ff", "24", "--d-expert",
+                                                      "24", "--top-k", "2"}},
+                               {"mixtral", "AE*2", {"--renormalize", "1", "--swiglu-experts", "1", "--top-k", "2"}},
+                               {"moemamba", "ME*2", {}}};
+    for (const Family& family : families) {
+        INFO(family.kind);
+        const std::string out = at / family.kind;
+        const Arguments train = Arguments{"--data", at / "data", "--steps", "3", "--seq-len", "32", "--batch", "4", "--peak-flops", "1e9"};
+        at.succeed("train", train + Arguments{"--out", out, "--layers", family.layers, "--d-model", "16", "--heads", "2", "--experts", "4"} + family.more);
+        const Json config = Json::parse(read_text(out + "/config.json"));
+        CHECK(config.at("model_type") == family.kind);
+        CHECK(config.at("vocab_size") == 257);
+        const Safetensors file(out + "/model.safetensors");
+        const bool theirs = std::string(family.kind) == "jamba" || std::string(family.kind) == "mixtral";
+        CHECK(file.find(theirs ? "model.embed_tokens.weight" : "backbone.embeddings.weight").shape == std::vector<int64_t>{257, 16});
+        CHECK(file.has("lm_head.weight") == (std::string(family.kind) != "mamba"));
+        if (std::string(family.kind) == "mixtral") CHECK(file.has("model.layers.1.block_sparse_moe.experts.3.w2.weight"));
+        if (std::string(family.kind) == "jamba") CHECK(file.has("model.layers.1.feed_forward.experts.3.down_proj.weight"));
+        // Without its own metadata it is somebody else's, and gives the same
+        const Arguments draw = {"--prompt", "the river", "--tokens", "20", "--temperature", "0"};
+        const std::string text = at.succeed("infer", Arguments{"--checkpoint", out} + draw).out;
+        fs::remove_all(at / "other");
+        fs::create_directory(at / "other");
+        for (const char* name : {"config.json", "tokenizer.json"}) fs::copy(out + "/" + name, at / "other");
+        change_header(at / "other/model.safetensors", read_text(out + "/model.safetensors"), [](Json& h) { h.erase("__metadata__"); });
+        CHECK(at.succeed("infer", Arguments{"--checkpoint", at / "other"} + draw).out == text);
+        // The first loss of what begins with these weights is that of a fourth step, and not of a first
+        for (const std::string& from : {out, at / "other"}) {
+            const Result begun = at.run("train", train + Arguments{"--out", out + "-on", "--init-from", from, "--balance-loss", "0"});
+            INFO(begun.err);
+            REQUIRE(begun.code == 0);
+            CHECK(begun.err.find("warning") == std::string::npos);
+            CHECK(losses(out + "-on")[0] < losses(out)[0] - 0.01);
+            fs::remove_all(out + "-on");
+        }
+        at.refuse("train", train + Arguments{"--out", out + "-on", "--init-from", out, "--d-model", "32"}, {"shape"});
+        fs::remove_all(out + "-on");
+    }
+    // Another tokenizer: said
+    bpe_of(at, bpe_reference().at("tokenizer"));
+    fs::copy(at / "tokenizer.json", at / "other/tokenizer.json", fs::copy_options::overwrite_existing);
+    at.refuse("infer", {"--checkpoint", at / "other", "--prompt", "a"}, {"257", "546"});
+    const Result warned = at.succeed("train", {"--data", at / "data", "--steps", "1", "--seq-len", "32", "--batch", "4", "--peak-flops", "1e9", "--out",
+                                               at / "warned", "--init-from", at / "other"});
+    CHECK(warned.err.find("warning: --init-from") != std::string::npos);
+    // Checkpoints from before had padded rows, and names of ours alone
+    const std::string model = at / "mixtral/model.safetensors", good = read_text(model);
+    const Arguments draw = {"--checkpoint", at / "mixtral", "--prompt", "the river", "--tokens", "20", "--temperature", "0"};
+    const std::string text = at.succeed("infer", draw).out;
+    uint64_t size;
+    memcpy(&size, good.data(), 8);
+    std::string tensors = good.substr(8 + size);
+    const Json header = Json::parse(good.substr(8, size));
+    Json older = {{"__metadata__", header.at("__metadata__")}};
+    const auto our_name = [](std::string name) {
+        const std::vector<std::pair<std::string, std::string>> parts = {
+            {"model.embed_tokens", "backbone.embeddings"}, {"model.norm", "backbone.norm_f"}, {".block_sparse_moe.gate", ".moe.router"},
+            {".block_sparse_moe", ".moe"}, {".w1.", ".gate_proj."}, {".w3.", ".up_proj."}, {".w2.", ".down_proj."}};
+        for (const auto& [from, to] : parts)
+            if (const size_t found = name.find(from); found != std::string::npos) name.replace(found, from.size(), to);
+        if (!name.starts_with("model.layers.")) return name;
+        const int layer = name[13] - '0', step = 2 * layer + (name.find("post_attention") != std::string::npos || name.find(".moe.") != std::string::npos);
+        name = "backbone.layers." + std::to_string(step) + name.substr(14);
+        for (const char* norm : {"input_layernorm", "post_attention_layernorm"})
+            if (const size_t found = name.find(norm); found != std::string::npos) name.replace(found, strlen(norm), "norm");
+        return name;
+    };
+    for (const auto& [name, entry] : header.items()) {
+        if (name == "__metadata__") continue;
+        Json changed = entry;
+        if (entry.at("shape")[0] == 257) {  // its rows again, at the end, and seven more
+            const size_t from = entry.at("data_offsets")[0], to = entry.at("data_offsets")[1], start = tensors.size();
+            tensors += tensors.substr(from, to - from) + std::string(7 * 16 * 4, '\0');
+            changed["shape"] = {264, 16};
+            changed["data_offsets"] = {start, tensors.size()};
+        }
+        older[our_name(name)] = changed;
+    }
+    const std::string json = older.dump();
+    size = json.size();
+    write_text(model, std::string(reinterpret_cast<const char*>(&size), 8) + json + tensors);
+    CHECK(at.succeed("infer", draw).out == text);
+}
+
+TEST_CASE("tokens in, tokens out, and what they stand for") {
+    const Workplace at;
+    make_data(at);
+    at.succeed("train", train_flags(at, "run", 3));
+    const Arguments draw = {"--checkpoint", at / "run", "--tokens", "10", "--seed", "3"};
+    const auto numbers = [](const std::string& text) {
+        std::string all;
+        for (const char c : text) all += (all.empty() ? "" : ",") + std::to_string(static_cast<unsigned char>(c));
+        return all;
+    };
+    const std::string tokens = at.succeed("infer", draw + Arguments{"--prompt", "the", "--print-tokens"}).out;
+    CHECK(tokens.starts_with(numbers("the") + ","));
+    CHECK(at.succeed("infer", draw + Arguments{"--prompt-tokens", numbers("the"), "--print-tokens"}).out == tokens);
+    CHECK(at.succeed("infer", draw + Arguments{"--prompt-tokens", numbers("the")}).out == at.succeed("infer", draw + Arguments{"--prompt", "the"}).out);
+    CHECK(at.succeed("infer", draw + Arguments{"--prompt", "the", "--print-tokens", "--samples", "2"}).out.starts_with(tokens));
+    for (const char* bad : {"x", "257", "-1", "1,,2", "1,", ",", "1 2", "99999999999"})
+        at.refuse("infer", draw + Arguments{std::string("--prompt-tokens=") + bad}, {"--prompt-tokens"});
+    at.refuse("infer", draw + Arguments{"--prompt-tokens", "1", "--prompt", "a"}, {"--prompt-tokens"});
+    CHECK(at.succeed("infer", {"--checkpoint", at / "run", "--tokenize", "--prompt", "a\né"}).out ==
+          "     97  \"a\"\n     10  \"\\n\"\n    195  \"\\xc3\"\n    169  \"\\xa9\"\n");
+    bpe_of(at, bpe_reference().at("tokenizer"));
+    const std::string pieces = at.succeed("infer", {"--tokenizer", at / "tokenizer.json", "--tokenize", "--prompt", "The LORD said"}).out;
+    CHECK(pieces.find("\" LORD\"") != std::string::npos);
+    at.refuse("infer", {"--tokenize", "--prompt", "a"}, {"--checkpoint"});
+    // Characters are not cut: what does not become one is U+FFFD
+    for (const char* seed : {"1", "2", "3"}) {
+        const std::string text = at.succeed("infer", {"--checkpoint", at / "run", "--tokens", "200", "--temperature", "100", "--seed", seed}).out;
+        int64_t replaced = 0;
+        CHECK(valid_utf8(text, &replaced) == text);
+        CHECK(replaced == 0);
+        CHECK(text.find("\uFFFD") != std::string::npos);
+    }
+    for (const std::string text : {"", "a", "é", "a\u4e2d\U0001f600", "\xff", "a\x80"}) CHECK(whole_characters(text) == text.size());
+    for (const std::string whole : {"é", "\u4e2d", "\U0001f600"})
+        for (size_t n = 1; n < whole.size(); n++) CHECK(whole_characters("a" + whole.substr(0, n)) == 1);
 }
 
 // ---- streams, names and numbers that somebody else made
@@ -1684,7 +2093,8 @@ TEST_CASE("under a temporary name nothing of anybody else's is followed, waited 
     // A directory there is named.
     fs::create_directories(at / "taken/model.safetensors.tmp");
     at.refuse("train", train_flags(at, "taken", 1), {"model.safetensors.tmp", "directory"});
-    CHECK(files(at / "taken") == std::vector<std::string>{"log.jsonl", "model.safetensors.tmp"});
+    CHECK(files(at / "taken") == std::vector<std::string>{"config.json", "log.jsonl", "model.safetensors.tmp", "tokenizer.json",
+                                                          "tokenizer_config.json"});
 }
 
 TEST_CASE("small input, large cost") {
