@@ -187,18 +187,18 @@ DEMO := --preset moe-mamba-tiny --batch 16 --seq-len 256 --steps 300 --lr 3e-3 -
 # Any bytes for what reads files: libFuzzer, which clang has (16 or newer). SECONDS for each target; what it finds is in build/fuzz.
 SECONDS ?= 60
 CLANG ?= $(lastword clang++ $(sort $(wildcard /usr/bin/clang++-??)))
-FUZZ := safetensors tokens dataset config tokenizer bpe layers
+FUZZ := safetensors index tokens dataset config their_config tokenizer bpe bpe_pair json_lines gzip zstd layers
 build/fuzz/fuzz: tests/fuzz/fuzz.cpp $(wildcard formats/*) $(BUILD)/moemamba.o $(BUILD)/layers.o $(BUILD)/plain.o
 	@command -v $(CLANG) > /dev/null || { echo "error: no clang++, which has libFuzzer: install clang-16"; exit 1; }
 	@mkdir -p $(@D)
-	$(CLANG) -std=c++20 -O1 -g1 -I. $(DEFINES) -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all $(filter %.cpp %.o,$^) \
+	$(CLANG) -std=c++20 -O1 -g1 -I. $(DEFINES) -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all $(if $(SENTENCEPIECE),-DHAS_SENTENCEPIECE) $(if $(ZSTD),-DHAS_ZSTD) $(filter %.cpp %.o,$^) \
 	  $(LDLIBS:-fopenmp=-lgomp) -o $@
 fuzz:
 	@$(MAKE) --no-print-directory -j $(JOBS) CUDA=0 PRECISION=float build/fuzz/fuzz
 	@$(MAKE) --no-print-directory -j $(JOBS) SECONDS=$(SECONDS) $(FUZZ:%=fuzz-%)
 fuzz-%:
 	@mkdir -p build/fuzz/$*
-	@FUZZ_TARGET=$* build/fuzz/fuzz -max_total_time=$(SECONDS) -timeout=5 -malloc_limit_mb=8 -max_len=4096 -print_final_stats=1 \
+	@FUZZ_TARGET=$* build/fuzz/fuzz -max_total_time=$(SECONDS) -timeout=5 -malloc_limit_mb=16 -max_len=4096 -print_final_stats=1 \
 	  -artifact_prefix=build/fuzz/$*- build/fuzz/$* > build/fuzz/$*.log 2>&1 || { tail -n 30 build/fuzz/$*.log; exit 1; }
 	@echo "$*: $$(sed -n 's/^stat::number_of_executed_units: *//p' build/fuzz/$*.log) inputs, no fault"
 

@@ -1,7 +1,5 @@
 #include "bpe_train.h"
 
-#include <omp.h>
-
 #include <algorithm>
 #include <queue>
 
@@ -9,16 +7,14 @@
 
 int64_t WordCounts::add(const std::vector<std::string_view>& texts) {
     int64_t replaced = 0;
-    std::vector<std::unordered_map<std::string, int64_t, Hash, std::equal_to<>>> parts(omp_get_max_threads());
+    std::vector<std::unordered_map<std::string, int64_t, Hash, std::equal_to<>>> parts(texts.size());
 #pragma omp parallel for schedule(dynamic) reduction(+ : replaced)
-    for (size_t i = 0; i < texts.size(); i++) {
-        auto& part = parts[omp_get_thread_num()];
+    for (size_t i = 0; i < texts.size(); i++)
         each_word(valid_utf8(texts[i], &replaced), true, [&](std::string_view word) {
-            const auto found = part.find(word);
-            if (found != part.end()) found->second++;
-            else part.emplace(word, 1);
+            const auto found = parts[i].find(word);
+            if (found != parts[i].end()) found->second++;
+            else parts[i].emplace(word, 1);
         });
-    }
     for (const auto& part : parts)
         for (const auto& [word, count] : part) counts[word] += count;
     return replaced;

@@ -1,5 +1,7 @@
 #include "documents.h"
 
+#include <sys/stat.h>
+
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
@@ -26,7 +28,7 @@ struct TextFile::Zstd {
 struct TextFile::Zstd {};
 #endif
 
-TextFile::TextFile(const std::string& name, int descriptor) : name(name), file(nullptr, gzclose) {
+TextFile::TextFile(const std::string& name, int descriptor) : name(name), descriptor(descriptor), file(nullptr, gzclose) {
     file.reset(descriptor < 0 ? nullptr : gzdopen(descriptor, "rb"));
     if (!file) fail("cannot read %s: %s", name.c_str(), strerror(errno));
     gzbuffer(file.get(), kBlock);
@@ -52,6 +54,10 @@ size_t TextFile::read(char* to, size_t most) {
         if (first == "\x28\xB5\x2F\xFD") {
 #ifdef HAS_ZSTD
             zstd = std::make_unique<Zstd>();
+            // Whoever writes a small file needs no large window: as much memory as a few bytes can ask for is bounded.
+            struct stat info;
+            const bool small = fstat(descriptor, &info) == 0 && S_ISREG(info.st_mode) && info.st_size < 1 << 20;
+            ZSTD_DCtx_setParameter(zstd->stream.get(), ZSTD_d_windowLogMax, small ? 23 : 27);
             zstd->in.size = first.copy(zstd->block.data(), first.size());
             first.clear();
 #else
@@ -68,15 +74,21 @@ size_t TextFile::read(char* to, size_t most) {
 #ifdef HAS_ZSTD
     ZSTD_outBuffer out{to, most, 0};
     while (out.pos == 0) {
-        if (zstd->in.pos == zstd->in.size) {
-            zstd->in.pos = 0;
-            zstd->in.size = read_gzip(zstd->block.data(), zstd->block.size());
-            if (zstd->in.size == 0) {
-                if (!zstd->whole) fail("%s is truncated: its zstd data has no end", name.c_str());
-                break;
-            }
+        ZSTD_inBuffer& in = zstd->in;
+        const size_t left = in.size - in.pos;
+        if (left == 0 || (zstd->whole && left < 4)) {
+            memmove(zstd->block.data(), zstd->block.data() + in.pos, left);
+            in.pos = 0;
+            in.size = left + read_gzip(zstd->block.data() + left, zstd->block.size() - left);
+            if (in.size == 0 && zstd->whole) break;
+            if (in.size == left) fail("%s is truncated: its zstd data has no end", name.c_str());
         }
-        const size_t status = ZSTD_decompressStream(zstd->stream.get(), &out, &zstd->in);
+        // The library knows older formats too, which heed no limit of the window.
+        uint32_t magic = 0;
+        if (zstd->whole) memcpy(&magic, zstd->block.data() + in.pos, std::min<size_t>(4, in.size - in.pos));
+        if (zstd->whole && magic != ZSTD_MAGICNUMBER && (magic & 0xFFFFFFF0) != 0x184D2A50)
+            fail("cannot read %s: what follows its zstd data is something else", name.c_str());
+        const size_t status = ZSTD_decompressStream(zstd->stream.get(), &out, &in);
         if (ZSTD_isError(status)) fail("cannot read %s: zstd: %s", name.c_str(), ZSTD_getErrorName(status));
         zstd->whole = status == 0;
     }

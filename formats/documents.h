@@ -19,6 +19,7 @@ class TextFile {
    private:
     struct Zstd;
     const std::string name;
+    const int descriptor;
     std::unique_ptr<gzFile_s, int (*)(gzFile)> file;
     std::unique_ptr<Zstd> zstd;
     std::string first;  // of what is not compressed: read to see what it is
