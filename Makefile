@@ -1,6 +1,7 @@
 # make              builds ./train, ./infer and ./data_prep for this machine, and says what it found
 # make demo         a text, tokens, a few minutes of training, a sample      (TEXT=file or directory: another text)
 # make test         every test in every precision                            make bench    speed, as ratios
+# make test-peers   the programs beside Hugging Face's, OpenAI's and Google's libraries, which it installs for itself
 # make deps         installs the distribution's packages                     make ptxas    registers and spills of every kernel
 # make gpu-check    everything that only a GPU can show                      make mutants  faults planted in kernels, one by one
 # Options: PRECISION=float|bf16|double  CUDA=0|1  SANITIZE=1 (AddressSanitizer, UndefinedBehaviorSanitizer)  ARCHS="80 90 100 120"
@@ -170,6 +171,15 @@ shared: $(CATCH) $(FORMATS)
 test:
 	@tests/run.sh
 
+# Our programs beside PyTorch, transformers, tiktoken and others, in a virtual environment of their own: 6 GB, mostly PyTorch for a GPU.
+PEERS ?= build/peers
+$(PEERS)/bin/python:
+	python3 -m venv $(PEERS)
+	$(PEERS)/bin/pip install -q -r oracle/requirements.txt || { rm -r $(PEERS); exit 1; }
+test-peers: $(PEERS)/bin/python
+	@$(MAKE) --no-print-directory -j $(JOBS) PRECISION=float CUDA=0 found > /dev/null
+	@$(PEERS)/bin/python tests/peers.py build/cpu-float
+
 # ---- the main job: text -> tokens -> checkpoint -> text
 TEXT ?= build/demo/bible.txt
 build/demo/bible.txt:
@@ -182,6 +192,7 @@ demo: $(TEXT)
 	@rm -rf build/demo/run
 	./train --data build/demo/data --out build/demo/run $(DEMO)
 	./infer --checkpoint build/demo/run --prompt "And it came to pass" --tokens 400 --temperature 0.7
+	@echo; echo "Its losses as a picture: tools/plot.py build/demo/run --output demo.svg (python3-matplotlib)"
 DEMO := --preset moe-mamba-tiny --batch 16 --seq-len 256 --steps 300 --lr 3e-3 --eval-every 100 --save-every 100
 
 # Any bytes for what reads files: libFuzzer, which clang has (16 or newer). SECONDS for each target; what it finds is in build/fuzz.
@@ -222,5 +233,5 @@ clean:
 	rm -rf build $(PROGRAMS)
 
 -include $(wildcard $(BUILD)/*.d $(SHARED)/*.d)
-.PHONY: all found tests shared test demo fuzz bench ptxas mutants gpu-check deps clean
+.PHONY: all found tests shared test test-peers demo fuzz bench ptxas mutants gpu-check deps clean
 .SECONDARY:
