@@ -227,7 +227,7 @@ gpu-check:
 
 deps:
 	$(if $(filter 0,$(shell id -u)),,sudo )sh -c 'apt-get update && apt-get install -y g++ make python3 libopenblas-openmp-dev strace \
-	  libboost-context-dev nlohmann-json3-dev libcli11-dev zlib1g-dev libutf8proc-dev libsentencepiece-dev libzstd-dev catch2 bible-kjv'
+	  libboost-context-dev nlohmann-json3-dev libcli11-dev zlib1g-dev libutf8proc-dev libsentencepiece-dev libzstd-dev zstd catch2 bible-kjv'
 
 clean:
 	rm -rf build $(PROGRAMS)
