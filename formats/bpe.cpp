@@ -5,8 +5,10 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <cstdlib>
 #include <cstring>
 #include <filesystem>
+#include <memory>
 #include <nlohmann/json.hpp>
 #include <sstream>
 
@@ -195,7 +197,33 @@ void Bpe::merge(std::vector<int>& tokens, std::string_view word) const {
     for (int i = 0; i >= 0; i = parts[i].next) tokens.push_back(parts[i].token);
 }
 
+static std::string composed(std::string_view text) {
+    utf8proc_uint8_t* made = nullptr;
+    const auto bytes = reinterpret_cast<const utf8proc_uint8_t*>(text.data());
+    const utf8proc_ssize_t size = utf8proc_map(bytes, utf8proc_ssize_t(text.size()), &made, utf8proc_option_t(UTF8PROC_STABLE | UTF8PROC_COMPOSE));
+    if (size < 0) fail("Unicode's NFC: %s", utf8proc_errmsg(size));
+    const std::unique_ptr<utf8proc_uint8_t, void (*)(void*)> owner(made, free);
+    return {reinterpret_cast<const char*>(made), size_t(size)};
+}
+
 void Bpe::encode(std::vector<int>& tokens, std::string_view text) const {
+    std::string other;
+    if (composes && std::any_of(text.begin(), text.end(), [](char c) { return static_cast<unsigned char>(c) >= 0x80; }))
+        text = other = composed(text);
+    size_t begin = 0;  // of what has no tokens yet
+    for (size_t at = spaces.empty() ? text.size() : 0; (at = text.find(' ', at)) < text.size();) {
+        const size_t end = std::min(text.find_first_not_of(' ', at), text.size());
+        for (const auto& [length, token] : spaces)
+            for (; end - at >= length; begin = at += length) {
+                if (begin < at) encode_words(tokens, text.substr(begin, at - begin));
+                tokens.push_back(token);
+            }
+        at = end;
+    }
+    encode_words(tokens, text.substr(begin));
+}
+
+void Bpe::encode_words(std::vector<int>& tokens, std::string_view text) const {
     // Most words have been met before. A table of them, not more than kSlots: a new word takes the place of another.
     constexpr size_t kSlots = 1 << 16, kLongest = 32;
     struct Word {
@@ -254,11 +282,13 @@ struct Bpe::File {
     std::string name;  // in errors
     std::vector<std::pair<std::string, int64_t>> vocabulary, added;  // text, token
     std::vector<std::pair<std::string, std::string>> merges;         // the first comes first
-    bool digits_apart = false;
+    bool digits_apart = false, composes = false;
     std::string text;
 };
 
-Bpe::Bpe(const File& from) : digits_apart(from.digits_apart), file(from.text) {
+static bool only_spaces(const std::string& text) { return !text.empty() && text.find_first_not_of(' ') == std::string::npos; }
+
+Bpe::Bpe(const File& from) : digits_apart(from.digits_apart), composes(from.composes), file(from.text) {
     static std::atomic<uint64_t> bpes = 0;
     number = ++bpes;
     const char* const name = from.name.c_str();
@@ -276,6 +306,7 @@ Bpe::Bpe(const File& from) : digits_apart(from.digits_apart), file(from.text) {
     std::fill(std::begin(bytes), std::end(bytes), -1);
     for (const auto& [text, token] : from.added) {
         place(text, token, text);
+        if (only_spaces(text)) spaces.emplace_back(text.size(), int(token));
         for (const char* end : {"<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>"})
             if (end_of_text < 0 && text == end) end_of_text = int(token), end_text = text;
     }
@@ -288,6 +319,7 @@ Bpe::Bpe(const File& from) : digits_apart(from.digits_apart), file(from.text) {
         tokens[text] = int(token);
         if (piece.size() == 1) bytes[static_cast<unsigned char>(piece[0])] = int(token);
     }
+    std::sort(spaces.rbegin(), spaces.rend());
     for (int b = 0; b < 256; b++)
         if (bytes[b] < 0) fail("%s: no token for byte %d: it is not byte-level BPE", name, b);
     if (end_of_text < 0) fail("%s: no end-of-text token; <|endoftext|>, <|end_of_text|>, </s> and <eos> are known", name);
@@ -338,7 +370,9 @@ static void read_tokenizer_json(Bpe::File& file, const Json& json) {
         const Json& value = member(model, option);
         if (!value.is_null() && value != "" && value != false && value != 0.0) refuse((std::string("its model's ") + option).c_str(), value);
     }
-    if (!member(json, "normalizer").is_null()) refuse("its normalizer", json["normalizer"]);
+    const Json& normalizer = member(json, "normalizer");
+    file.composes = member(normalizer, "type") == "NFC";
+    if (!normalizer.is_null() && !file.composes) refuse("its normalizer", normalizer);
     const Json& before = member(json, "pre_tokenizer");
     const Json parts = member(before, "type") == "Sequence" ? member(before, "pretokenizers") : Json::array({before});
     if (!parts.is_array() || parts.empty() || parts.size() > 2) refuse("its pre_tokenizer", before);
@@ -360,7 +394,10 @@ static void read_tokenizer_json(Bpe::File& file, const Json& json) {
     if (!added.is_null() && !added.is_array()) refuse("its list of added tokens", added);
     for (size_t i = 0; i < added.size(); i++) {
         const std::string where = name + ": added token " + std::to_string(i + 1);
-        if (member(added[i], "special") == false) fail("%s is not special: to find it in a text is not known here", where.c_str());
+        for (const char* option : {"single_word", "lstrip", "rstrip"})
+            if (member(added[i], option) == true) refuse((std::string("an added token's ") + option).c_str(), true);
+        if (member(added[i], "special") == false && !only_spaces(text_of(member(added[i], "content"), where)))
+            fail("%s is not special: to find it in a text is not known here, unless it is spaces", where.c_str());
         if (!member(added[i], "id").is_number_unsigned()) fail("%s has no id", where.c_str());
         file.added.emplace_back(text_of(member(added[i], "content"), where), int64_t(std::min<uint64_t>(added[i]["id"].get<uint64_t>(), INT64_MAX)));
     }

@@ -32,11 +32,13 @@ struct Bpe {
     int end_of_text = -1;             // token
     std::string end_text;             // how its file calls that token
     bool digits_apart = false;
+    bool composes = false;            // characters first become what Unicode's NFC makes of them
+    std::vector<std::pair<size_t, int>> spaces;  // so many spaces are this token, wherever they are (GPT-NeoX); the longest first
     std::string file;                 // tokenizer.json: what load() has read, or the same in that form
 
     struct File;  // what load() reads
     // From tokenizer.json of Hugging Face's tokenizers, or from a directory with it or with encoder.json + vocab.bpe (GPT-2's own),
-    // vocab.json + merges.txt (Hugging Face's). Fails on what this cannot do: another model than BPE, bytes without a token, a normalizer.
+    // vocab.json + merges.txt (Hugging Face's). Fails on what this cannot do: another model than BPE, bytes without a token, other normalizers.
     static Bpe load(const std::string& path);
     // A tokenizer.json of tokens, of which 0 is <|endoftext|> whatever its piece, and of merges, the first of which comes first.
     static std::string write(const std::vector<std::string>& pieces, const std::vector<std::pair<int, int>>& merges, bool digits_apart);
@@ -54,4 +56,5 @@ struct Bpe {
     std::unordered_map<uint64_t, Merge> merges;  // of left << 32 | right
     explicit Bpe(const File& file);
     void merge(std::vector<int>& tokens, std::string_view word) const;
+    void encode_words(std::vector<int>& tokens, std::string_view text) const;
 };

@@ -5,7 +5,7 @@ Texts are hexadecimal bytes, not all of them UTF-8: Python's errors="replace" is
 import json, os, random, sys
 
 import tiktoken
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 FOLDER = sys.argv[1] if len(sys.argv) > 1 else os.path.dirname(os.path.abspath(__file__))
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -73,9 +73,17 @@ t.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digi
 t.train_from_iterator([made_of], trainers.BpeTrainer(vocab_size=500, special_tokens=["<|endoftext|>"], show_progress=False,
                                                      initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
 model = json.loads(t.to_str())["model"]
+
+# As GPT-NeoX's, which Mamba's checkpoints have: NFC, and runs of spaces that are tokens.
+neox = Tokenizer.from_str(json.dumps(plain))
+neox.normalizer = normalizers.NFC()
+neox.add_tokens([AddedToken(" " * n, normalized=True) for n in (24, 8, 5, 3, 2)])
+neox_texts = [t for t in texts if "<|endoftext|>" not in t] + ["e\u0301 \u1100\u1161 \u212b" + " " * n + "x\n" + " " * n for n in range(1, 60)]
+neox_cases = [{"text": t.encode().hex(), "tokens": neox.encode(t, add_special_tokens=False).ids} for t in neox_texts]
 trained = {"text": made_of.encode().hex(), "vocab": model["vocab"], "merges": [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]}
 
 with open(os.path.join(FOLDER, "bpe.json"), "w") as f:
-    json.dump({"tokenizer": plain, "digits_apart": digits, "cases": cases, "trained": trained}, f, separators=(",", ":"))
+    json.dump({"tokenizer": plain, "digits_apart": digits, "cases": cases, "trained": trained,
+               "neox": {"tokenizer": json.loads(neox.to_str()), "cases": neox_cases}}, f, separators=(",", ":"))
     f.write("\n")
 print(len(cases), "texts")

@@ -1464,12 +1464,25 @@ TEST_CASE("byte-level BPE gives the tokens of tiktoken and tokenizers, and these
     }
 }
 
+TEST_CASE("a tokenizer that composes characters and has tokens for runs of spaces, as GPT-NeoX's, gives the tokens of tokenizers") {
+    const Workplace at;
+    const Json& neox = bpe_reference().at("neox");
+    const Bpe bpe = bpe_of(at, neox.at("tokenizer"));
+    CHECK(bpe.composes);
+    CHECK(bpe.spaces.size() == 5);
+    for (const Json& one : neox.at("cases")) {
+        INFO(one.at("text"));
+        CHECK(encode(bpe, from_hex(one.at("text"))) == one.at("tokens").get<std::vector<int>>());
+    }
+}
+
 TEST_CASE("a text that is cut between two words has the same tokens") {
     const Workplace at;
     const char* const parts[] = {"a", "b", "'s", "'", " ", "  ", "\n", "\r\n", "\t", "1", "!", "é", "\u3000", "\u00a0", "\u2003", "中",
                                  "\xe3\x80", "\x80", "\xff"};
-    for (const char* tokenizer : {"tokenizer", "digits_apart"}) {
-        const Bpe bpe = bpe_of(at, bpe_reference().at(tokenizer));
+    for (const char* tokenizer : {"tokenizer", "digits_apart", "neox"}) {
+        const Json& reference = bpe_reference().at(tokenizer);
+        const Bpe bpe = bpe_of(at, reference.contains("tokenizer") ? reference.at("tokenizer") : reference);
         int cuts = 0;
         for (int i = 0; i < 500; i++) {
             std::string text;
@@ -1571,7 +1584,8 @@ TEST_CASE("a tokenizer that is damaged, or does more than is known here, is refu
     refuse([](Json& j) { j["model"]["type"] = "Unigram"; }, {"its model", "Unigram"});
     refuse([](Json& j) { j["model"]["byte_fallback"] = true; }, {"byte_fallback", "true"});
     refuse([](Json& j) { j["model"]["unk_token"] = "<unk>"; }, {"unk_token", "<unk>"});
-    refuse([](Json& j) { j["normalizer"] = {{"type", "NFC"}}; }, {"normalizer", "NFC"});
+    refuse([](Json& j) { j["normalizer"] = {{"type", "NFKC"}}; }, {"normalizer", "NFKC"});
+    refuse([](Json& j) { j["added_tokens"][0]["lstrip"] = true; }, {"added token's lstrip"});
     refuse([](Json& j) { j["pre_tokenizer"]["add_prefix_space"] = true; }, {"pre_tokenizer", "add_prefix_space"});
     refuse([](Json& j) { j["pre_tokenizer"] = {{"type", "Whitespace"}}; }, {"pre_tokenizer", "Whitespace"});
     refuse([](Json& j) { j["pre_tokenizer"] = nullptr; }, {"pre_tokenizer", "null"});
