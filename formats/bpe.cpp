@@ -320,8 +320,8 @@ Bpe::Bpe(const File& from) : digits_apart(from.digits_apart), composes(from.comp
         if (piece.size() == 1) bytes[static_cast<unsigned char>(piece[0])] = int(token);
     }
     std::sort(spaces.rbegin(), spaces.rend());
-    for (int b = 0; b < 256; b++)
-        if (bytes[b] < 0) fail("%s: no token for byte %d: it is not byte-level BPE", name, b);
+    for (int b = 0; b < 0xF5; b++)  // all that are in UTF-8
+        if (bytes[b] < 0 && b != 0xC0 && b != 0xC1) fail("%s: no token for byte %d: it is not byte-level BPE", name, b);
     if (end_of_text < 0) fail("%s: no end-of-text token; <|endoftext|>, <|end_of_text|>, </s> and <eos> are known", name);
     pieces[end_of_text].clear();
     for (size_t i = 0; i < from.merges.size(); i++) {
