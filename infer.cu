@@ -260,7 +260,8 @@ static void bench(Model& model, std::vector<int> prompt) {
 
 // That of the checkpoint. Where there is none, and tokens are all that is wanted, there need not be one.
 static Tokenizer find_tokenizer(const ModelFiles& files, const Options& options) {
-    const bool text = options.prompt_tokens.empty() || !options.print_tokens || options.tokenize || !options.choices.empty();
+    const bool text = !options.prompt.empty() || !options.prompt_file.empty() || !options.choices.empty() || options.tokenize ||
+                      !(options.print_tokens || options.bench);
     try {
         return files.tokenizer();
     } catch (const Error& e) {

@@ -414,6 +414,14 @@ struct Options {
     bool resume = false, dry_run = false, list_presets = false;
     Decoding decoding;
 
+    std::string data_flags() const {
+        std::string text;
+        for (const auto& [flag, paths] : {std::pair(" --data", data), std::pair(" --val-data", val_data)}) {
+            if (!paths.empty()) text += flag;
+            for (const std::string& path : paths) text += " " + path;
+        }
+        return text.substr(1) + (tokenizer.empty() ? "" : " --tokenizer " + tokenizer);
+    }
     void check() {
         if (!dry_run && (!memory.empty() || !compare.empty() || decoding.bits != Decoding().bits))
             fail("--memory, --bits and --compare belong to --dry-run");
@@ -530,7 +538,7 @@ static void train_steps(Model& model, const Options& options, const Run& run, co
             saved = step;
         }
         if (stop && !last) {
-            printf("stopped after step %d and saved; continue with: train --data %s --out %s --resume\n", step, options.data[0].c_str(),
+            printf("stopped after step %d and saved; continue with: train %s --out %s --resume\n", step, options.data_flags().c_str(),
                    options.out.c_str());
             break;
         }
