@@ -1,5 +1,5 @@
-// Text to tokens: text files, directories or stdin become llm.c's .bin shards and a dataset.json that names the tokenizer.
-// One pass in blocks, which all cores encode: memory does not grow with the input.
+// Text to tokens: text files, JSON lines, directories or stdin become llm.c's .bin shards and a dataset.json that names the tokenizer.
+// One pass in blocks, which all cores encode: memory does not grow with the input. To train a tokenizer takes a pass before it.
 #include <fcntl.h>
 #include <unistd.h>
 

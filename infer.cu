@@ -356,7 +356,8 @@ static int infer(int argc, char** argv) {
     }
     if (tokenizer.kind == "none" && !options.print_tokens && !options.bench)
         fail("%s has no tokenizer: give --tokenizer, or --prompt-tokens and --print-tokens", options.checkpoint.c_str());
-    if (prompt.empty() && tokenizer.end_of_text < 0) fail("a model without end-of-text needs a prompt to begin with: --prompt-tokens");
+    if (prompt.empty() && tokenizer.end_of_text < 0 && !options.bench)
+        fail("a model without end-of-text needs a prompt to begin with: --prompt-tokens");
     const Layers& layers = find_device(options.device);
     if (prompt.size() > size_t(1) << 24) fail("the prompt has %zu tokens; at most 2^24 can go in at once", prompt.size());
 

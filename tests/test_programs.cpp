@@ -1724,6 +1724,13 @@ TEST_CASE("JSON lines, plain or compressed, are documents") {
             at.refuse("data_prep", {"--input", cut, "--output", at / "no"}, {cut, "truncated"});
         }
     }
+    if (ways.size() == 4) {
+        // What a fuzzer found: behind a frame of zstd one of a format that its library knows from before, and that asks for any memory.
+        write_text(at / "old.zst", std::string("\x28\xb5\x2f\xfd\x26\xb5\x2f\xfd\x00\x00\x00\x00\x25\xb5\x2f\xfd\x0d", 17));
+        at.refuse("data_prep", {"--input", at / "old.zst", "--output", at / "no"}, {"old.zst", "zstd"});
+        write_text(at / "more.zst", read_text(at / "lines.json.zst") + "more");
+        at.refuse("data_prep", {"--input", at / "more.zst", "--output", at / "no"}, {"more.zst", "something else"});
+    }
     at.refuse("data_prep", {"--input", plain, "--output", at / "no", "--field", "body", "--strict"}, {"line 1:", "has no \"body\""});
     at.succeed("data_prep", {"--input", plain, "--output", at / "body", "--field", "body", "--val-fraction", "0"});
     CHECK(documents(read_tokens(at / "body", "train")) == std::vector<std::string>{"x"});
