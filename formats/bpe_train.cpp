@@ -39,7 +39,9 @@ struct Occurrences {
 struct Candidate {
     int64_t priority;  // when it was put into the queue
     Pair pair;
-    bool operator<(const Candidate& other) const { return priority != other.priority ? priority < other.priority : pair > other.pair; }  // the largest comes first
+    bool operator<(const Candidate& other) const {  // the largest comes first
+        return priority != other.priority ? priority < other.priority : pair > other.pair;
+    }
 };
 
 // Pairs of all words, and a queue of them. A pair's place in the queue is not mended when it becomes rarer, only when it comes up.

@@ -61,7 +61,8 @@ size_t TextFile::read(char* to, size_t most) {
             zstd->in.size = first.copy(zstd->block.data(), first.size());
             first.clear();
 #else
-            fail("%s is compressed by zstd, whose library was not there when this was built: install libzstd-dev (make deps), then make", name.c_str());
+            fail("%s is compressed by zstd, whose library was not there when this was built: install libzstd-dev (make deps), then make",
+                 name.c_str());
 #endif
         }
     }

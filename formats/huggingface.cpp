@@ -41,9 +41,9 @@ std::string tensor_name(const std::string& family, const std::string& ours) {
                            {"mixer.", "mamba."},
                            {"moe.router.", jamba ? "feed_forward.router." : "block_sparse_moe.gate."},
                            {"moe.", jamba ? "feed_forward." : "block_sparse_moe."}});
-    if (!jamba)
+    if (rest.starts_with("block_sparse_moe."))
         for (const auto& [from, to] : {std::pair("gate_proj", "w1"), std::pair("up_proj", "w3"), std::pair("down_proj", "w2")})
-            if (const size_t at = rest.find(from); at != std::string::npos && rest.starts_with("block_sparse_moe.")) rest.replace(at, strlen(from), to);
+            if (const size_t at = rest.find(from); at != std::string::npos) rest.replace(at, strlen(from), to);
     return "model.layers." + std::to_string(step / 2) + "." + rest;
 }
 

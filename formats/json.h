@@ -17,7 +17,8 @@ class JsonObject {
     JsonObject(JsonObject&&) noexcept;
     ~JsonObject();
 
-    // T is bool (set alone), int, int64_t, uint64_t, double, std::string, a vector of std::string, int or double, or JsonObject. Members keep the order in which they were set.
+    // T is bool (set alone), int, int64_t, uint64_t, double, std::string, a vector of std::string, int or double, or JsonObject. Members keep
+    // the order in which they were set.
     template <class T> JsonObject& set(const std::string& name, const T& value);
     template <class T> void get(const std::string& name, T& value) const;
     JsonObject& set(const std::string& name, const char* value) { return set(name, std::string(value)); }

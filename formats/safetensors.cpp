@@ -157,23 +157,18 @@ static void convert(T* out, const std::vector<char>& raw) {
 template <class T>
 void Safetensors::read(const std::string& name, T* out, int64_t first, int64_t count) const {
     const Entry& e = find(name);
-    const int64_t width = dtype_bytes(e.dtype), most = 1 << 20;  // a piece at a time: what is read is not there twice
+    const int64_t width = dtype_bytes(e.dtype);
     if (count < 0) count = e.count - first;
     if (first < 0 || count > e.count - first)
         fail("%s: tensor %s has %lld elements, not as many as are wanted", path.c_str(), name.c_str(), (long long)e.count);
-    std::vector<char> raw;
-    for (int64_t at = first; at < first + count; at += most) {
-        const int64_t n = std::min(most, first + count - at);
-        raw.resize(n * width);
-        files[e.file].read(e.offset + at * width, raw.data(), raw.size());
-        T* const to = out + (at - first);
-        if (e.dtype == "F64") convert<double>(to, raw);
-        else if (e.dtype == "F32") convert<float>(to, raw);
-        else if (e.dtype == "F16") convert<Float16>(to, raw);
-        else if (e.dtype == "BF16") convert<Bfloat16>(to, raw);
-        else if (e.dtype == "I64") convert<int64_t>(to, raw);
-        else convert<int32_t>(to, raw);
-    }
+    std::vector<char> raw(count * width);
+    files[e.file].read(e.offset + first * width, raw.data(), raw.size());
+    if (e.dtype == "F64") convert<double>(out, raw);
+    else if (e.dtype == "F32") convert<float>(out, raw);
+    else if (e.dtype == "F16") convert<Float16>(out, raw);
+    else if (e.dtype == "BF16") convert<Bfloat16>(out, raw);
+    else if (e.dtype == "I64") convert<int64_t>(out, raw);
+    else convert<int32_t>(out, raw);
 }
 template void Safetensors::read(const std::string&, double*, int64_t, int64_t) const;
 template void Safetensors::read(const std::string&, float*, int64_t, int64_t) const;

@@ -1,4 +1,5 @@
-// safetensors files (https://github.com/huggingface/safetensors): 8 bytes of header length, a JSON header (names, types, shapes, offsets, metadata), then the tensors.
+// safetensors files (https://github.com/huggingface/safetensors): 8 bytes of header length, a JSON header (names, types, shapes, offsets,
+// metadata), then the tensors.
 #pragma once
 
 #include <cstdint>

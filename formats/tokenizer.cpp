@@ -42,7 +42,7 @@ int64_t Tokenizer::encode(std::vector<int>& tokens, std::string_view text, bool 
     int64_t replaced = 0;
     if (bpe) bpe->encode(tokens, valid_utf8(text, &replaced));
     else if (sentencepiece) sentencepiece->encode(tokens, valid_utf8(text, &replaced), follows);
-    else if (kind == "bytes") tokens.insert(tokens.end(), reinterpret_cast<const unsigned char*>(text.begin()), reinterpret_cast<const unsigned char*>(text.end()));
+    else if (kind == "bytes") for (const char byte : text) tokens.push_back(static_cast<unsigned char>(byte));
     else if (!text.empty()) fail("a text, but no tokenizer that makes tokens of it: give tokens");
     return replaced;
 }
@@ -68,7 +68,8 @@ Tokenizer Tokenizer::from_json(const std::string& text, const std::string& where
     json.get("end_of_text", named.end_of_text);
     const std::string names = named.file_name(), file = (fs::path(where).parent_path() / names).string();
     if (named.kind != "bytes" && named.kind != "none" && names.empty())
-        fail("%s: tokenizer \"%s\" is unknown; there are \"bytes\", \"bpe\", \"sentencepiece\" and \"none\"", where.c_str(), printable(named.kind).c_str());
+        fail("%s: tokenizer \"%s\" is unknown; there are \"bytes\", \"bpe\", \"sentencepiece\" and \"none\"", where.c_str(),
+             printable(named.kind).c_str());
     if (named.kind == "none") {
         if (named.vocab < 1 || named.end_of_text < -1 || named.end_of_text >= named.vocab)
             fail("%s: its tokenizer has %d tokens, end-of-text %d", where.c_str(), named.vocab, named.end_of_text);
@@ -96,6 +97,8 @@ void Tokenizer::save(const std::string& directory) const {
     if (kind == "bytes") write(kTokenizerFile, Bpe::of_bytes());
     if (kind == "bytes" || kind == "bpe") {
         const std::string end = bpe ? bpe->end_text : "<|endoftext|>";
-        write("tokenizer_config.json", JsonObject().set("tokenizer_class", "PreTrainedTokenizerFast").set("bos_token", end).set("eos_token", end).text(2) + "\n");
+        JsonObject json;
+        json.set("tokenizer_class", "PreTrainedTokenizerFast").set("bos_token", end).set("eos_token", end);
+        write("tokenizer_config.json", json.text(2) + "\n");
     }
 }
