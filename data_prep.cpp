@@ -56,6 +56,21 @@ static void recover(const fs::path& directory) {
         for (const std::string& path : dataset_files(directory, suffix)) remove_file(path + suffix);
 }
 
+// The output's, made if need be. One that was made, and nothing is in it at the end, goes again.
+struct Directory {
+    const fs::path path;
+    bool made = false;
+    explicit Directory(const std::string& name) : path(name) {
+        std::error_code error;
+        made = fs::create_directories(path, error);
+        if (error) fail("cannot create directory %s: %s", name.c_str(), error.message().c_str());
+    }
+    ~Directory() {
+        std::error_code ignored;  // it is not empty
+        if (made) fs::remove(path, ignored);
+    }
+};
+
 // Shards of one split. They get their names when the whole dataset is there: see replace_files.
 struct ShardWriter {
     const fs::path directory;
@@ -474,9 +489,9 @@ struct JsonLines {
         }
     }
     void report(const Input& input, int64_t line, const std::string& problem) {
-        const std::string where = input.name() + ", line " + std::to_string(line) + ": " + printable(problem);
+        const std::string where = input.name() + ", line " + std::to_string(line) + ": " + problem.substr(0, 200);
         if (strict) fail("%s; without --strict bad lines are skipped", where.c_str());
-        if (bad++ == 0) first_bad = where;
+        if (bad++ == 0) first_bad = printable(where);
     }
 };
 
@@ -487,14 +502,15 @@ struct Options {
     int shard_tokens = 100'000'000, train_tokenizer = 0;
     bool strict = false;
 
-    void check() const {
+    void check(const CommandLine& command) const {
+        const bool trains = command.has("--train-tokenizer");
         if (paths.empty() || output.empty()) fail("--input and --output are required");
         if (!(fraction >= 0 && fraction <= 0.5)) fail("--val-fraction %g: must be from 0 to 0.5", fraction);
         if (shard_tokens < 1) fail("--shard-tokens %d: must be at least 1", shard_tokens);
         if (format != "auto" && format != "text" && format != "jsonl") fail("--format %s: there are auto, text and jsonl", format.c_str());
-        if (train_tokenizer != 0 && (train_tokenizer < kLeastVocab || train_tokenizer > kMostVocab))
+        if (trains && (train_tokenizer < kLeastVocab || train_tokenizer > kMostVocab))
             fail("--train-tokenizer %d: must be from %d to %d tokens", train_tokenizer, kLeastVocab, kMostVocab);
-        if (train_tokenizer != 0 && tokenizer != "bytes") fail("--tokenizer or --train-tokenizer, not both");
+        if (trains && command.has("--tokenizer")) fail("--tokenizer or --train-tokenizer, not both");
     }
 };
 
@@ -525,11 +541,7 @@ static std::string train_tokenizer(const std::vector<Input>& inputs, const Optio
     encoder.run();
     if (words.counts.empty()) fail("no text in %s", options.paths[0].c_str());
     Progress progress{.total = options.train_tokenizer, .what = "tokenizer: ", .unit = 1, .unit_name = "tokens"};
-    int made = 0;
-    const std::string file = train_bpe(words, options.train_tokenizer, [&](int tokens) { progress.show(made = tokens); });
-    if (made < options.train_tokenizer)
-        fprintf(stderr, "note: the text has pairs for a tokenizer of %d tokens, not more\n", std::max(made, kLeastVocab));
-    return file;
+    return train_bpe(words, options.train_tokenizer, [&](int tokens) { progress.show(tokens); });
 }
 
 static int data_prep(int argc, char** argv) {
@@ -553,7 +565,7 @@ static int data_prep(int argc, char** argv) {
                 "1/4 of the share, 128 KiB at most, cut at the ends of lines");
     command.add("--shard-tokens", options.shard_tokens, "most tokens in one file");
     if (!command.parse(argc, argv)) return 0;
-    options.check();
+    options.check(command);
     const std::string& output = options.output;
     const double fraction = options.fraction;
 
@@ -561,11 +573,12 @@ static int data_prep(int argc, char** argv) {
     if (options.train_tokenizer == 0) tokenizer = Tokenizer::load(options.tokenizer);
     std::vector<Input> inputs = list_inputs(options.paths, output);
     std::error_code error;
-    fs::create_directories(output, error);
-    if (error) fail("cannot create directory %s: %s", output.c_str(), error.message().c_str());
-    recover(output);
+    if (fs::exists(fs::path(output) / "model.safetensors", error))
+        fail("--output %s: it has a checkpoint, whose tokenizer must stay: choose another directory", output.c_str());
     if (options.train_tokenizer != 0) tokenizer = Tokenizer::of_bpe(train_tokenizer(inputs, options), "the tokenizer");
 
+    const Directory made(output);
+    recover(output);
     const bool wide = tokenizer.vocab > 1 << 16;
     ShardWriter train(output, "train", options.shard_tokens, wide), val(output, "val", options.shard_tokens, wide);
     Encoder encoder{tokenizer};
@@ -573,9 +586,8 @@ static int data_prep(int argc, char** argv) {
     JsonLines lines{options.field, options.strict};
     const int64_t skipped = read_inputs(inputs, options, "", lines, splitter);
     encoder.run();
-    if (lines.bad > 0)
-        fprintf(stderr, "warning: %lld bad line%s skipped; the first: %s\n", (long long)lines.bad, lines.bad == 1 ? "" : "s", lines.first_bad.c_str());
-    if (splitter.documents == 0) fail("no text in %s", options.paths[0].c_str());
+    const std::string bad = std::to_string(lines.bad) + " bad line" + (lines.bad == 1 ? "" : "s") + " skipped; the first: " + lines.first_bad;
+    if (splitter.documents == 0) fail("no text in %s%s", options.paths[0].c_str(), lines.bad > 0 ? (": " + bad).c_str() : "");
     if (train.total == 0 || (fraction > 0 && val.total == 0))
         fail("too little text for --val-fraction %g: %lld bytes; change it, or use 0 for no validation", fraction,
              (long long)splitter.bytes);
@@ -602,6 +614,9 @@ static int data_prep(int argc, char** argv) {
                std::any_of(files.begin(), files.end(), [&](const auto& file) { return file->path == path; });
     });
     replace_files(files, gone);
+    if (lines.bad > 0) fprintf(stderr, "warning: %s\n", bad.c_str());
+    if (options.train_tokenizer > tokenizer.vocab)
+        fprintf(stderr, "note: the text has pairs for a tokenizer of %d tokens, not more\n", tokenizer.vocab);
     if (encoder.replaced > 0)
         fprintf(stderr, "warning: %lld places in the text are not UTF-8 and became U+FFFD\n", (long long)encoder.replaced);
     printf("%s: %lld training and %lld validation tokens (%.2f %%) from %lld document%s%s\n", output.c_str(), (long long)train.total,

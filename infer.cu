@@ -38,7 +38,7 @@ struct Options {
         if (!choices.empty() && (bench || prompts)) fail("--choices goes with no prompt and no --bench");
         if (tokenize && (bench || !choices.empty())) fail("--tokenize goes with neither --bench nor --choices");
         if (tokenize && !tokenizer.empty()) return;  // that is all it needs
-        if (checkpoint.empty() == preset.empty()) fail("give --checkpoint, or --preset for random weights");
+        if (checkpoint.empty() == preset.empty()) fail("give --checkpoint, or --preset for random weights, and not both");
         if (!preset.empty() && !bench) fail("--preset has random weights: only for --bench");
     }
 };
@@ -265,8 +265,7 @@ static Tokenizer find_tokenizer(const ModelFiles& files, const Options& options)
     try {
         return files.tokenizer();
     } catch (const Error& e) {
-        if (!text && !files.ours()) return Tokenizer::none(files.config.vocab, files.end_of_text.empty() ? -1 : files.end_of_text[0]);
-        if (files.ours()) throw;
+        if (!text) return Tokenizer::none(files.config.vocab, files.end_of_text.empty() ? -1 : files.end_of_text[0]);
         fail("%s; or give --tokenizer, or --prompt-tokens and --print-tokens", e.what());
     }
 }

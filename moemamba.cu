@@ -3383,7 +3383,7 @@ Config Config::from_json(const std::string& text, const std::string& where, bool
     try {
         config.resolve();
     } catch (const Error& e) {
-        fail("%s: the model's config is damaged: %s", where.c_str(), e.what());
+        fail("%s: %s: %s", where.c_str(), whole ? "the model's config is damaged" : "its model cannot be built", e.what());
     }
     return config;
 }
@@ -4631,6 +4631,7 @@ static Place find_place(const Model& model, const Safetensors& file, const std::
                  shape_text(shape).c_str());
         return Place{name, first, std::min(p.count, product(shape))};
     };
+    if (!conv_bias && name.ends_with("conv1d.bias")) return {};
     std::vector<int64_t> shape = p.shape;
     if (model.of_vocabulary(p)) {
         shape[0] = model.config.vocab;
@@ -4642,7 +4643,6 @@ static Place find_place(const Model& model, const Safetensors& file, const std::
         return place(fused, {model.config.experts, p.tensor->count / model.config.experts / shape[1], shape[1]}, p.offset);
     }
     if (!file.has(name) && file.has(p.name)) return place(p.name, shape, 0);  // of checkpoints from before: all had our names
-    if (!conv_bias && !file.has(name) && name.ends_with("conv1d.bias")) return {};
     return place(name, shape, 0);
 }
 
@@ -4655,6 +4655,7 @@ void Model::load(const ModelFiles& files) {
     if (config.tied) used.insert("lm_head.weight");  // what some files have all the same
     for (const auto& [name, entry] : file.entries)
         if (!used.count(name)) fail("%s: has a tensor %s; a model of its config has none", file.path.c_str(), name.c_str());
+    if (!files.note.empty()) fprintf(stderr, "note: %s\n", files.note.c_str());
     allocate_weights();
     for (size_t i = 0; i < parameters.size(); i++)
         read_in_pieces(file, places[i].name, places[i].first, places[i].count, [&](const std::vector<real>& values, int64_t at) {
@@ -4706,7 +4707,7 @@ ModelFiles::ModelFiles(const std::string& path) : weights(weights_in(path)) {
     end_of_text = theirs.end_of_text;
     std::string unknown;
     for (const std::string& name : theirs.unknown) unknown += (unknown.empty() ? "" : ", ") + printable(name);
-    if (!unknown.empty()) fprintf(stderr, "note: %s: not known here, and not used: %s\n", file.c_str(), unknown.c_str());
+    if (!unknown.empty()) note = file + ": not known here, and not used: " + unknown;
 }
 
 Tokenizer ModelFiles::tokenizer() const {

@@ -703,6 +703,7 @@ struct ModelFiles {
 
    private:
     bool conv_bias = true;  // false: Mamba's convolutions have none
+    std::string note;       // what of config.json is not used
     friend struct Model;
 };
 

@@ -102,6 +102,7 @@ struct Loader {
         } while (x >= uint64_t(windows));
         return int64_t(x);
     }
+    int64_t evaluated(int64_t tokens) const { return std::min(windows, (tokens - 1) / T + 1); }  // windows that hold so many, or all
     void read(int* tokens, int* targets, int64_t index) {  // (T), (T)
         stream.read(window.data(), index * T, T + 1);
         std::copy_n(window.begin(), T, tokens);
@@ -134,6 +135,7 @@ static void save_checkpoint(const Model& model, const fs::path& out, int step, c
                                                  {"tokenizer", data.tokenizer.to_json()},
                                                  {"training", fields_to_json(run).text()},
                                                  {"train_tokens", std::to_string(data.train->count)},
+                                                 {"train_data", data.fingerprint},
                                                  {"machine", model.layers.machine()},
                                                  {"optimizer", optimizer}});
     } catch (const NotFlushed&) {
@@ -383,7 +385,7 @@ static void list_presets() {
 // batch is B x T, for which there is memory; the last one is filled up with windows that have no targets.
 static double validate(Model& model, Loader& loader, int B, int64_t eval_tokens) {
     const int T = loader.T;
-    const int64_t count = std::min(loader.windows, (eval_tokens - 1) / T + 1);
+    const int64_t count = loader.evaluated(eval_tokens);
     std::vector<int> tokens(int64_t(B) * T), targets(tokens.size());
     double sum = 0;
     for (int64_t first = 0; first < count; first += B) {
@@ -476,10 +478,15 @@ static void train_steps(Model& model, const Options& options, const Run& run, co
         model.zero_gradients();
         model.noise_seed = random_bits(run.seed, kNoiseStream, uint64_t(step));
         for (int g = 0; g < G; g++) {
-            for (int b = 0; b < B; b++) {
-                const int64_t drawn = (int64_t(step - 1) * G + g) * B + b;
-                const int64_t index = train.shuffled(run.seed, drawn / train.windows, drawn % train.windows);
-                train.read(&tokens[int64_t(b) * T], &targets[int64_t(b) * T], index);
+            try {
+                for (int b = 0; b < B; b++) {
+                    const int64_t drawn = (int64_t(step - 1) * G + g) * B + b;
+                    const int64_t index = train.shuffled(run.seed, drawn / train.windows, drawn % train.windows);
+                    train.read(&tokens[int64_t(b) * T], &targets[int64_t(b) * T], index);
+                }
+            } catch (const Error&) {  // of the data: the model is whole
+                if (step - 1 > saved) save_checkpoint(model, out, step - 1, run, data);
+                throw;
             }
             model.forward_backward(tokens.data(), targets.data(), G);
         }
@@ -546,21 +553,19 @@ static void train_steps(Model& model, const Options& options, const Run& run, co
     log.close();
 }
 
-static Dataset open_dataset(const Options& options) {
+// vocab: of the model, or 0 if only the data says it.
+static std::unique_ptr<const Dataset> open_dataset(const Options& options, int vocab) {
     std::error_code ignored;
     const bool directory = fs::is_directory(options.data[0], ignored);
     if (directory && options.data.size() > 1) fail("--data: one directory, or files");
     if (directory && !(options.val_data.empty() && options.tokenizer.empty()))
         fail("--val-data and --tokenizer go with token files, not with a directory (%s), which has its own", options.data[0].c_str());
-    if (directory || !fs::exists(options.data[0], ignored)) return Dataset(options.data[0]);
-    return Dataset(options.data, options.val_data, options.tokenizer);
+    if (directory || !fs::exists(options.data[0], ignored)) return std::make_unique<Dataset>(options.data[0]);
+    return std::make_unique<Dataset>(options.data, options.val_data, options.tokenizer, vocab);
 }
 
-// The tokens of the data mean what they meant to the model that a run begins with, as far as can be seen.
-static void check_tokens(const ModelFiles& origin, const Dataset& data) {
-    const char* const path = origin.weights.path.c_str();
-    if (origin.config.vocab < data.tokenizer.vocab)
-        fail("--init-from %s: its model has %d tokens, the data's tokenizer %d", path, origin.config.vocab, data.tokenizer.vocab);
+// Whether the tokens of the data mean what they meant to the model that a run begins with, as far as can be seen.
+static void compare_tokens(const ModelFiles& origin, const Dataset& data) {
     std::string problem;
     try {
         const Tokenizer theirs = origin.tokenizer();
@@ -571,7 +576,7 @@ static void check_tokens(const ModelFiles& origin, const Dataset& data) {
     } catch (const Error& e) {
         problem = std::string("whether its tokens are the data's cannot be seen: ") + e.what();
     }
-    if (!problem.empty()) fprintf(stderr, "warning: --init-from %s: %s\n", path, printable(problem).c_str());
+    if (!problem.empty()) fprintf(stderr, "warning: --init-from %s: %s\n", origin.weights.path.c_str(), printable(problem).c_str());
 }
 
 static int train(int argc, char** argv) {
@@ -634,8 +639,8 @@ static int train(int argc, char** argv) {
         config = overlay(base, model_flags, command);
         run = overlay(Run(), run_flags, command);
     }
-    const Dataset data = open_dataset(options);
-    if (origin) check_tokens(*origin, data);
+    std::unique_ptr<const Dataset> opened;  // before a new run's directory is made, after an old run's model is known
+    if (!options.resume) opened = open_dataset(options, command.has("--vocab") ? model_flags.vocab : origin ? origin->config.vocab : 0);
     std::error_code error;
     if (!options.resume) fs::create_directories(options.out, error);
     if (error) fail("cannot create directory %s: %s", options.out.c_str(), error.message().c_str());
@@ -653,15 +658,21 @@ static int train(int argc, char** argv) {
         run = overlay(checkpoint->run, run_flags, command);
         if (run.schedule == "constant" && run.steps > checkpoint->run.steps) checkpoint->run.steps = run.steps;
         check_same(run, checkpoint->run);
+        opened = open_dataset(options, config.vocab);
     } else if (!command.has("--vocab") && !origin) {
-        config.vocab = data.tokenizer.vocab;
+        config.vocab = opened->tokenizer.vocab;
     }
-    if (config.vocab < data.tokenizer.vocab) fail("--vocab %d: the data's tokenizer has %d tokens", config.vocab, data.tokenizer.vocab);
+    const Dataset& data = *opened;
+    if (config.vocab < data.tokenizer.vocab)
+        fail("%s: its model has %d tokens, the data's tokenizer %d", origin ? options.init_from.c_str() : "--vocab", config.vocab,
+             data.tokenizer.vocab);
     if (checkpoint && !checkpoint->tokenizer.same_as(data.tokenizer))
         fail("--resume: %s has another tokenizer than the run began with", options.data[0].c_str());
     if (checkpoint && checkpoint->train_tokens != data.train->count)
         fail("--resume: %s has %lld training tokens, the run began with %lld", options.data[0].c_str(), (long long)data.train->count,
              (long long)checkpoint->train_tokens);
+    if (checkpoint && checkpoint->files.weights.meta("train_data", data.fingerprint) != data.fingerprint)
+        fail("--resume: %s has other training tokens than the run began with, or in another order", options.data[0].c_str());
     if (checkpoint && checkpoint->step >= run.steps) {
         printf("%s is complete: %d of %d steps\n", options.out.c_str(), checkpoint->step, run.steps);
         return 0;
@@ -674,7 +685,12 @@ static int train(int argc, char** argv) {
                         "those of a model that predicts text, and infer refuses it\n");
     Loader train(*data.train, run.seq_len, "training");
     std::unique_ptr<Loader> val;
-    if (options.eval_every > 0 && data.val->count > 0) val = std::make_unique<Loader>(*data.val, run.seq_len, "validation");
+    if (options.eval_every > 0 && data.val->count > 0) {
+        val = std::make_unique<Loader>(*data.val, run.seq_len, "validation");
+        std::vector<int> tokens(run.seq_len), targets(run.seq_len);  // what is wrong with them must not end a run after its first steps
+        for (int64_t i = 0; i < val->evaluated(options.eval_tokens); i++) val->read(tokens.data(), targets.data(), i);
+    }
+    if (origin) compare_tokens(*origin, data);
 
     setvbuf(stdout, nullptr, _IOLBF, 0);  // a line a step, wherever it goes
     stop_on_signals();

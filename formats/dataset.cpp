@@ -46,6 +46,24 @@ TokenStream::TokenStream(const std::string& directory, const std::string& split,
              kDatasetFile.c_str(), (long long)expected);
 }
 
+std::string TokenStream::fingerprint() const {
+    uint64_t hash = 0xCBF29CE484222325u;  // FNV-1a
+    const auto add = [&](uint64_t number) {
+        for (int byte = 0; byte < 8; byte++) hash = (hash ^ (number >> 8 * byte & 0xFF)) * 0x100000001B3u;
+    };
+    for (const Shard& shard : shards) {
+        std::vector<int> tokens(std::min<int64_t>(shard.count, 1024));
+        add(shard.count);
+        for (const int64_t from : {shard.first, shard.first + shard.count - int64_t(tokens.size())}) {
+            read(tokens.data(), from, int64_t(tokens.size()));
+            for (const int token : tokens) add(token);
+        }
+    }
+    char text[24];
+    snprintf(text, sizeof(text), "%016llx", (unsigned long long)hash);
+    return text;
+}
+
 void TokenStream::read(int* out, int64_t first, int64_t n) const {
     auto shard = std::upper_bound(shards.begin(), shards.end(), first, [](int64_t at, const Shard& s) { return at < s.first; }) - 1;
     for (std::vector<char> bytes; n > 0; ++shard) {
@@ -74,9 +92,11 @@ Dataset::Dataset(const std::string& directory) {
     tokenizer = Tokenizer::from_json(named.text(), path);
     train = std::make_unique<TokenStream>(directory, "train", train_tokens, tokenizer.vocab);
     val = std::make_unique<TokenStream>(directory, "val", val_tokens, tokenizer.vocab);
+    fingerprint = train->fingerprint();
 }
 
-Dataset::Dataset(const std::vector<std::string>& train_files, const std::vector<std::string>& val_files, const std::string& named) {
+Dataset::Dataset(const std::vector<std::string>& train_files, const std::vector<std::string>& val_files, const std::string& named,
+                 int vocab) {
     train = std::make_unique<TokenStream>(train_files, 0);
     val = std::make_unique<TokenStream>(val_files, 0);
     const TokenStream::Shard& first = train->shards.at(0);
@@ -87,6 +107,9 @@ Dataset::Dataset(const std::vector<std::string>& train_files, const std::vector<
     if (!named.empty()) tokenizer = Tokenizer::load(named);
     else if (first.magic == kLlamaMagic) tokenizer = Tokenizer::none(128256, 128001);
     else if (first.width == 2) tokenizer = Tokenizer::none(50257, 50256);
-    else fail("%s: whose tokens are they? Give --tokenizer, or the directory that data_prep wrote", first.file.path.c_str());
+    else if (vocab > 0) tokenizer = Tokenizer::none(vocab, -1);
+    else fail("%s: whose tokens are they? Give --tokenizer, or --vocab, or the directory that data_prep wrote", first.file.path.c_str());
+    if (named.empty() && vocab > 0) tokenizer = Tokenizer::none(vocab, tokenizer.end_of_text < vocab ? tokenizer.end_of_text : -1);
     train->vocab = val->vocab = tokenizer.vocab;
+    fingerprint = train->fingerprint();
 }

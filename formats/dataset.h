@@ -31,13 +31,15 @@ struct TokenStream {
     TokenStream(const std::vector<std::string>& paths, int vocab);
     // The files of a split in a directory; fails unless they hold so many
     TokenStream(const std::string& directory, const std::string& split, int64_t expected, int vocab);
+    std::string fingerprint() const;  // of the files' sizes, and of the tokens they begin and end with
     void read(int* out, int64_t first, int64_t n) const;                                               // fails at a token beyond vocab
 };
 
 struct Dataset {
     Tokenizer tokenizer;
     std::unique_ptr<TokenStream> train, val;
+    std::string fingerprint;  // of train
     explicit Dataset(const std::string& directory);
-    // Token files. named: their tokenizer, as Tokenizer::load; "": none, and the vocabulary is what llm.c's files have.
-    Dataset(const std::vector<std::string>& train, const std::vector<std::string>& val, const std::string& named);
+    // Token files. named: their tokenizer, as Tokenizer::load; "": none, and the vocabulary is `vocab`, or if that is 0 what llm.c's files have.
+    Dataset(const std::vector<std::string>& train, const std::vector<std::string>& val, const std::string& named, int vocab);
 };

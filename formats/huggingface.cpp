@@ -288,6 +288,7 @@ TheirConfig read_config(const JsonObject& theirs, const std::string& where) {
         ours.set("layers", repeated(steps));
     }
     if (given(theirs, "quantization_config")) fail("%s: \"quantization_config\": quantized tensors cannot be read", where.c_str());
+    if (!theirs.has("eos_token_id") && kind != "moemamba") result.end_of_text = {kind == "mamba" ? 0 : 2};
     if (given(theirs, "eos_token_id")) {
         const std::string text = theirs.text("eos_token_id");
         if (text[0] == '[') theirs.get("eos_token_id", result.end_of_text);

@@ -675,7 +675,7 @@ TEST_CASE("data_prep refuses bad input") {
     damaged[damaged.size() - 6] ^= 1;  // its checksum
     write_text(gz, damaged);
     refuse({"--input", gz, "--output", out}, {gz});
-    CHECK(files(out).empty());  // nothing is left of what failed halfway
+    CHECK(!fs::exists(out));  // nothing is left of what failed halfway
     fs::create_directory(at / "texts");
     write_text(at / "texts/a", prose(5000));
     for (const char* loop : {"loop", "texts/loop"}) {
@@ -1162,7 +1162,7 @@ TEST_CASE("train refuses bad data") {
     }
     const uint16_t token = 300;
     patched(1024 + 2 * 1234, &token, sizeof(token));  // every epoch draws it, and 300 steps are more than one
-    at.refuse("train", train_flags(at, "run", 300) + Arguments{"--save-every", "0"}, {shard, "token 1234 is 300", "257"});
+    at.refuse("train", train_flags(at, "bad", 300) + Arguments{"--save-every", "0"}, {shard, "token 1234 is 300", "257"});
     fs::remove(shard);
     refuse({"train_*.bin", "0 tokens"});
     fs::create_directory(shard);
@@ -1563,6 +1563,7 @@ TEST_CASE("tokens of BPE: the same whatever reads them, named by the dataset and
     at.succeed("data_prep", {"--input", at / "text.txt", "--output", at / "wide", "--tokenizer", at / "tokenizer.json", "--val-fraction", "0.1"});
     CHECK((read_tokens(at / "wide", "train") == read_tokens(at / "data", "train")));
     CHECK(fs::file_size(at / "wide/train_000000.bin") - 1024 == 2 * (fs::file_size(at / "data/train_000000.bin") - 1024));
+    at.refuse("data_prep", {"--input", at / "text.txt", "--output", at / "run"}, {"--output", "has a checkpoint"});
     // Bytes again: the shards are new, the tokenizer's file might be somebody's.
     at.succeed("data_prep", {"--input", at / "text.txt", "--output", at / "data"});
     CHECK(Json::parse(read_text(at / "data/dataset.json")).at("tokenizer").at("kind") == "bytes");
@@ -1639,9 +1640,11 @@ TEST_CASE("a tokenizer made of a text is the one that Hugging Face's trainer mak
     CHECK(small.err.find("not more") != std::string::npos);
     CHECK(Bpe::load(at / "small").pieces.back() == " abab");
     at.refuse("data_prep", {"--input", "-", "--output", at / "no", "--train-tokenizer", "500"}, {"standard input", "twice"}, {.input = at / "text.txt"});
-    for (const char* size : {"256", "262145", "-1"})
+    for (const char* size : {"256", "262145", "-1", "0"})
         at.refuse("data_prep", {"--input", at / "text.txt", "--output", at / "no", "--train-tokenizer", size}, {"--train-tokenizer", size});
-    at.refuse("data_prep", {"--input", at / "text.txt", "--output", at / "no", "--train-tokenizer", "500", "--tokenizer", at / "data"}, {"not both"});
+    for (const std::string& tokenizer : {at / "data", std::string("bytes")})
+        at.refuse("data_prep", {"--input", at / "text.txt", "--output", at / "no", "--train-tokenizer", "500", "--tokenizer", tokenizer}, {"not both"});
+    CHECK(!fs::exists(at / "no"));  // what fails leaves nothing
 }
 
 TEST_CASE("text of SentencePiece's tokens") {
@@ -1737,6 +1740,11 @@ TEST_CASE("JSON lines, plain or compressed, are documents") {
     at.succeed("data_prep", {"--input", plain, "--output", at / "text", "--format", "text", "--val-fraction", "0"});
     CHECK((documents(read_tokens(at / "text", "train")) == std::vector<std::string>{lines}));
     at.refuse("data_prep", {"--input", plain, "--output", at / "no", "--format", "xml"}, {"--format", "xml"});
+    write_text(at / "open.jsonl", "{\"text\": \"" + std::string(1 << 20, 'a'));  // what is quoted of it is short
+    const Result open = at.run("data_prep", {"--input", at / "open.jsonl", "--output", at / "no"});
+    CHECK(open.code == 1);
+    CHECK(open.err.size() < 500);
+    CHECK(open.err.starts_with("error: no text in"));
     // A line that is too long is one bad line, and takes no more memory than that
     write_text(at / "long.jsonl", "{\"text\": \"" + std::string(70 << 20, 'a') + "\"}\n{\"text\": \"b\"}");
     CHECK(at.succeed("data_prep", {"--input", at / "long.jsonl", "--output", at / "long", "--val-fraction", "0"}).err.find("line 1: longer than 64 MiB") !=
@@ -1781,6 +1789,19 @@ TEST_CASE("token files of llm.c go straight into training") {
     refuse({"--data", at / "old.bin"}, {"old.bin", "version 1"});
     refuse({"--data", at / "ours.bin"}, {"ours.bin", "--tokenizer"});
     refuse({"--data", at / "train_a.bin", "--tokenizer", "bytes"}, {"train_a.bin", "beyond the vocabulary of 257"});
+    refuse({"--data", at / "train_a.bin", "--vocab", "1000"}, {"train_a.bin", "beyond the vocabulary of 1000"});
+    // Other data than the run began with, or in another order, or with a token that is found late
+    write("val.bin", 20240520, 1, std::vector<int>(500, 7));
+    at.refuse("train", {"--data", at / "train_b.bin", at / "val.bin", "--out", at / "run", "--resume"}, {"other training tokens"});
+    std::vector<int> late(5000, 1);
+    late[2500] = 600;
+    write("late.bin", 20240520, 1, late);
+    write("fine.bin", 20240520, 1, std::vector<int>(5000, 1));
+    const Arguments small = {"--layers", "M", "--d-model", "8", "--batch", "1", "--seq-len", "8", "--peak-flops", "1e9", "--vocab", "500"};
+    at.refuse("train", Arguments{"--data", at / "fine.bin", "--val-data", at / "late.bin", "--out", at / "never", "--steps", "700"} + small, {"late.bin", "token 2500"});
+    CHECK(!fs::exists(at / "never/log.jsonl"));
+    at.refuse("train", Arguments{"--data", at / "late.bin", "--out", at / "late", "--steps", "700", "--save-every", "0"} + small, {"late.bin", "token 2500"});
+    CHECK(fs::exists(at / "late/model.safetensors"));  // all steps before that
     refuse({"--data", at / "train_a.bin", "--sample-every", "1"}, {"--sample-every"});
     make_data(at);
     refuse({"--data", at / "data", "--val-data", at / "val.bin"}, {"--val-data"});
@@ -1818,10 +1839,11 @@ TEST_CASE("what transformers has saved continues a text as there, and can be tra
         std::string file(reinterpret_cast<const char*>(header), sizeof(header));
         for (const uint32_t token : tokens) file.append(reinterpret_cast<const char*>(&token), 2);
         write_text(at / "tokens.bin", file);
-        const Json bytes = Json::parse(Bpe::of_bytes());
         const Arguments train = {"--data", at / "tokens.bin", "--out", out, "--init-from", model, "--batch", "1", "--seq-len", "8", "--steps", "1",
                                  "--peak-flops", "1e9"};
-        at.refuse("train", train, {"--init-from", "43 tokens", "50257"});
+        const Result trained = at.succeed("train", train);
+        CHECK(trained.out.find("vocabulary 43") != std::string::npos);
+        at.succeed("infer", Arguments{"--checkpoint", out} + draw);
         at.refuse("train", train + Arguments{"--preset", "mamba-tiny"}, {"--init-from", "--preset"});
     }
 }
@@ -1871,8 +1893,7 @@ TEST_CASE("a directory of transformers that our models cannot be is refused by n
     change_model(at, "mamba", set("something_new", 1));
     const Result noted = at.succeed("infer", infer);
     CHECK(noted.err.find("not used: something_new") != std::string::npos);
-    change_model(at, "mamba", set("use_conv_bias", false));  // it has one all the same
-    at.succeed("infer", infer);
+    refuse("mamba", set("use_conv_bias", false), {"has a tensor", "conv1d.bias"});
     const std::string index = at / "model/model.safetensors.index.json";
     const auto refuse_index = [&](const std::function<void(Json&)>& change, const std::vector<std::string>& phrases) {
         change_model(at, "jamba-sharded", [](Json&) {});

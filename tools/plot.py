@@ -15,34 +15,33 @@ def fail(message):
 
 
 def read_log(path):
-    """The run's tokens a step, and its lines of training and of validation. A line that a kill has cut is left out."""
+    """A run's tokens a step, its training and its validations, from its log. What a kill has left of a last line is left out."""
     file = os.path.join(path, "log.jsonl") if os.path.isdir(path) else path
-    run, train, val = None, [], []
     try:
-        with open(file, encoding="utf-8") as lines:
-            for number, text in enumerate(lines, 1):
-                try:
-                    line = json.loads(text)
-                    {"run": lambda: None, "train": lambda: train.append(line), "val": lambda: val.append(line)}[line["kind"]]()
-                    run = line if line["kind"] == "run" else run
-                except (ValueError, KeyError, TypeError):
-                    print(f"warning: {file}, line {number}: no line of a log, left out", file=sys.stderr)
+        with open(file, encoding="utf-8") as log:
+            lines = log.read().split("\n")
     except (OSError, UnicodeDecodeError) as e:
         fail(f"cannot read {file}: {getattr(e, 'strerror', None) or 'it is no text'}")
+    run, train, val, minutes = None, [], [], 0.0
+    for number, text in enumerate(lines, 1):
+        if not text or (number == len(lines) and not text.endswith("}")):
+            continue
+        try:
+            line = json.loads(text)
+            if line["kind"] == "run":
+                sizes = line["training"]
+                run = {"tokens": int(sizes["batch"]) * int(sizes["seq-len"]) * int(sizes["grad-accum"]), "layers": str(line["config"]["layers"])}
+            elif line["kind"] == "train":
+                minutes += float(line["ms"]) / 60000
+                train.append((int(line["step"]), float(line["loss"]), float(line["expert_load"]), float(line["dropped"]), minutes))
+            elif line["kind"] == "val":
+                val.append((int(line["step"]), float(line["loss"])))
+        except (ValueError, KeyError, TypeError, RecursionError):
+            fail(f"{file}, line {number}: no line of a log that train writes")
     if run is None or not train:
         fail(f"{file}: no run with steps in it")
-    try:
-        sizes = run["training"]
-        tokens = sizes["batch"] * sizes["seq-len"] * sizes["grad-accum"]
-        minutes, time = {}, 0
-        for line in train:
-            time += line["ms"] / 60000
-            minutes[line["step"]] = time
-        series = {key: [line[key] for line in train] for key in ("step", "loss", "expert_load", "dropped")}
-        points = [(line["step"], line["loss"]) for line in val if line["step"] in minutes]
-    except (KeyError, TypeError) as e:
-        fail(f"{file}: a line lacks {e}")
-    return {"tokens": tokens, "minutes": minutes, "val": points, "layers": run["config"]["layers"], **series}
+    columns = dict(zip(("step", "loss", "expert_load", "dropped", "minutes"), map(list, zip(*train))))
+    return {**run, **columns, "val": val}
 
 
 def smooth(values, weight=0.9):
@@ -63,7 +62,7 @@ def draw(runs, pyplot):
         tokens = [step * run["tokens"] / 1e6 for step in run["step"]]
         color = by_tokens.plot(tokens, run["loss"], alpha=0.25, linewidth=0.8)[0].get_color()
         by_tokens.plot(tokens, smooth(run["loss"]), color=color, label=name)
-        by_time.plot([run["minutes"][step] for step in run["step"]], smooth(run["loss"]), color=color, label=name)
+        by_time.plot(run["minutes"], smooth(run["loss"]), color=color, label=name)
         if run["val"]:
             validation.plot([step * run["tokens"] / 1e6 for step, _ in run["val"]], [loss for _, loss in run["val"]], color=color, marker="o",
                             markersize=4, label=f"{name}, at last {run['val'][-1][1]:.4f}")
@@ -84,6 +83,7 @@ def draw(runs, pyplot):
 
 
 def main():
+    argparse.ArgumentParser.error = lambda self, message: fail(message)
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog="Several runs are drawn over one another.", allow_abbrev=False)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a directory that train wrote, or its log.jsonl")
     parser.add_argument("--output", default="runs.svg", help="file to write: .svg, .png or .pdf (%(default)s)")
