@@ -544,31 +544,34 @@ static std::string train_tokenizer(const std::vector<Input>& inputs, const Optio
     return train_bpe(words, options.train_tokenizer, [&](int tokens) { progress.show(tokens); });
 }
 
-static int data_prep(int argc, char** argv) {
-    Options options;
-    CommandLine command("Turns text into token files for train. A file of text is one document, or several if it has lines that read "
-                        "<|endoftext|>; in a .jsonl or .json file each line is one. The end-of-text token comes before every document.");
-    command.add("--input", options.paths, "files, directories of them, or - for standard input; each may be compressed by gzip or zstd");
-    command.add("--output", options.output, "directory for train_*.bin, val_*.bin and dataset.json; created if need be");
-    command.add("--format", options.format, "auto: by the file's name; text; or jsonl, where each line is a JSON object");
-    command.add("--field", options.field, "of the JSON object: what has the text");
-    command.add("--strict", options.strict, "stop at a bad line of JSON; without it they are counted and skipped");
-    command.add("--tokenizer", options.tokenizer,
-                std::string("bytes: a token is a byte, 256 is end-of-text; or byte-level BPE: a tokenizer.json, or a directory with one, with "
-                            "encoder.json and vocab.bpe (GPT-2), or with vocab.json and merges.txt; letters and numbers are those of Unicode ") +
-                    unicode_version() + "; or a .model of SentencePiece");
-    command.add("--train-tokenizer", options.train_tokenizer,
-                "make a tokenizer of so many tokens of the input itself first: byte-level BPE, each digit apart, written as tokenizer.json");
-    command.add("--val-fraction", options.fraction,
-                "share for validation, 0 to 0.5: of every 1/share documents one, chosen at random but always the same; a document "
-                "longer than the share of all text (4 times that if there are at least 1/share documents) is dealt in pieces of about "
-                "1/4 of the share, 128 KiB at most, cut at the ends of lines");
-    command.add("--shard-tokens", options.shard_tokens, "most tokens in one file");
-    if (!command.parse(argc, argv)) return 0;
-    options.check(command);
+// Gives all files of a dataset their names.
+static void write_dataset(const std::string& output, const Tokenizer& tokenizer, ShardWriter& train, ShardWriter& val, const JsonObject& about) {
+    train.close();
+    val.close();
+    JsonObject json;
+    json.set("tokenizer", JsonObject(tokenizer.to_json(), "the tokenizer")).set("train_tokens", train.total).set("val_tokens", val.total);
+    json.add(about);
+    std::vector<std::unique_ptr<NewFile>> files = std::move(train.shards);
+    std::move(val.shards.begin(), val.shards.end(), std::back_inserter(files));
+    const auto add = [&](const std::string& name, const std::string& text) {
+        files.push_back(std::make_unique<NewFile>((fs::path(output) / name).string()));
+        files.back()->write(text);
+        files.back()->close();
+    };
+    if (!tokenizer.file_name().empty()) add(tokenizer.file_name(), tokenizer.file());
+    add(kDatasetFile, json.text(2) + "\n");  // the last: who finds it finds all
+    std::vector<std::string> gone = dataset_files(output, "");  // shards of an earlier run that this one has no other for
+    std::erase_if(gone, [&](const std::string& path) {          // a tokenizer may be somebody else's
+        const std::string name = fs::path(path).filename();
+        return name == kTokenizerFile || name == kSentencePieceFile ||
+               std::any_of(files.begin(), files.end(), [&](const auto& file) { return file->path == path; });
+    });
+    replace_files(files, gone);
+}
+
+static void prepare(const Options& options) {
     const std::string& output = options.output;
     const double fraction = options.fraction;
-
     Tokenizer tokenizer;
     if (options.train_tokenizer == 0) tokenizer = Tokenizer::load(options.tokenizer);
     std::vector<Input> inputs = list_inputs(options.paths, output);
@@ -591,29 +594,9 @@ static int data_prep(int argc, char** argv) {
     if (train.total == 0 || (fraction > 0 && val.total == 0))
         fail("too little text for --val-fraction %g: %lld bytes; change it, or use 0 for no validation", fraction,
              (long long)splitter.bytes);
-    train.close();
-    val.close();
-
-    JsonObject json;
-    json.set("tokenizer", JsonObject(tokenizer.to_json(), "the tokenizer")).set("train_tokens", train.total).set("val_tokens", val.total);
-    json.set("documents", splitter.documents).set("split", fraction == 0 ? "none" : splitter.cuts == 0 ? "documents" : "pieces");
-    std::vector<std::unique_ptr<NewFile>> files = std::move(train.shards);
-    std::move(val.shards.begin(), val.shards.end(), std::back_inserter(files));
-    if (!tokenizer.file_name().empty()) {
-        files.push_back(std::make_unique<NewFile>((fs::path(output) / tokenizer.file_name()).string()));
-        files.back()->write(tokenizer.file());
-        files.back()->close();
-    }
-    files.push_back(std::make_unique<NewFile>((fs::path(output) / kDatasetFile).string()));  // the last: who finds it finds all
-    files.back()->write(json.text(2) + "\n");
-    files.back()->close();
-    std::vector<std::string> gone = dataset_files(output, "");  // shards of an earlier run that this one has no other for
-    std::erase_if(gone, [&](const std::string& path) {  // a tokenizer may be somebody else's
-        const std::string name = fs::path(path).filename();
-        return name == kTokenizerFile || name == kSentencePieceFile ||
-               std::any_of(files.begin(), files.end(), [&](const auto& file) { return file->path == path; });
-    });
-    replace_files(files, gone);
+    JsonObject about;
+    about.set("documents", splitter.documents).set("split", fraction == 0 ? "none" : splitter.cuts == 0 ? "documents" : "pieces");
+    write_dataset(output, tokenizer, train, val, about);
     if (lines.bad > 0) fprintf(stderr, "warning: %s\n", bad.c_str());
     if (options.train_tokenizer > tokenizer.vocab)
         fprintf(stderr, "note: the text has pairs for a tokenizer of %d tokens, not more\n", tokenizer.vocab);
@@ -622,6 +605,31 @@ static int data_prep(int argc, char** argv) {
     printf("%s: %lld training and %lld validation tokens (%.2f %%) from %lld document%s%s\n", output.c_str(), (long long)train.total,
            (long long)val.total, 100.0 * val.total / (train.total + val.total), (long long)splitter.documents,
            splitter.documents == 1 ? "" : "s", skipped ? (", not text and skipped: " + std::to_string(skipped)).c_str() : "");
+}
+
+static int data_prep(int argc, char** argv) {
+    Options options;
+    CommandLine command("Turns text into token files for train. A file of text is one document, or several if it has lines that read "
+                        "<|endoftext|>; in a .jsonl or .json file each line is one. The end-of-text token comes before every document.");
+    command.add("--input", options.paths, "files, directories of them, or - for standard input; each may be compressed by gzip or zstd");
+    command.add("--output", options.output, "directory for train_*.bin, val_*.bin and dataset.json; created if need be");
+    command.add("--format", options.format, "auto: by the file's name; text; or jsonl, where each line is a JSON object");
+    command.add("--field", options.field, "of the JSON object: what has the text");
+    command.add("--strict", options.strict, "stop at a bad line of JSON; without it they are counted and skipped");
+    command.add("--tokenizer", options.tokenizer,
+                std::string("bytes: a token is a byte, 256 is end-of-text; or byte-level BPE: a tokenizer.json, or a directory with one, with "
+                            "encoder.json and vocab.bpe (GPT-2), or with vocab.json and merges.txt; letters and numbers are those of Unicode ") +
+                    unicode_version() + "; or a .model of SentencePiece");
+    command.add("--train-tokenizer", options.train_tokenizer,
+                "make a tokenizer of so many tokens of the input itself first: byte-level BPE, each digit apart, written as tokenizer.json");
+    command.add("--val-fraction", options.fraction,
+                "share for validation, 0 to 0.5: of every 1/share documents one, chosen at random but always the same; a document "
+                "longer than the share of all text (4 times that if there are at least 1/share documents) is dealt in pieces of about "
+                "1/4 of the share, 128 KiB at most, cut at the ends of lines");
+    command.add("--shard-tokens", options.shard_tokens, "most tokens in one file");
+    if (!command.parse(argc, argv)) return 0;
+    options.check(command);
+    prepare(options);
     return 0;
 }
 

@@ -54,6 +54,11 @@ JsonObject& JsonObject::set_null(const std::string& name) {
     return *this;
 }
 
+JsonObject& JsonObject::add(const JsonObject& others) {
+    json->update(*others.json);
+    return *this;
+}
+
 template <class T>
 void JsonObject::get(const std::string& name, T& value) const {
     const auto found = json->find(name);

@@ -23,6 +23,7 @@ class JsonObject {
     template <class T> void get(const std::string& name, T& value) const;
     JsonObject& set(const std::string& name, const char* value) { return set(name, std::string(value)); }
     JsonObject& set_null(const std::string& name);
+    JsonObject& add(const JsonObject& others);  // their members
     bool has(const std::string& name) const;
     std::vector<std::string> names() const;           // of all members
     std::string text(const std::string& name) const;  // a member as JSON
