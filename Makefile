@@ -1,9 +1,10 @@
 # make              builds ./train, ./infer and ./data_prep for this machine, and says what it found
-# make demo         a text, tokens, a few minutes of training, a sample      (TEXT=file or directory: another text)
+# make demo         a text, tokens, a few minutes of training, a sample      (TEXT=file or directory, DEMO="flags of train")
 # make test         every test in every precision                            make bench    speed, as ratios
 # make test-peers   the programs beside Hugging Face's, OpenAI's and Google's libraries, which it installs for itself
 # make deps         installs the distribution's packages                     make ptxas    registers and spills of every kernel
 # make gpu-check    everything that only a GPU can show                      make mutants  faults planted in kernels, one by one
+# make help         this list
 # Options: PRECISION=float|bf16|double  CUDA=0|1  SANITIZE=1 (AddressSanitizer, UndefinedBehaviorSanitizer)  ARCHS="80 90 100 120"
 #          WERROR=1  DEBUG=-g (for a debugger; -g1 knows lines only, and compiles a quarter faster)
 .DEFAULT_GOAL := all
@@ -75,6 +76,9 @@ else
 CHECKED := -fsanitize=thread,alignment -U_FORTIFY_SOURCE
 endif
 endif
+
+help:
+	@sed -n '/^#/!q; s/^# //p' Makefile
 
 # ---- programs
 PROGRAMS := train infer data_prep
@@ -182,6 +186,10 @@ test-peers: $(PEERS)/bin/python
 
 # ---- the main job: text -> tokens -> checkpoint -> text
 TEXT ?= build/demo/bible.txt
+ifeq ($(wildcard $(TEXT))$(filter build/demo/bible.txt,$(TEXT)),)
+$(TEXT):
+	@echo "error: TEXT=$(TEXT): no such file or directory"; exit 1
+endif
 build/demo/bible.txt:
 	@mkdir -p $(@D)
 	@command -v bible > /dev/null || { echo "error: no text: install bible-kjv (make deps) or give one: make demo TEXT=file"; exit 1; }
@@ -233,5 +241,5 @@ clean:
 	rm -rf build $(PROGRAMS)
 
 -include $(wildcard $(BUILD)/*.d $(SHARED)/*.d)
-.PHONY: all found tests shared test test-peers demo fuzz bench ptxas mutants gpu-check deps clean
+.PHONY: all help found tests shared test test-peers demo fuzz bench ptxas mutants gpu-check deps clean
 .SECONDARY:

@@ -213,6 +213,7 @@ struct Splitter {
     const double fraction;
     int64_t total_bytes, total_documents;  // of all input, as far as known
     int64_t bytes = 0, documents = 0, cuts = 0;
+    std::string like_json = {};  // a file that was read as text
 
     // What is too long depends on how much text there is, which files do not say well and streams not at all: the first 16 MiB wait
     // here until there is more, or no more.
@@ -416,6 +417,7 @@ static bool read_text(const Input& input, Splitter& splitter, Progress& progress
             if (input.named) fail("%s is not text: it has zero bytes (UTF-16 must be converted to UTF-8)", name.c_str());
             return false;
         }
+        if (first && n > 1 && block[0] == '{' && block[1] == '"') splitter.like_json = name;
         text.append(block, 0, n);
         last = n == 0;
         // All but the end, in which a separator's line may be incomplete.
@@ -575,8 +577,9 @@ static void prepare(const Options& options) {
     Tokenizer tokenizer;
     if (options.train_tokenizer == 0) tokenizer = Tokenizer::load(options.tokenizer);
     std::vector<Input> inputs = list_inputs(options.paths, output);
-    std::error_code error;
-    if (fs::exists(fs::path(output) / "model.safetensors", error))
+    std::error_code ignored;
+    const bool has_file = options.train_tokenizer != 0 || !tokenizer.file_name().empty();
+    if (has_file && fs::exists(fs::path(output) / "model.safetensors", ignored))
         fail("--output %s: it has a checkpoint, whose tokenizer must stay: choose another directory", output.c_str());
     if (options.train_tokenizer != 0) tokenizer = Tokenizer::of_bpe(train_tokenizer(inputs, options), "the tokenizer");
 
@@ -602,8 +605,10 @@ static void prepare(const Options& options) {
         fprintf(stderr, "note: the text has pairs for a tokenizer of %d tokens, not more\n", tokenizer.vocab);
     if (encoder.replaced > 0)
         fprintf(stderr, "warning: %lld places in the text are not UTF-8 and became U+FFFD\n", (long long)encoder.replaced);
-    printf("%s: %lld training and %lld validation tokens (%.2f %%) from %lld document%s%s\n", output.c_str(), (long long)train.total,
-           (long long)val.total, 100.0 * val.total / (train.total + val.total), (long long)splitter.documents,
+    if (!splitter.like_json.empty())
+        fprintf(stderr, "note: %s begins as JSON does; --format jsonl makes each of its lines a document\n", printable(splitter.like_json).c_str());
+    printf("%s: %lld training and %lld validation tokens (%.2f %%), of %d kinds, from %lld document%s%s\n", output.c_str(), (long long)train.total,
+           (long long)val.total, 100.0 * val.total / (train.total + val.total), tokenizer.vocab, (long long)splitter.documents,
            splitter.documents == 1 ? "" : "s", skipped ? (", not text and skipped: " + std::to_string(skipped)).c_str() : "");
 }
 

@@ -304,14 +304,14 @@ static std::string quoted(const std::string& piece) {
 
 static int infer(int argc, char** argv) {
     Options options;
-    CommandLine command("Samples text from a checkpoint of train. Ctrl-C ends it cleanly.");
+    CommandLine command("Samples text from a checkpoint of train, or of Hugging Face's transformers. Ctrl-C ends it cleanly.");
     command.add("--checkpoint", options.checkpoint,
                 "model.safetensors, its index, or the directory that it is in: of train, or of Hugging Face's transformers (mamba, jamba, mixtral)");
     command.add("--prompt", options.prompt, "text to continue; empty: a new document");
     command.add("--prompt-file", options.prompt_file, "file with the text to continue; - = standard input");
     command.add("--prompt-tokens", options.prompt_tokens, "tokens to continue, like 12,7,3: for a model without a tokenizer");
     command.add("--print-tokens", options.print_tokens, "print tokens, not text");
-    command.add("--tokenizer", options.tokenizer, "as data_prep's, instead of the checkpoint's");
+    command.add("--tokenizer", options.tokenizer, "instead of the checkpoint's: as data_prep's, or a directory with a dataset or checkpoint; only its tokens are drawn");
     command.add("--tokenize", options.tokenize, "only print the prompt's tokens with their texts; needs --checkpoint or --tokenizer");
     command.add("--tokens", options.tokens, "most tokens to draw; end-of-text ends a sample before");
     command.add("--temperature", options.sampling.temperature, "below 1 favours probable tokens; 0 takes the most probable one");

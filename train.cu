@@ -201,7 +201,8 @@ static void check_same(const Fields& given, const Fields& saved) {
     const JsonObject here = fields_to_json(given), there = fields_to_json(saved);
     Fields::each_field(given, [&](const char* flag, auto...) {
         if (here.text(flag) != there.text(flag))
-            fail("--resume: --%s is %s here, %s in the checkpoint", flag, here.text(flag).c_str(), there.text(flag).c_str());
+            fail("--resume: --%s is %s here, %s in the checkpoint. A run is what it was when it began: only --steps can grow, with --schedule "
+                 "constant; for another one, --init-from that checkpoint with another --out", flag, here.text(flag).c_str(), there.text(flag).c_str());
     });
 }
 
@@ -362,7 +363,7 @@ static void dry_run(const Config& config, const Layers& layers, const Run& run, 
     printf("\nmemory for training, B = %d, T = %d\n", run.batch, run.seq_len);
     double total = 0;
     for (const Arena* arena : {&model.weights, &model.masters, &model.gradients, &model.moments, &model.activations}) {
-        printf("  %-36s %14s\n", arena->name.c_str(), bytes_text(double(arena->bytes)).c_str());
+        if (arena->bytes > 0) printf("  %-36s %14s\n", arena->name.c_str(), bytes_text(double(arena->bytes)).c_str());
         total += double(arena->bytes);
     }
     printf("  %-36s %14s\n", "total", bytes_text(total).c_str());
@@ -427,6 +428,7 @@ struct Options {
     void check() {
         if (!dry_run && (!memory.empty() || !compare.empty() || decoding.bits != Decoding().bits))
             fail("--memory, --bits and --compare belong to --dry-run");
+        if (!compare.empty() && !(preset.empty() && init_from.empty())) fail("--compare names all its presets: it does not go with another model");
         if (!init_from.empty() && (resume || !preset.empty())) fail("--init-from goes with neither --resume nor --preset");
         if (decoding.bits != 8 && decoding.bits != 16) fail("--bits %d: must be 8 or 16", decoding.bits);
         if (!memory.empty()) decoding.memory = parse_bytes("--memory", memory);
@@ -576,6 +578,8 @@ static void compare_tokens(const ModelFiles& origin, const Dataset& data) {
     } catch (const Error& e) {
         problem = std::string("whether its tokens are the data's cannot be seen: ") + e.what();
     }
+    if (problem.empty() && data.tokenizer.vocab < origin.config.vocab)
+        printf("note: the data has %d of the model's %d tokens\n", data.tokenizer.vocab, origin.config.vocab);
     if (!problem.empty()) fprintf(stderr, "warning: --init-from %s: %s\n", origin.weights.path.c_str(), printable(problem).c_str());
 }
 
@@ -605,7 +609,7 @@ static int train(int argc, char** argv) {
     command.add("--resume", options.resume,
                 "continue the run in --out, bit for bit on the same device with as many threads; it knows its model and its run: "
                 "only --steps can grow, with a constant schedule");
-    command.add("--dry-run", options.dry_run, "print parameters, memory and compute, take none of them; needs no --data or --out");
+    command.add("--dry-run", options.dry_run, "print parameters, memory and compute, take none of them; needs no --out, and --data only for the vocabulary");
     command.add("--memory", options.memory, "--dry-run: also the longest context that fits into so much, like 80GB, beside the weights");
     command.add("--bits", options.decoding.bits, "--dry-run: of a number in weights and KV cache while decoding, 8 or 16");
     command.add("--compare", options.compare, "--dry-run: these presets side by side, like mixtral-8x7b,jamba-v0.1");
@@ -628,11 +632,14 @@ static int train(int argc, char** argv) {
         fail("which model? Give --preset (see --list-presets), --layers or --init-from");
     const Config base = origin ? origin->config : options.preset.empty() ? Config() : find_preset(options.preset).config;
     if (options.dry_run) {
-        dry_run(overlay(base, model_flags, command), layers, overlay(Run(), run_flags, command), options.decoding);
+        Config config = overlay(base, model_flags, command);
+        if (!options.data.empty() && !command.has("--vocab") && !origin) config.vocab = open_dataset(options, 0)->tokenizer.vocab;
+        dry_run(config, layers, overlay(Run(), run_flags, command), options.decoding);
         return 0;
     }
 
-    if (options.data.empty() || options.out.empty()) fail("--data and --out are required");
+    if (options.data.empty()) fail("--data is required%s", options.resume ? ", with --resume too" : "");
+    if (options.out.empty()) fail("--out is required");
     Config config;
     Run run;
     if (!options.resume) {

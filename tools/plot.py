@@ -58,20 +58,22 @@ def draw(runs, pyplot):
     experts = any("E" in run["layers"] for run in runs.values())
     figure, axes = pyplot.subplots(2, 2, figsize=(12, 8), layout="constrained")
     (by_tokens, by_time), (validation, load) = axes
+    longest = max(run["step"][-1] * run["tokens"] for run in runs.values())
+    unit, unit_name = (1e6, "million tokens") if longest >= 2e6 else (1e3, "thousand tokens")
     for name, run in runs.items():
-        tokens = [step * run["tokens"] / 1e6 for step in run["step"]]
+        tokens = [step * run["tokens"] / unit for step in run["step"]]
         color = by_tokens.plot(tokens, run["loss"], alpha=0.25, linewidth=0.8)[0].get_color()
         by_tokens.plot(tokens, smooth(run["loss"]), color=color, label=name)
         by_time.plot(run["minutes"], smooth(run["loss"]), color=color, label=name)
         if run["val"]:
-            validation.plot([step * run["tokens"] / 1e6 for step, _ in run["val"]], [loss for _, loss in run["val"]], color=color, marker="o",
+            validation.plot([step * run["tokens"] / unit for step, _ in run["val"]], [loss for _, loss in run["val"]], color=color, marker="o",
                             markersize=4, label=f"{name}, at last {run['val'][-1][1]:.4f}")
         if "E" in run["layers"]:
             load.plot(tokens, smooth(run["expert_load"]), color=color, label=f"{name}, load")
             load.plot(tokens, smooth(run["dropped"]), color=color, linestyle=":", label=f"{name}, dropped")
-    for axis, title, x in ((by_tokens, "training loss, nats a token", "million tokens"), (by_time, "training loss, nats a token", "minutes"),
-                           (validation, "validation loss, nats a token", "million tokens"),
-                           (load, "fullest expert over the mean; share of choices dropped", "million tokens")):
+    for axis, title, x in ((by_tokens, "training loss, nats a token", unit_name), (by_time, "training loss, nats a token", "minutes"),
+                           (validation, "validation loss, nats a token", unit_name),
+                           (load, "fullest expert over the mean; share of choices dropped", unit_name)):
         axis.set_title(title)
         axis.set_xlabel(x)
         axis.grid(alpha=0.3)
