@@ -206,7 +206,7 @@ def pictures(at):
                        check=True, capture_output=True)
         check(f"tools/plot.py: {name}", open(f"{at}/{name}", "rb").read().startswith(begin))
     for arguments, message in ((["nothing"], "cannot read nothing"), ([f"{at}/mamba-tiny", "--output", "x.doc"], "must end in"),
-                               ([f"{at}/mamba-tiny", "--output", f"{at}/no/x.svg"], "cannot write"), ([f"{at}/mamba-tiny/config.json"], "no run")):
+                               ([f"{at}/mamba-tiny", "--output", f"{at}/no/x.svg"], "cannot write"), ([f"{at}/mamba-tiny/config.json"], "no line of a log")):
         done = subprocess.run([sys.executable, f"{HERE}/../tools/plot.py", *arguments], capture_output=True, text=True)
         check(f"tools/plot.py refuses: {message}", done.returncode == 1 and message in done.stderr)
 
