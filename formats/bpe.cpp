@@ -477,8 +477,9 @@ Bpe Bpe::load(const std::string& path) {
         if (has("encoder.json")) read_pair(file, (place / "encoder.json").string(), (place / "vocab.bpe").string());
         else if (has("vocab.json")) read_pair(file, (place / "vocab.json").string(), (place / "merges.txt").string());
         else fail("%s: no tokenizer.json in it, nor encoder.json and vocab.bpe, nor vocab.json and merges.txt", path.c_str());
-        file.text = tokenizer_json(file);
-        return Bpe(file);
+        Bpe bpe(file);
+        bpe.file = tokenizer_json(file);  // of what has been found to be whole
+        return bpe;
     }
     const std::string name = directory ? (place / kTokenizerFile).string() : path;
     return of_file(read_file(name, "tokenizer"), name);

@@ -1608,6 +1608,10 @@ TEST_CASE("a tokenizer that is damaged, or does more than is known here, is refu
     refuse([](Json& j) { j["added_tokens"].push_back({{"id", 0}, {"content", "</s>"}}); }, {"two tokens are number 0"});
     write_text(at / "tokenizer.json", "{");
     at.refuse("data_prep", {"--input", at / "text.txt", "--output", at / "data", "--tokenizer", at / "tokenizer.json"}, {"not readable as JSON"});
+    fs::create_directory(at / "gpt2");
+    write_text(at / "gpt2/encoder.json", bpe_reference().at("tokenizer").at("model").at("vocab").dump());
+    write_text(at / "gpt2/vocab.bpe", "#version: 0.2\n\xff a\n");  // which a fuzzer found: what is not UTF-8 cannot become JSON
+    at.refuse("data_prep", {"--input", at / "text.txt", "--output", at / "data", "--tokenizer", at / "gpt2"}, {"merge 1", "the first"});
     fs::create_directory(at / "empty");
     at.refuse("data_prep", {"--input", at / "text.txt", "--output", at / "data", "--tokenizer", at / "empty"}, {"empty", "vocab.bpe"});
 }
