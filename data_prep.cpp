@@ -195,7 +195,7 @@ struct Encoder {
         if (tokenizer.kind == "bytes" && !words) return text.size();
         size_t at = word_boundary(text, from);
         // A model of SentencePiece takes one space as what it puts in front of every text.
-        const auto lone_space = [&] { return text[at] == ' ' && at + 1 < text.size() && text[at + 1] > ' '; };
+        const auto lone_space = [&] { return text[at] == ' ' && at + 1 < text.size() && text[at + 1] > ' ' && text[at + 1] < 0x7F; };
         while (tokenizer.sentencepiece && at != std::string::npos && !lone_space()) at = word_boundary(text, at + 1);
         return at;
     }
@@ -213,7 +213,6 @@ struct Splitter {
     const double fraction;
     int64_t total_bytes, total_documents;  // of all input, as far as known
     int64_t bytes = 0, documents = 0, cuts = 0;
-    std::string like_json = {};  // a file that was read as text
 
     // What is too long depends on how much text there is, which files do not say well and streams not at all: the first 16 MiB wait
     // here until there is more, or no more.
@@ -404,8 +403,8 @@ static TextFile open_input(const Input& input) {
                                                               : InputFile(name, "cannot read").release());
 }
 
-// Reads one file of text, and passes its documents on. False: it is not text.
-static bool read_text(const Input& input, Splitter& splitter, Progress& progress, int64_t done) {
+// Reads one file of text, and passes its documents on. False: it is not text. like_json: its name, if it begins as JSON.
+static bool read_text(const Input& input, Splitter& splitter, Progress& progress, int64_t done, std::string& like_json) {
     const std::string name = input.name();
     TextFile file = open_input(input);
     std::string block(kBlock, 0), text;  // text: read but not passed on yet
@@ -417,7 +416,7 @@ static bool read_text(const Input& input, Splitter& splitter, Progress& progress
             if (input.named) fail("%s is not text: it has zero bytes (UTF-16 must be converted to UTF-8)", name.c_str());
             return false;
         }
-        if (first && n > 1 && block[0] == '{' && block[1] == '"') splitter.like_json = name;
+        if (first && n > 1 && block[0] == '{' && block[1] == '"') like_json = name;
         text.append(block, 0, n);
         last = n == 0;
         // All but the end, in which a separator's line may be incomplete.
@@ -448,7 +447,7 @@ struct JsonLines {
     const std::string field;
     const bool strict;  // a bad line is an error
     int64_t bad = 0;
-    std::string first_bad = {};
+    std::string first_bad = {}, mistaken = {};  // mistaken: a file that was read as text, and begins as JSON
 
     void read(const Input& input, Splitter& splitter, Progress& progress, int64_t done) {
         TextFile file = open_input(input);
@@ -522,7 +521,7 @@ static int64_t read_inputs(const std::vector<Input>& inputs, const Options& opti
     int64_t done = 0, skipped = 0;
     for (const Input& input : inputs) {
         if (options.format == "jsonl" || (options.format == "auto" && input.json())) json.read(input, splitter, progress, done);
-        else if (!read_text(input, splitter, progress, done)) ++skipped;
+        else if (!read_text(input, splitter, progress, done, json.mistaken)) ++skipped;
         done += input.size;
     }
     splitter.end_input();
@@ -605,8 +604,8 @@ static void prepare(const Options& options) {
         fprintf(stderr, "note: the text has pairs for a tokenizer of %d tokens, not more\n", tokenizer.vocab);
     if (encoder.replaced > 0)
         fprintf(stderr, "warning: %lld places in the text are not UTF-8 and became U+FFFD\n", (long long)encoder.replaced);
-    if (!splitter.like_json.empty())
-        fprintf(stderr, "note: %s begins as JSON does; --format jsonl makes each of its lines a document\n", printable(splitter.like_json).c_str());
+    if (!lines.mistaken.empty())
+        fprintf(stderr, "note: %s begins as JSON does; --format jsonl makes each of its lines a document\n", printable(lines.mistaken).c_str());
     printf("%s: %lld training and %lld validation tokens (%.2f %%), of %d kinds, from %lld document%s%s\n", output.c_str(), (long long)train.total,
            (long long)val.total, 100.0 * val.total / (train.total + val.total), tokenizer.vocab, (long long)splitter.documents,
            splitter.documents == 1 ? "" : "s", skipped ? (", not text and skipped: " + std::to_string(skipped)).c_str() : "");
