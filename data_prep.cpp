@@ -606,7 +606,7 @@ static void prepare(const Options& options) {
         fprintf(stderr, "warning: %lld places in the text are not UTF-8 and became U+FFFD\n", (long long)encoder.replaced);
     if (!lines.mistaken.empty())
         fprintf(stderr, "note: %s begins as JSON does; --format jsonl makes each of its lines a document\n", printable(lines.mistaken).c_str());
-    printf("%s: %lld training and %lld validation tokens (%.2f %%), of %d kinds, from %lld document%s%s\n", output.c_str(), (long long)train.total,
+    printf("%s: %lld training and %lld validation tokens (%.2f %%) of a vocabulary of %d, from %lld document%s%s\n", output.c_str(), (long long)train.total,
            (long long)val.total, 100.0 * val.total / (train.total + val.total), tokenizer.vocab, (long long)splitter.documents,
            splitter.documents == 1 ? "" : "s", skipped ? (", not text and skipped: " + std::to_string(skipped)).c_str() : "");
 }
