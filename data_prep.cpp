@@ -453,14 +453,16 @@ struct JsonLines {
         TextFile file = open_input(input);
         std::string block(kBlock, 0), text;
         int64_t line = 0;  // that have been read
+        size_t end = 0;    // of the last whole line in the text; 0: there is none
         bool too_long = false;
         for (bool last = false; !last;) {
             const size_t n = file.read(block.data(), block.size());
             last = n == 0;
+            const size_t before = text.size();  // in it no end of a line is looked for twice
             text.append(block, 0, n);
             progress.show(done + file.consumed());
             if (last && !text.empty() && !text.ends_with('\n')) text += '\n';
-            const size_t end = text.rfind('\n') + 1;  // 0: there is none
+            if (const size_t at = std::string_view(text).substr(before).rfind('\n'); at != std::string_view::npos) end = before + at + 1;
             if (end == 0 && text.size() > kLongest) too_long = true, text.clear();
             if (end == 0 || (!last && text.size() < kBatch)) continue;
             std::vector<std::string_view> lines;
@@ -470,6 +472,7 @@ struct JsonLines {
             documents(lines, input, line, splitter);
             line += int64_t(lines.size());
             text.erase(0, end);
+            end = 0;
         }
     }
 

@@ -2136,7 +2136,8 @@ TEST_CASE("Mixtral and Jamba agree with transformers", kMixedPrecision ? "[.not 
     }
 }
 
-// Whole directories, in every form that they come in. In bf16 rounding sends tokens to other experts than theirs.
+// Whole directories, in every form that they come in. transformers rounds what its norms compute to float32, whatever else is float64. In bf16
+// rounding sends tokens to other experts than theirs.
 TEST_CASE("what transformers has saved gives the logits that it computes", kMixedPrecision ? "[.not bf16]" : "[model][oracle]") {
     for (const char* name : {"mamba", "mamba-f16-sharded", "mamba-no-conv-bias", "jamba-sharded", "jamba-fused", "jamba-dense", "mixtral",
                              "mixtral-fused"})
@@ -2152,7 +2153,7 @@ TEST_CASE("what transformers has saved gives the logits that it computes", kMixe
             model.trains = false;
             model.load(files);
             const std::vector<real> logits = model.logits(batch.tokens.data(), batch.B, batch.T);
-            CHECK(distance({logits.begin(), logits.end()}, read(expected, "logits")) <= (sizeof(real) == 8 ? 1e-12 : 1e-5));
+            CHECK(distance({logits.begin(), logits.end()}, read(expected, "logits")) <= (sizeof(real) == 8 ? 1e-6 : 1e-5));
         }
 }
 TEST_CASE("the mixer agrees with transformers' MambaMixer, and goes on from its state", "[model][oracle]") {
