@@ -40,6 +40,7 @@ CXXFLAGS = $(OPTIMIZE) $(DEBUG) -std=c++20 -Wall -Wextra $(if $(filter 1,$(WERRO
 has = $(shell echo '\#include <$(1)>' | $(CXX) -E -x c++ - > /dev/null 2>&1 && echo 1)
 SENTENCEPIECE := $(call has,sentencepiece_processor.h)
 ZSTD := $(call has,zstd.h)
+FORMAT_DEFINES := $(if $(SENTENCEPIECE),-DHAS_SENTENCEPIECE) $(if $(ZSTD),-DHAS_ZSTD)
 FORMAT_LIBS := -lz -lutf8proc $(if $(SENTENCEPIECE),-lsentencepiece) $(if $(ZSTD),-lzstd)
 LDLIBS = -lopenblas -fopenmp $(FORMAT_LIBS)
 ifeq ($(CUDA),1)
@@ -132,7 +133,7 @@ $(BUILD)/%.o: cpu/%.cpp | $(BUILD)
 	$(COMPILE)
 $(BUILD)/%.o: tests/%.cpp | $(BUILD)
 	$(COMPILE)
-$(SHARED)/%.o: DEFINES := $(if $(SENTENCEPIECE),-DHAS_SENTENCEPIECE) $(if $(ZSTD),-DHAS_ZSTD)
+$(SHARED)/%.o: DEFINES := $(FORMAT_DEFINES)
 $(SHARED)/%.o: formats/%.cpp | $(SHARED)
 	$(COMPILE)
 $(SHARED)/%.o: cpu/%.cu | $(SHARED)
@@ -210,8 +211,8 @@ FUZZ := safetensors index tokens dataset config their_config tokenizer bpe bpe_p
 build/fuzz/fuzz: tests/fuzz/fuzz.cpp $(wildcard formats/*) $(BUILD)/moemamba.o $(BUILD)/layers.o $(BUILD)/plain.o
 	@command -v $(CLANG) > /dev/null || { echo "error: no clang++, which has libFuzzer: install clang-16"; exit 1; }
 	@mkdir -p $(@D)
-	$(CLANG) -std=c++20 -O1 -g1 -I. $(DEFINES) -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all $(if $(SENTENCEPIECE),-DHAS_SENTENCEPIECE) $(if $(ZSTD),-DHAS_ZSTD) $(filter %.cpp %.o,$^) \
-	  $(LDLIBS:-fopenmp=-lgomp) -o $@
+	$(CLANG) -std=c++20 -O1 -g1 -I. $(DEFINES) $(FORMAT_DEFINES) -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all \
+	  $(filter %.cpp %.o,$^) $(LDLIBS:-fopenmp=-lgomp) -o $@
 fuzz:
 	@$(MAKE) --no-print-directory -j $(JOBS) CUDA=0 PRECISION=float build/fuzz/fuzz
 	@$(MAKE) --no-print-directory -j $(JOBS) SECONDS=$(SECONDS) $(FUZZ:%=fuzz-%)

@@ -22,6 +22,7 @@
 #include "formats/json.h"
 #include "formats/options.h"
 #include "formats/random.h"
+#include "formats/safetensors.h"
 
 namespace fs = std::filesystem;
 
@@ -581,7 +582,7 @@ static void prepare(const Options& options) {
     std::vector<Input> inputs = list_inputs(options.paths, output);
     std::error_code ignored;
     const bool has_file = options.train_tokenizer != 0 || !tokenizer.file_name().empty();
-    if (has_file && fs::exists(fs::path(output) / "model.safetensors", ignored))
+    if (has_file && fs::exists(fs::path(output) / kModelFile, ignored))
         fail("--output %s: it has a checkpoint, whose tokenizer must stay: choose another directory", output.c_str());
     if (options.train_tokenizer != 0) tokenizer = Tokenizer::of_bpe(train_tokenizer(inputs, options), "the tokenizer");
 

@@ -70,8 +70,6 @@ inline constexpr int kLoopChunk = 16;
 inline constexpr real kLoopTiny = real(1e-12);  // beside |B_t|^2 |C_t|^2, which may be 0
 inline int64_t loop_chunks(int T) { return (T + kLoopChunk - 1) / kLoopChunk; }
 
-inline constexpr const char* kModelFile = "model.safetensors";
-
 inline constexpr const char* kConbaTerms[] = {"selection", "control", "delay", "scaling", "noise", "adaptation"};
 
 // The largest that every implementation of the layers serves.

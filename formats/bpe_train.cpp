@@ -7,7 +7,7 @@
 
 int64_t WordCounts::add(const std::vector<std::string_view>& texts) {
     int64_t replaced = 0;
-    std::vector<std::unordered_map<std::string, int64_t, Hash, std::equal_to<>>> parts(texts.size());
+    std::vector<Counts> parts(texts.size());
 #pragma omp parallel for schedule(dynamic) reduction(+ : replaced)
     for (size_t i = 0; i < texts.size(); i++)
         each_word(valid_utf8(texts[i], &replaced), true, [&](std::string_view word) {

@@ -13,7 +13,8 @@ struct WordCounts {
     struct Hash : std::hash<std::string_view> {
         using is_transparent = void;
     };
-    std::unordered_map<std::string, int64_t, Hash, std::equal_to<>> counts;
+    using Counts = std::unordered_map<std::string, int64_t, Hash, std::equal_to<>>;
+    Counts counts;
     // Counts the words of texts that are cut between words, on all cores. Returns how much was not UTF-8 and became U+FFFD.
     int64_t add(const std::vector<std::string_view>& texts);
 };

@@ -207,9 +207,9 @@ struct Reader {
         return text == "true";
     }
     // Nothing here could compute with another value.
-    void must_be(const std::string& name, const std::string& only, bool absent_too = true) {
+    void must_be(const std::string& name, const std::string& only) {
         known.push_back(name);
-        if (given(json, name) ? json.text(name) != only : !absent_too)
+        if (given(json, name) && json.text(name) != only)
             fail("%s: \"%s\" is %.100s; the models here have %s", where.c_str(), name.c_str(), json.text(name).c_str(), only.c_str());
     }
 };

@@ -11,6 +11,8 @@
 
 #include "files.h"
 
+inline constexpr const char* kModelFile = "model.safetensors";  // of a checkpoint's directory
+
 struct Safetensors {  // a file, or the files that an index names, open for reading
     using Metadata = std::vector<std::pair<std::string, std::string>>;
     struct Entry {

@@ -75,11 +75,10 @@ Tokenizer Tokenizer::from_json(const std::string& text, const std::string& where
             fail("%s: its tokenizer has %d tokens, end-of-text %d", where.c_str(), named.vocab, named.end_of_text);
         return named;
     }
-    Tokenizer t = load(names.empty() ? named.kind : file);
-    if (named.vocab != t.vocab || named.end_of_text < -1 || named.end_of_text >= t.vocab)
+    const Tokenizer t = load(names.empty() ? named.kind : file);
+    if (named.vocab != t.vocab || named.end_of_text != t.end_of_text)
         fail("%s: its tokenizer has %d tokens, end-of-text %d; %s has %d and %d", where.c_str(), named.vocab, named.end_of_text,
              names.empty() ? "the bytes tokenizer" : file.c_str(), t.vocab, t.end_of_text);
-    t.end_of_text = named.end_of_text;  // a model that was made elsewhere may have chosen another
     return t;
 }
 
