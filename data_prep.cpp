@@ -500,16 +500,77 @@ struct JsonLines {
     }
 };
 
+// ------------------------------------------------------------------------------------------------------------------
+// Tasks: examples without end, of random letters, that ask for something in their own context. Each has `length` tokens, end-of-text first, and
+// before every answer a '=': only what follows one can be known.
+//   recall      pairs of a key and its value, then keys again: "ak bt ... b=t a=k ..." without the spaces (associative recall)
+//   induction   random letters, among them once '!' and a letter after it; at the end "!=" and that letter (induction heads)
+//   copying     8 letters among dots, then "=" and each of them in turn (selective copying)
+struct Task {
+    static constexpr char kAnswerMark = '=';
+    static constexpr int kCopied = 8, kLeastLength = 32;
+    const std::string name;
+    const int length;  // tokens, end-of-text included
+    uint64_t drawn = 0;
+
+    int draw(int n) { return int(random_bits(0, kTaskStream, drawn++) % uint64_t(n)); }
+    char letter() { return char('a' + draw(26)); }
+    void shuffle(std::string& letters) {
+        for (size_t i = letters.size(); i > 1; i--) std::swap(letters[i - 1], letters[draw(int(i))]);
+    }
+    std::string recall() {
+        const int pairs = std::min(26, length / 8);
+        std::string keys = "ABCDEFGHIJKLMNOPQRSTUVWXYZ", values, text;
+        shuffle(keys);
+        for (int i = 0; i < pairs; i++) values += letter(), text += {keys[i], values[i]};
+        while (int(text.size()) + 3 < length) {
+            const int i = draw(pairs);
+            text += {keys[i], kAnswerMark, values[i]};
+        }
+        return text + std::string(length - 1 - text.size(), '.');
+    }
+    std::string induction() {
+        std::string text;
+        while (int(text.size()) < length - 4) text += letter();
+        const int at = draw(length - 6);
+        text[at] = '!';
+        return text + "!" + kAnswerMark + text[at + 1];
+    }
+    std::string copying() {
+        const int answers = 2 * kCopied, dots = length - 1 - answers - kCopied;
+        std::string places = std::string(kCopied, 'x') + std::string(dots, '.'), text;
+        shuffle(places);
+        std::string copied;
+        for (char& place : places)
+            if (place == 'x') copied += place = letter();
+        text = places;
+        for (const char c : copied) text += {kAnswerMark, c};
+        return text;
+    }
+    std::string example() { return name == "recall" ? recall() : name == "induction" ? induction() : copying(); }
+};
+
 struct Options {
     std::vector<std::string> paths;
-    std::string output, tokenizer = "bytes", format = "auto", field = "text";
+    std::string output, tokenizer = "bytes", format = "auto", field = "text", task;
+    int task_length = 64, task_examples = 100'000;
     double fraction = 0.01;
     int shard_tokens = 100'000'000, train_tokenizer = 0;
     bool strict = false;
 
     void check(const CommandLine& command) const {
         const bool trains = command.has("--train-tokenizer");
-        if (paths.empty() || output.empty()) fail("--input and --output are required");
+        if (task.empty() && (command.has("--task-length") || command.has("--task-examples"))) fail("--task-length and --task-examples go with --task");
+        if (!task.empty()) {
+            if (task != "recall" && task != "induction" && task != "copying") fail("--task %s: there are recall, induction and copying", task.c_str());
+            if (task_length < Task::kLeastLength || task_length > 1 << 20) fail("--task-length %d: must be from %d to 2^20", task_length, Task::kLeastLength);
+            if (task_examples < 2) fail("--task-examples %d: must be at least 2", task_examples);
+            for (const char* flag : {"--input", "--format", "--field", "--strict", "--tokenizer", "--train-tokenizer"})
+                if (command.has(flag)) fail("--task makes its own text: it does not go with %s", flag);
+            if (output.empty()) fail("--output is required");
+        } else if (paths.empty() || output.empty()) {
+            fail("--input and --output are required");
+        }
         if (!(fraction >= 0 && fraction <= 0.5)) fail("--val-fraction %g: must be from 0 to 0.5", fraction);
         if (shard_tokens < 1) fail("--shard-tokens %d: must be at least 1", shard_tokens);
         if (format != "auto" && format != "text" && format != "jsonl") fail("--format %s: there are auto, text and jsonl", format.c_str());

@@ -92,6 +92,12 @@ Dataset::Dataset(const std::string& directory) {
     tokenizer = Tokenizer::from_json(named.text(), path);
     train = std::make_unique<TokenStream>(directory, "train", train_tokens, tokenizer.vocab);
     val = std::make_unique<TokenStream>(directory, "val", val_tokens, tokenizer.vocab);
+    if (json.has("answer_mark")) {
+        json.get("example_tokens", example_tokens);
+        json.get("answer_mark", answer_mark);
+        if (example_tokens < 1 || answer_mark < 0 || answer_mark >= tokenizer.vocab)
+            fail("%s: \"example_tokens\" is %d, \"answer_mark\" %d, of %d tokens", path.c_str(), example_tokens, answer_mark, tokenizer.vocab);
+    }
     fingerprint = train->fingerprint();
 }
 

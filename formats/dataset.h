@@ -1,6 +1,7 @@
 // Datasets, as data_prep writes them: a directory of token files (.bin, llm.c's format) and a dataset.json that names their tokenizer.
 //   train_000000.bin, val_000000.bin, ...   256 int32 {kTokenMagic, version, count, 0...}, then count tokens: uint16 (version 1) or uint32 (2)
-//   dataset.json                            {"tokenizer": {...}, "train_tokens", "val_tokens", "documents", "split"}
+//   dataset.json                            {"tokenizer": {...}, "train_tokens", "val_tokens", "documents", "split"}; of a task besides
+//                                           {"example_tokens", "answer_mark"}
 // llm.c's own files can be read without a dataset.json: of GPT-2's tokens (kTokenMagic, version 1), or of Llama 3's (kLlamaMagic, version 7: uint32).
 #pragma once
 
@@ -39,6 +40,8 @@ struct Dataset {
     Tokenizer tokenizer;
     std::unique_ptr<TokenStream> train, val;
     std::string fingerprint;  // of train
+    // Of a task (data_prep --task): tokens of each example, and the token that stands before each answer. Answers alone are to be predicted.
+    int example_tokens = 0, answer_mark = -1;
     explicit Dataset(const std::string& directory);
     // Token files. named: their tokenizer, as Tokenizer::load; "": none, and the vocabulary is `vocab`, or if that is 0 what llm.c's files have.
     Dataset(const std::vector<std::string>& train, const std::vector<std::string>& val, const std::string& named, int vocab);
