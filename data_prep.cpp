@@ -635,6 +635,27 @@ static void write_dataset(const std::string& output, const Tokenizer& tokenizer,
     replace_files(files, gone);
 }
 
+// Examples of a task, of which the first are for validation.
+static void make_task(const Options& options) {
+    const Tokenizer tokenizer;
+    const Directory made(options.output);
+    recover(options.output);
+    ShardWriter train(options.output, "train", options.shard_tokens, false), val(options.output, "val", options.shard_tokens, false);
+    Task task{options.task, options.task_length};
+    const int held_out = std::max(1, int(options.fraction * options.task_examples));
+    for (int i = 0; i < options.task_examples; i++) {
+        std::vector<int> tokens = {tokenizer.end_of_text};
+        tokenizer.encode(tokens, task.example());
+        (i < held_out ? val : train).append(tokens.data(), tokens.size());
+    }
+    JsonObject about;
+    about.set("documents", options.task_examples).set("split", "documents").set("example_tokens", task.length);
+    about.set("answer_mark", int(Task::kAnswerMark));
+    write_dataset(options.output, tokenizer, train, val, about);
+    printf("%s: %d training and %d validation examples of %s, of %d tokens each\n", options.output.c_str(), options.task_examples - held_out, held_out,
+           options.task.c_str(), task.length);
+}
+
 static void prepare(const Options& options) {
     const std::string& output = options.output;
     const double fraction = options.fraction;
@@ -696,9 +717,14 @@ static int data_prep(int argc, char** argv) {
                 "longer than the share of all text (4 times that if there are at least 1/share documents) is dealt in pieces of about "
                 "1/4 of the share, 128 KiB at most, cut at the ends of lines");
     command.add("--shard-tokens", options.shard_tokens, "most tokens in one file");
+    command.add("--task", options.task, "instead of text: examples of recall (of a key's value), induction (what followed a mark), or copying (of letters among "
+                                        "dots); only what stands behind a '=' is to be predicted", "Tasks");
+    command.add("--task-length", options.task_length, "tokens of an example", "Tasks");
+    command.add("--task-examples", options.task_examples, "examples in all, of which --val-fraction are for validation", "Tasks");
     if (!command.parse(argc, argv)) return 0;
     options.check(command);
-    prepare(options);
+    if (options.task.empty()) prepare(options);
+    else make_task(options);
     return 0;
 }
 

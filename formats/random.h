@@ -11,7 +11,7 @@
 #define ON_DEVICE_TOO
 #endif
 
-enum RandomStream : uint64_t { kInitStream = 1, kShuffleStream, kSampleStream, kNoiseStream };
+enum RandomStream : uint64_t { kInitStream = 1, kShuffleStream, kSampleStream, kNoiseStream, kTaskStream };
 
 // The finaliser of splitmix64 (Steele, Lea, Flood 2014), applied to each of the three words in turn.
 ON_DEVICE_TOO inline uint64_t random_bits(uint64_t seed, uint64_t stream, uint64_t counter) {
