@@ -13,6 +13,7 @@
 #include <filesystem>
 #include <sstream>
 
+#include "formats/dataset.h"
 #include "formats/json.h"
 #include "formats/options.h"
 
@@ -20,7 +21,9 @@ namespace fs = std::filesystem;
 
 struct Options {
     static constexpr int kMostSamples = 1 << 16;  // of a batch
-    std::string checkpoint, preset, tokenizer, prompt, prompt_file, prompt_tokens, choices, device = "auto";
+    std::string checkpoint, preset, tokenizer, prompt, prompt_file, prompt_tokens, choices, score, device = "auto";
+    int score_length = 0;
+    int64_t score_tokens = 131072;
     int64_t tokens = 256;
     int samples = 1;
     Sampling sampling;
@@ -36,6 +39,9 @@ struct Options {
         const int prompts = !prompt.empty() + !prompt_file.empty() + !prompt_tokens.empty();
         if (prompts > 1) fail("--prompt, --prompt-file or --prompt-tokens, not several");
         if (!choices.empty() && (bench || prompts)) fail("--choices goes with no prompt and no --bench");
+        if (!score.empty() && (bench || prompts || !choices.empty() || tokenize)) fail("--score goes with no prompt, --choices, --tokenize or --bench");
+        if (score_length < 0 || score_length > 1 << 24) fail("--score-length %d: must be from 0 to 2^24", score_length);
+        if (score_tokens < 1) fail("--score-tokens %lld: must be at least 1", (long long)score_tokens);
         if (tokenize && (bench || !choices.empty())) fail("--tokenize goes with neither --bench nor --choices");
         if (tokenize && !tokenizer.empty()) return;  // that is all it needs
         if (checkpoint.empty() == preset.empty()) fail("give --checkpoint, or --preset for random weights, and not both");
@@ -209,6 +215,39 @@ static void answer(Model& model, const Tokenizer& tokenizer, const std::string& 
     line("by its mean over the tokens", by_mean);
 }
 
+// The validation split of a dataset in windows of T tokens, or of a task's examples: mean loss, and how often a target is more probable than all
+// other tokens together.
+static void score(Model& model, const Dataset& data, const Options& options) {
+    const int T = options.score_length > 0 ? options.score_length : data.answer_mark >= 0 ? data.example_tokens : 256;
+    const int64_t windows = std::min((data.val->count - 1) / T, (options.score_tokens - 1) / T + 1);
+    if (windows < 1) fail("--score: %lld tokens of validation, one window needs %d", (long long)data.val->count, T + 1);
+    const int64_t rows = 8192, B = std::clamp<int64_t>(rows / T, 1, windows);
+    double loss = 0;
+    int64_t targets_seen = 0, right = 0;
+    std::vector<int> window(T + 1), tokens(B * T), targets(B * T);
+    for (int64_t first = 0; first < windows; first += B) {
+        std::fill(targets.begin(), targets.end(), -1);
+        for (int64_t b = 0; b < std::min(B, windows - first); b++) {
+            data.val->read(window.data(), (first + b) * T, T + 1);
+            for (int t = 0; t < T; t++) {
+                tokens[b * T + t] = window[t];
+                if (data.answer_mark < 0 || window[t] == data.answer_mark) targets[b * T + t] = window[t + 1];
+            }
+        }
+        const std::vector<real> losses = model.token_losses(tokens.data(), targets.data(), int(B), T);
+        for (int64_t i = 0; i < B * T; i++) {
+            if (targets[i] < 0) continue;
+            targets_seen++;
+            loss += losses[i];
+            right += losses[i] < std::log(2.0);
+        }
+        if (interrupted) fail("interrupted");
+    }
+    if (targets_seen == 0) fail("--score: no target in %lld windows", (long long)windows);
+    printf("%s: %.6f nats a target, %.2f %% of %lld targets above one half, in %lld windows of %d\n", options.score.c_str(), loss / double(targets_seen),
+           100.0 * double(right) / double(targets_seen), (long long)targets_seen, (long long)windows, T);
+}
+
 template <class F>
 static double median_seconds(int repeats, F&& work) {
     std::vector<double> seconds;
@@ -323,6 +362,10 @@ static int infer(int argc, char** argv) {
     command.add("--choices", options.choices,
                 "instead of drawing text, answer multiple choice: a file of lines {\"context\": ..., \"choices\": [...], \"label\": from 0}; a "
                 "choice follows its context as it is");
+    command.add("--score", options.score, "instead of drawing text: a directory of data_prep; the loss of its validation split, and of a task the share of "
+                                          "answers that are known");
+    command.add("--score-length", options.score_length, "tokens of a window; 0 = 256, or a task's example");
+    command.add("--score-tokens", options.score_tokens, "tokens to look at, from the beginning");
     command.add("--bench", options.bench, "time a prompt (the one given, or 512 tokens; 64 on simt and plain) and decoding");
     command.add("--preset", options.preset, "with --bench, instead of --checkpoint: a model of train --list-presets, random weights");
     if (!command.parse(argc, argv)) return 0;
@@ -369,6 +412,7 @@ static int infer(int argc, char** argv) {
     if (files) model.load(*files);
     else model.initialize(options.sampling.seed);
     if (options.bench) bench(model, prompt);
+    else if (!options.score.empty()) score(model, Dataset(options.score), options);
     else if (!options.choices.empty()) answer(model, tokenizer, options.choices);
     else sample(model, tokenizer, prompt, text, options);
     return 0;
