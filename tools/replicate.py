@@ -85,3 +85,58 @@ def run(program, flags):
     if done.returncode:
         fail(f"./{program} {flags}\n{done.stderr.strip()}")
     return done.stdout
+
+
+def run_training(experiment, seed, smoke):
+    """One run, from where it was stopped; its result."""
+    flags = command(experiment, seed)
+    out = f"{WORK}/{'smoke' if smoke else 'runs'}/{experiment['name']}/{seed}"
+    if smoke:
+        flags += " --steps 2 --eval-every 0"
+    resume = " --resume" if os.path.exists(f"{out}/model.safetensors") else ""
+    start = time.monotonic()
+    subprocess.run(["./train", *shlex.split(f"--data {prepare(experiment['data'])} --out {out} {flags}{resume}")], check=True, stdout=subprocess.DEVNULL)
+    result = summary(f"{out}/log.jsonl")
+    result["wall_seconds"] = round(time.monotonic() - start, 1)
+    result["peak_memory"] = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    return {"name": experiment["name"], "seed": seed, "command": command(experiment, seed), **result}
+
+
+def keep(result):
+    """A line at the end of the experiment's file, whole or not at all."""
+    path = result_of(result["name"])
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    old = open(path, encoding="utf-8").read() if os.path.exists(path) else ""
+    with open(path + ".tmp", "w", encoding="utf-8") as f:
+        f.write(old + json.dumps(result, separators=(",", ":")) + "\n")
+    os.replace(path + ".tmp", path)
+
+
+def main():
+    argparse.ArgumentParser.error = lambda self, message: fail(message)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="experiments whose names begin so; all, if there is none")
+    parser.add_argument("--list", action="store_true", help="print what there is, and what is done")
+    parser.add_argument("--smoke", action="store_true", help="two steps of each, kept nowhere")
+    arguments = parser.parse_args()
+    experiments = [e for e in read_experiments() if not arguments.names or any(e["name"].startswith(n) for n in arguments.names)]
+    if not experiments:
+        fail(f"no experiment of {FOLDER}/experiments.ini begins with {' or '.join(arguments.names)}")
+    todo = [(e, int(seed)) for e in experiments for seed in e["seeds"].split() if arguments.smoke or int(seed) not in finished(e)]
+    if arguments.list:
+        for e in experiments:
+            print(f"{e['name']:32} {len(finished(e))} of {len(e['seeds'].split())} seeds  {command(e, 'N')}")
+        return
+    spent, done = 0.0, 0
+    for experiment, seed in todo:
+        left = f", about {spent / done * (len(todo) - done) / 60:.0f} minutes left" if done else ""
+        print(f"{done + 1}/{len(todo)}  {experiment['name']}, seed {seed}{left}", flush=True)
+        start = time.monotonic()
+        result = run_training(experiment, seed, arguments.smoke)
+        if not arguments.smoke:
+            keep(result)
+        spent, done = spent + time.monotonic() - start, done + 1
+
+
+if __name__ == "__main__":
+    main()
