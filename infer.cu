@@ -22,7 +22,7 @@ namespace fs = std::filesystem;
 struct Options {
     static constexpr int kMostSamples = 1 << 16;  // of a batch
     std::string checkpoint, preset, tokenizer, prompt, prompt_file, prompt_tokens, choices, score, device = "auto";
-    int score_length = 0;
+    int score_length = 0, bench_prompt = 0;
     int64_t score_tokens = 131072;
     int64_t tokens = 256;
     int samples = 1;
@@ -42,6 +42,8 @@ struct Options {
         if (!score.empty() && (bench || prompts || !choices.empty() || tokenize)) fail("--score goes with no prompt, --choices, --tokenize or --bench");
         if (score_length < 0 || score_length > 1 << 24) fail("--score-length %d: must be from 0 to 2^24", score_length);
         if (score_tokens < 1) fail("--score-tokens %lld: must be at least 1", (long long)score_tokens);
+        if (bench_prompt < 0 || bench_prompt > 1 << 24) fail("--bench-prompt %d: must be from 0 to 2^24", bench_prompt);
+        if (bench_prompt > 0 && (!bench || prompts)) fail("--bench-prompt goes with --bench and no prompt");
         if (tokenize && (bench || !choices.empty())) fail("--tokenize goes with neither --bench nor --choices");
         if (tokenize && !tokenizer.empty()) return;  // that is all it needs
         if (checkpoint.empty() == preset.empty()) fail("give --checkpoint, or --preset for random weights, and not both");
@@ -248,20 +250,27 @@ static void score(Model& model, const Dataset& data, const Options& options) {
            100.0 * double(right) / double(targets_seen), (long long)targets_seen, (long long)windows, T);
 }
 
+// Of `repeats` times after a warm-up; of fewer, but one, if they take longer than 10 s in all.
 template <class F>
 static double median_seconds(int repeats, F&& work) {
+    constexpr double kPatience = 10;
     std::vector<double> seconds;
-    for (int i = -1; i < repeats && !interrupted; i++) {  // the first is a warm-up
+    const double begin = omp_get_wtime();
+    for (int i = -1; i < repeats && !interrupted; i++) {
         const double start = omp_get_wtime();
+        if (start - begin > kPatience && !seconds.empty()) break;
         work();
-        if (i >= 0) seconds.push_back(omp_get_wtime() - start);
+        const double end = omp_get_wtime();
+        if (i >= 0 || end - begin > kPatience) seconds.push_back(end - start);
     }
     if (seconds.empty()) fail("interrupted");
     std::nth_element(seconds.begin(), seconds.begin() + seconds.size() / 2, seconds.end());
     return seconds[seconds.size() / 2];
 }
 
-static void bench(Model& model, std::vector<int> prompt) {
+// A prompt of one sequence, then B sequences that go on after it.
+static void bench(Model& model, std::vector<int> prompt, int B, int length) {
+    constexpr int kPart = 2048;  // of a long prompt, so that its activations take no more memory than they do of a short one
     const Config& config = model.config;
     // Arbitrary tokens: with experts, ever the same token would read ever the same weights.
     uint64_t drawn = 0;
@@ -269,30 +278,36 @@ static void bench(Model& model, std::vector<int> prompt) {
     const std::string device = model.layers.device;
     const bool slow = device == "simt" || device == "plain";
     if (prompt.empty()) {
-        prompt.resize(slow ? 64 : 512);
+        prompt.resize(length > 0 ? length : slow ? 64 : 512);
         std::generate(prompt.begin(), prompt.end(), any_token);
     }
-    const int block = slow ? 4 : 32, blocks = 7;
-    const int64_t context = int64_t(prompt.size()) + (blocks + 1) * block;  // one block to warm up
-    DecodeState state;
+    const int block = slow ? 4 : 32, blocks = 7, P = int(prompt.size());
+    const int64_t context = P + (blocks + 1) * block;  // one block to warm up
+    DecodeState alone, many, &state = B > 1 ? many : alone;
     const double prefill = median_seconds(5, [&] {
-        model.start(state, 1, context);
-        model.decode(state, prompt.data(), int(prompt.size()), 1);
+        model.start(alone, 1, context);
+        for (int at = 0; at < P; at += kPart) model.decode(alone, prompt.data() + at, std::min(kPart, P - at), 1);
     });
+    if (B > 1) model.start(many, B, context), model.copy_state(many, alone);
+    std::vector<int> tokens(B);
     const double decode = median_seconds(blocks, [&] {
         for (int i = 0; i < block; i++) {
-            const int token = any_token();
-            model.decode(state, &token, 1, 1);
+            std::generate(tokens.begin(), tokens.end(), any_token);
+            model.decode(state, tokens.data(), 1, 1);
         }
     });
     const double weight_bytes = double(model.read_parameter_count()) * sizeof(floatX);
     const double rate = block / decode;
     const double bandwidth = measure_read_bandwidth(model.layers, slow ? 1 << 20 : 1 << 30);  // beyond caches, where it is fast
+    const Model::StateBytes bytes = model.decode_state_bytes(context, 8 * sizeof(floatX));
     printf("model       %s, width %d, %s, on %s\n", config.layers.c_str(), config.d_model, kPrecision, device.c_str());
     printf("weights     %.1f MB, of which a token reads %.1f MB\n", double(model.parameter_count()) * sizeof(floatX) / 1e6,
            weight_bytes / 1e6);
-    printf("prompt      %.1f tokens/s (%zu tokens)\n", double(prompt.size()) / prefill, prompt.size());
-    printf("decode      %.1f tokens/s (median of %d blocks of %d)\n", rate, blocks, block);
+    printf("state       %.3f MB of keys and values, %.3f MB of recurrent state (a sequence of %lld tokens)\n", bytes.cache / 1e6,
+           bytes.recurrent / 1e6, (long long)context);
+    printf("prompt      %.1f tokens/s (%d tokens)\n", P / prefill, P);
+    printf("decode      %.1f tokens/s (%d at once, median of %d blocks of %d)\n", B * rate, B, blocks, block);
+    if (B > 1) return;  // experts: how many of them a batch reads depends on its tokens
     printf("read        %.2f GB/s of weights, %.1f %% of the %.2f GB/s that this machine reads\n", rate * weight_bytes / 1e9,
            100 * rate * weight_bytes / bandwidth, bandwidth / 1e9);
 }
@@ -366,7 +381,8 @@ static int infer(int argc, char** argv) {
                                           "answers that are known");
     command.add("--score-length", options.score_length, "tokens of a window; 0 = 256, or a task's example");
     command.add("--score-tokens", options.score_tokens, "tokens to look at, from the beginning");
-    command.add("--bench", options.bench, "time a prompt (the one given, or 512 tokens; 64 on simt and plain) and decoding");
+    command.add("--bench", options.bench, "time a prompt and decoding after it, of --samples sequences at once");
+    command.add("--bench-prompt", options.bench_prompt, "with --bench and no prompt: tokens of one; 0 = 512, or 64 on simt and plain");
     command.add("--preset", options.preset, "with --bench, instead of --checkpoint: a model of train --list-presets, random weights");
     if (!command.parse(argc, argv)) return 0;
     options.check();
@@ -411,7 +427,7 @@ static int infer(int argc, char** argv) {
     model.trains = false;
     if (files) model.load(*files);
     else model.initialize(options.sampling.seed);
-    if (options.bench) bench(model, prompt);
+    if (options.bench) bench(model, prompt, options.samples, options.bench_prompt);
     else if (!options.score.empty()) score(model, Dataset(options.score), options);
     else if (!options.choices.empty()) answer(model, tokenizer, options.choices);
     else sample(model, tokenizer, prompt, text, options);

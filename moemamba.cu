@@ -3434,6 +3434,8 @@ const std::vector<Preset>& presets() {
         all.push_back({"mixtral-8x7b", "arXiv 2401.04088", mixtral});
         mixtral.layers = "AE*4", mixtral.vocab = 257, mixtral.d_model = 128, mixtral.heads = 4, mixtral.kv_heads = 2, mixtral.d_expert = 0;
         all.push_back({"mixtral-tiny", "trains in minutes on a laptop's CPU", mixtral});
+        mixtral.layers = "AE*8", mixtral.d_model = 288, mixtral.heads = 6;
+        all.push_back({"mixtral-10m", "for a CPU", mixtral});
 
         Config jamba{.layers = "MFMEMFMEAFMEMFME*4", .vocab = 65536, .d_model = 4096, .mamba_norms = 1, .heads = 32, .kv_heads = 8,
                      .rope_base = 0, .d_ff = 14336, .d_expert = 14336, .experts = 16, .top_k = 2, .capacity = 0, .swiglu_experts = 1,

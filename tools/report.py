@@ -1,0 +1,527 @@
+#!/usr/bin/env python3
+"""Makes the tables of docs/replication.md and README.md, and the pictures of docs/replication/, from docs/replication/results/ alone.
+
+    tools/report.py [--check]      --check: changes nothing, and fails if anything is not what the results say
+
+A table stands between <!-- NAME --> and <!-- /NAME -->. Pictures need matplotlib (python3-matplotlib); without it they stay as they are."""
+import argparse
+import glob
+import io
+import json
+import math
+import os
+import re
+import statistics
+import sys
+
+FOLDER = "docs/replication"
+PAGES = ("docs/replication.md", "README.md")
+
+
+def fail(message):
+    sys.exit(f"error: {message}")
+
+
+# ---- results
+
+def read_results():
+    """{experiment: {seed: line}}"""
+    results = {}
+    for path in sorted(glob.glob(f"{FOLDER}/results/*.jsonl")):
+        with open(path, encoding="utf-8") as f:
+            for line in map(json.loads, f):
+                results.setdefault(line["name"], {})[line["seed"]] = line
+    return results
+
+
+RESULTS = read_results()
+
+
+def validation(line):
+    return line["validation"][-1][1]
+
+
+def training(line):
+    """Over the last tenth of the steps."""
+    return statistics.mean(line["loss"][-max(1, len(line["loss"]) // 10):])
+
+
+def known(dataset):
+    return lambda line: line["score"][dataset]["known"]
+
+
+def end_of(key):
+    """Of what is logged in training: its mean over the last half."""
+    return lambda line: statistics.mean(line[key][len(line[key]) // 2:])
+
+
+def values(name, measure=validation):
+    return {seed: measure(line) for seed, line in sorted(RESULTS.get(name, {}).items())}
+
+
+def spread(numbers):
+    return statistics.stdev(numbers) if len(numbers) > 1 else 0.0
+
+
+def shown(numbers, digits=3):
+    """Mean and standard deviation over the seeds."""
+    numbers = list(numbers)
+    if not numbers:
+        return "-"
+    return f"{statistics.mean(numbers):.{digits}f}" + (f" ± {spread(numbers):.{digits}f}" if len(numbers) > 1 else "")
+
+
+def differences(left, right, measure=validation):
+    """left - right, seed by seed: both have seen the same tokens in the same order."""
+    a, b = values(left, measure), values(right, measure)
+    return [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
+
+
+def margin(numbers):
+    """Two standard errors of the mean."""
+    return 2 * spread(numbers) / math.sqrt(len(numbers))
+
+
+def verdict(numbers):
+    """Of differences that a claim wants below 0."""
+    if len(numbers) < 3:
+        return "-"
+    mean = statistics.mean(numbers)
+    if abs(mean) <= margin(numbers):
+        return "does not show at this size"
+    return "holds" if mean < 0 else "contradicted"
+
+
+def steps_to_reach(line, loss):
+    """Share of the steps after which validation is at most this loss, between validations linearly; infinite, if it never is."""
+    before = None
+    for step, value in line["validation"]:
+        if value <= loss:
+            share = step if before is None else before[0] + (step - before[0]) * (before[1] - loss) / (before[1] - value)
+            return share / line["steps"]
+        before = (step, value)
+    return math.inf
+
+
+# ---- tables
+
+def table(header, rows):
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in [header, ["---"] * len(header), *rows])
+
+
+def millions(number):
+    return f"{number / 1e6:.2f} M"
+
+
+FIVE = {"transformer": "Transformer", "mamba-mlp": "Mamba-MLP", "mamba": "Mamba", "transformer-moe": "Transformer-MoE", "moe-mamba": "MoE-Mamba"}
+PAPER_FIVE = {"transformer": ("3.66", "> 100 %"), "mamba-mlp": ("3.56", "> 100 %"), "mamba": ("3.51", "100 %"), "transformer-moe": ("3.54", "> 100 %"),
+              "moe-mamba": ("3.41", "46 %")}
+
+
+def percent(share):
+    return "> 100 %" if math.isinf(share) else f"{100 * share:.0f} %"
+
+
+def shares_of(name):
+    """Steps to Mamba's loss at the end, of each seed."""
+    mamba = values("five/mamba")
+    return [steps_to_reach(line, mamba[seed]) for seed, line in sorted(RESULTS.get(name, {}).items()) if seed in mamba]
+
+
+def five():
+    rows = []
+    for name, title in FIVE.items():
+        lines = list(RESULTS.get(f"five/{name}", {}).values())
+        if not lines:
+            continue
+        gap, shares = differences(f"five/{name}", "five/mamba"), shares_of(f"five/{name}")
+        own = best_rate(name)
+        rows.append([title, millions(lines[0]["parameters"]), millions(lines[0]["active_parameters"]), shown(values(f"five/{name}").values()),
+                     "" if name == "mamba" else shown(gap), ", ".join(percent(share) for share in shares) if name != "mamba" else "100 %",
+                     f"{own[1]:.3f} at {own[0]}", *PAPER_FIVE[name]])
+    return table(["", "parameters", "active", "validation loss", "less Mamba's", "steps to Mamba's loss, by seed", "best learning rate (seed 1)", "paper (25M, E = 32): loss",
+                  "steps"], rows)
+
+
+RATES = ("4e-3", "8e-3", "16e-3")
+
+
+def at_rate(model, rate):
+    return values(f"five/{model}" if rate == "8e-3" else f"lr/{model}-{rate}").get(1)
+
+
+def best_rate(model):
+    known = {rate: at_rate(model, rate) for rate in RATES if at_rate(model, rate) is not None}
+    return min(known.items(), key=lambda item: item[1]) if known else ("-", math.nan)
+
+
+def rates():
+    return table(["", *RATES], [[title, *(f"{at_rate(name, rate):.3f}" if at_rate(name, rate) is not None else "-" for rate in RATES)]
+                                for name, title in FIVE.items()])
+
+
+EXPERTS = (1, 2, 4, 8, 16, 32)
+PAPER_EXPERTS = {1: ("3.76", "3.79"), 2: ("3.74", "3.77"), 4: ("3.71", "3.74"), 8: ("3.69", "3.72"), 16: ("3.67", "3.70"), 32: ("3.66", "3.69")}
+
+
+def sequential(experts):
+    return "five/moe-mamba" if experts == 8 else f"experts/{experts}"
+
+
+def experts():
+    rows = []
+    for e in EXPERTS:
+        one, two = sequential(e), f"experts/{e}-parallel"
+        gap = differences(one, two)
+        lines = list(RESULTS.get(one, {}).values())
+        rows.append([e, millions(lines[0]["parameters"]) if lines else "-", shown(values(one).values()), shown(values(two).values()), shown(gap), *PAPER_EXPERTS[e]])
+    return table(["experts", "parameters", "one after the other", "in parallel", "difference", "paper: one after the other", "paper: in parallel"], rows)
+
+
+RATIOS = {"1-5": "1 : 5", "2-4": "2 : 4", "3-3": "3 : 3", "4-2": "4 : 2", "5-1": "5 : 1", "6-0": "6 : 0 (no experts)"}
+
+
+def ratio_name(ratio):
+    return "five/moe-mamba" if ratio == "3-3" else f"ratio/{ratio}"
+
+
+def ratio():
+    return table(["Mamba : experts, active parameters", "validation loss", "less that of 3 : 3"],
+                 [[title, shown(values(ratio_name(key)).values()), "" if key == "3-3" else shown(differences(ratio_name(key), "five/moe-mamba"))]
+                  for key, title in RATIOS.items()])
+
+
+ROUTERS = {"five/moe-mamba": "capacity 1, balancing loss 0.01", "router/no-capacity": "no capacity", "router/no-balance": "no balancing loss",
+           "router/neither": "neither", "router/expert-choice": "Expert Choice (not causal)"}
+
+
+def router():
+    return table(["", "training loss at the end", "validation loss", "fullest expert over the mean", "dropped"],
+                 [[title, shown(values(name, training).values()), shown(values(name).values()) if "choice" not in name else "",
+                   shown(values(name, end_of("expert_load")).values(), 2), shown([100 * x for x in values(name, end_of("dropped")).values()], 1) + " %"]
+                  for name, title in ROUTERS.items()])
+
+
+MIXCON = {"0-8": "0 : 8 (pure Conba)", "1-7": "1 : 7", "2-6": "2 : 6", "8-0": "8 : 0 (attention alone)", "2-6-mamba": "2 : 6, Mamba for Conba"}
+
+
+def mixcon():
+    return table(["attention : Conba", "dense", "with experts", "experts' gain"],
+                 [[title, shown(values(f"mixcon/{key}").values()), shown(values(f"mixcon/{key}-moe").values()),
+                   shown(differences(f"mixcon/{key}-moe", f"mixcon/{key}"))] for key, title in MIXCON.items()])
+
+
+CONBA = {"mixcon/2-6-moe": "all terms, alpha 0.01", "conba/no-selection": "without selection", "conba/no-control": "without control and adaptation",
+         "conba/no-adaptation": "without adaptation (alpha 0)", "conba/no-delay": "without delay", "conba/no-scaling": "without scaling", "conba/noise": "with noise (0.01)",
+         "conba/alpha-1e-3": "alpha 0.001", "conba/alpha-1e-1": "alpha 0.1", "mixcon/2-6-mamba-moe": "none of them: Mamba"}
+
+
+def conba():
+    return table(["", "validation loss", "less that of all terms", "largest gain k at the end of training"],
+                 [[title, shown(values(name).values()), "" if name == "mixcon/2-6-moe" else shown(differences(name, "mixcon/2-6-moe")),
+                   shown([line["gain"][-1] for line in RESULTS.get(name, {}).values() if "gain" in line], 2)] for name, title in CONBA.items()])
+
+
+TASKS = {"recall": "recall", "induction": "induction", "copying": "copying"}
+LEARNERS = {"transformer": "Transformer (AFAF)", "mamba": "Mamba (MMMM)", "moe-mamba": "MoE-Mamba (MEME)", "conba": "Conba (CFCF)", "jamba": "Mamba and attention (MFAF)",
+            "mixcon": "Conba and attention (CFAF)"}
+
+
+def context():
+    def cell(task, model, length):
+        numbers = values(f"{task}/{model}", known(f"{task}-{length}")).values()
+        return " ".join(f"{number:.0f}" for number in numbers) or "-"
+    return table(["", *(f"{task}, {length}" for task in TASKS for length in (64, 128, 256))],
+                 [[title, *(cell(task, model, length) for task in TASKS for length in (64, 128, 256))] for model, title in LEARNERS.items()])
+
+
+def point(name, batch, context, key="decode"):
+    """Median over the rounds."""
+    found = [p[key] for line in RESULTS.get(name, {}).values() for p in line["points"] if (p["batch"], p["context"]) == (batch, context)]
+    return statistics.median(found) if found else math.nan
+
+
+def measured(model, batch, context, key="decode"):
+    return point(f"decode64k/{model}" if context == 65536 and model in ("mixtral", "jamba", "mixcon") else f"decode/{model}", batch, context, key)
+
+
+BATCHES, CONTEXTS = (1, 2, 4, 8, 16), (1024, 2048, 4096, 16384, 65536)
+
+
+def throughput():
+    def row(title, batch, context):
+        speeds = {model: measured(model, batch, context) for model in ("mixtral", "jamba", "mixcon")}
+        return [title, *(f"{speed:.0f}" for speed in speeds.values()), f"{speeds['mixcon'] / speeds['mixtral']:.2f}", f"{speeds['mixcon'] / speeds['jamba']:.2f}"]
+    rows = [row(f"{batch} at once, 2K", batch, 2048) for batch in BATCHES] + [row(f"1, {context // 1024}K", 1, context) for context in CONTEXTS if context != 2048]
+    return table(["sequences, context", "Mixtral", "Jamba", "MixCon", "MixCon / Mixtral", "MixCon / Jamba"], rows)
+
+
+def memory():
+    rows = []
+    for model, title in (("mixtral", "Mixtral"), ("jamba", "Jamba"), ("mixcon", "MixCon"), ("transformer", "Transformer"), ("mamba", "Mamba"), ("moe-mamba", "MoE-Mamba")):
+        for what, key, scale, digits in (("ms a token", "decode", None, 1), ("keys and values, MB", "cache_mb", 1, 1), ("recurrent state, MB", "recurrent_mb", 1, 2),
+                                         ("peak memory, MB", "peak_memory", 1e-6, 0)):
+            numbers = [measured(model, 1, context, key) for context in CONTEXTS]
+            cells = ["-" if math.isnan(x) else f"{1000 / x if scale is None else x * scale:.{digits}f}" for x in numbers]
+            rows.append([f"{title}: {what}", *cells])
+    return table(["one sequence, context", *(f"{context // 1024}K" for context in CONTEXTS)], rows)
+
+
+def better(claim, paper, left, right, measure=validation, more=False):
+    """A row: left has the lower loss than right (more: the higher number)."""
+    numbers = differences(left, right, measure)
+    judged = verdict([-x for x in numbers] if more else numbers)
+    text = f"{statistics.mean(numbers):+.3f} ± {margin(numbers):.3f}" if len(numbers) > 1 and not more else \
+        f"{statistics.mean(numbers):+.0f} ± {margin(numbers):.0f} points" if len(numbers) > 1 else "-"
+    return [claim, paper, text, judged]
+
+
+def claims():
+    rows = [better("MoE-Mamba has a lower loss than Mamba", "-0.10", "five/moe-mamba", "five/mamba"),
+            better("Mamba has a lower loss than the Transformer", "-0.15", "five/mamba", "five/transformer"),
+            better("MoE-Mamba has a lower loss than Transformer-MoE", "-0.13", "five/moe-mamba", "five/transformer-moe"),
+            better("Mamba has a lower loss than Mamba-MLP", "-0.05", "five/mamba", "five/mamba-mlp")]
+    shares = shares_of("five/moe-mamba")
+    if len(shares) >= 3:
+        sound = "holds" if max(shares) < 1 else "contradicted" if min(shares) > 1 else "does not show at this size"
+        rows.append(["MoE-Mamba reaches Mamba's loss in fewer steps", "46 %; 43 % at 100M", ", ".join(map(percent, shares)), sound])
+    rows += [better("32 experts have a lower loss than 8", "-0.03", "experts/32", "five/moe-mamba"),
+             better("8 experts have a lower loss than 1", "-0.07", "five/moe-mamba", "experts/1"),
+             better("One after the other beats in parallel, 8 experts", "-0.03", "five/moe-mamba", "experts/8-parallel"),
+             better("Half the active parameters in Mamba beat a sixth", "below 0 (a figure)", "five/moe-mamba", "ratio/1-5"),
+             better("Experts beat a wider Mamba of as many active parameters", "-0.07", "five/moe-mamba", "ratio/6-0"),
+             better("The hybrid (2:6) has a lower loss than pure Conba", "HellaSwag +2.2", "mixcon/2-6", "mixcon/0-8"),
+             better("The hybrid (2:6) has a lower loss than pure attention", "HellaSwag +0.2", "mixcon/2-6", "mixcon/8-0"),
+             better("2:6 has a lower loss than 1:7", "HellaSwag -0.1", "mixcon/2-6", "mixcon/1-7"),
+             better("Experts improve the hybrid", "HellaSwag +5.3", "mixcon/2-6-moe", "mixcon/2-6"),
+             better("Conba has a lower loss than Mamba in its place", "no figure", "mixcon/2-6-moe", "mixcon/2-6-mamba-moe"),
+             better("The hybrid recalls more than pure Conba, 64 tokens", "no figure", "recall/mixcon", "recall/conba", known("recall-64"), more=True)]
+    speeds = [(what, paper, measured("mixcon", batch, context) / measured(other, batch, context)) for what, paper, other, batch, context in
+              (("MixCon decodes faster than Mixtral, 16 sequences of 2K", "3 x (8K)", "mixtral", 16, 2048), ("than Jamba, 16 sequences of 2K", "2 x (8K)", "jamba", 16, 2048),
+               ("than Mixtral, one sequence of 64K", "4.5 x (128K)", "mixtral", 1, 65536), ("than Jamba, one sequence of 64K", "1.5 x (128K)", "jamba", 1, 65536))]
+    for what, paper, ratio_here in speeds:
+        sound = "-" if math.isnan(ratio_here) else "holds" if ratio_here > 1.05 else "contradicted" if ratio_here < 0.95 else "does not show at this size"
+        rows.append([what, paper, "-" if math.isnan(ratio_here) else f"{ratio_here:.2f} x", sound])
+    return table(["claim", "paper", "here", ""], rows)
+
+
+TABLES = {f.__name__: f for f in (claims, five, rates, experts, ratio, router, mixcon, conba, context, throughput, memory)}
+
+
+def fill(text):
+    """The page with its tables as the results have them."""
+    for name, make in TABLES.items():
+        text = re.sub(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda found: found[1] + "\n" + make() + "\n\n" + found[2], text, flags=re.DOTALL)
+    return text
+
+
+# ---- pictures
+
+def band(axis, name, label, key="loss", color=None, **style):
+    """A quantity over training: mean of the seeds, and from the least to the greatest."""
+    lines = [line for _, line in sorted(RESULTS.get(name, {}).items()) if key in line]
+    if not lines:
+        return
+    tokens = [step * lines[0]["tokens_per_step"] / 1e6 for step in lines[0]["step"]]
+    columns = list(zip(*(line[key] for line in lines)))
+    color = axis.plot(tokens, [statistics.mean(column) for column in columns], label=label, color=color, **style)[0].get_color()
+    axis.fill_between(tokens, [min(column) for column in columns], [max(column) for column in columns], alpha=0.2, color=color, linewidth=0)
+
+
+def seeds_and_mean(axis, names, label, at=None, measure=validation, **style):
+    """A line through the means, and a dot for each seed."""
+    at = at or list(range(len(names)))
+    groups = [list(values(name, measure).values()) for name in names]
+    pairs = [(x, group) for x, group in zip(at, groups) if group]
+    if not pairs:
+        return
+    color = axis.plot([x for x, _ in pairs], [statistics.mean(group) for _, group in pairs], label=label, **style)[0].get_color()
+    for x, group in pairs:
+        axis.plot([x] * len(group), group, "o", markersize=3, alpha=0.6, color=color)
+
+
+def finish(axis, title, x, y=None, legend=True):
+    axis.set_title(title, fontsize="medium")
+    axis.set_xlabel(x)
+    if y:
+        axis.set_ylabel(y)
+    axis.grid(alpha=0.3)
+    if legend and axis.get_legend_handles_labels()[0]:
+        axis.legend(fontsize="small")
+
+
+def picture_five(pyplot):
+    figure, (curves, end) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained", width_ratios=(3, 2))
+    for name, title in FIVE.items():
+        band(curves, f"five/{name}", title)
+    lowest = [min(line["loss"]) for name in FIVE for line in RESULTS.get(f"five/{name}", {}).values()]
+    if lowest:
+        curves.set_ylim(min(lowest) - 0.05, min(lowest) + 1.8)
+    finish(curves, "training loss (band: three seeds)", "million tokens", "nats a token")
+    for i, (name, title) in enumerate(FIVE.items()):
+        group = list(values(f"five/{name}").values())
+        if group:
+            end.plot(group, [i] * len(group), "o", markersize=5, alpha=0.6, color=f"C{i}")
+            end.plot([statistics.mean(group)], [i], "|", markersize=22, color=f"C{i}")
+    end.set_yticks(range(len(FIVE)), list(FIVE.values()))
+    end.invert_yaxis()
+    finish(end, "validation loss at the end (dots: seeds)", "nats a token")
+    return figure
+
+
+def picture_experts(pyplot):
+    figure, (number, share) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    seeds_and_mean(number, [sequential(e) for e in EXPERTS], "one after the other", list(EXPERTS))
+    seeds_and_mean(number, [f"experts/{e}-parallel" for e in EXPERTS], "in parallel", list(EXPERTS))
+    mamba = list(values("five/mamba").values())
+    if mamba:
+        number.axhline(statistics.mean(mamba), color="gray", linestyle="--", label="Mamba")
+    number.set_xscale("log", base=2)
+    number.set_xticks(EXPERTS, EXPERTS)
+    finish(number, "number of experts", "experts in each layer", "validation loss, nats a token")
+    seeds_and_mean(share, [ratio_name(key) for key in RATIOS], None)
+    share.set_xticks(range(len(RATIOS)), [title.split(" (")[0] for title in RATIOS.values()])
+    finish(share, "active parameters in Mamba : in the experts", "", "validation loss, nats a token", legend=False)
+    return figure
+
+
+def picture_router(pyplot):
+    figure, (load, loss) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for name, title in ROUTERS.items():
+        if "choice" not in name:
+            band(load, name, title, "expert_load")
+        band(loss, name, title)
+    lowest = [min(line["loss"]) for name in ROUTERS for line in RESULTS.get(name, {}).values()]
+    if lowest:
+        loss.set_ylim(min(lowest) - 0.05, min(lowest) + 1.4)
+    load.set_ylim(bottom=1)
+    finish(load, "load of 8 experts over training", "million tokens", "fullest expert over the mean")
+    finish(loss, "training loss", "million tokens", "nats a token")
+    return figure
+
+
+def picture_mixcon(pyplot):
+    figure, (curves, terms) = pyplot.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
+    for key, title in MIXCON.items():
+        band(curves, f"mixcon/{key}-moe", title)
+    lowest = [min(line["loss"]) for key in MIXCON for line in RESULTS.get(f"mixcon/{key}-moe", {}).values()]
+    if lowest:
+        curves.set_ylim(min(lowest) - 0.05, min(lowest) + 1.4)
+    finish(curves, "training loss, with experts; attention : Conba", "million tokens", "nats a token")
+    names = [name for name in CONBA if name != "mixcon/2-6-moe"]
+    for i, name in enumerate(names):
+        gaps = differences(name, "mixcon/2-6-moe")
+        if gaps:
+            terms.plot(gaps, [i] * len(gaps), "o", markersize=4, alpha=0.6, color="C0")
+            terms.errorbar([statistics.mean(gaps)], [i], xerr=[margin(gaps)], fmt="|", markersize=14, color="C0", capsize=3)
+    terms.axvline(0, color="gray", linestyle="--")
+    terms.set_yticks(range(len(names)), [CONBA[name] for name in names])
+    terms.invert_yaxis()
+    finish(terms, "terms of Conba: loss less that of all terms\n(dots: seeds; bar: two standard errors)", "nats a token; above 0: worse", legend=False)
+    return figure
+
+
+def picture_gains(pyplot):
+    figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.8), layout="constrained", sharey=True)
+    for axis, (name, title) in zip(axes, {"conba/alpha-1e-3": "alpha 0.001", "mixcon/2-6-moe": "alpha 0.01", "conba/alpha-1e-1": "alpha 0.1"}.items()):
+        line = RESULTS.get(name, {}).get(1)
+        if line:
+            at = [row[0] for row in line["gains"]]
+            for layer in range(len(line["gains"][0][1])):
+                color = axis.plot(at, [row[1][layer] for row in line["gains"]], color=f"C{layer}", label=f"Conba layer {layer + 1}")[0].get_color()
+                axis.plot(at, [row[2][layer] for row in line["gains"]], color=color, linestyle=":")
+        axis.set_xscale("log", base=2)
+        finish(axis, title, "tokens of the sequence", legend=axis is axes[0])
+    axes[0].set_ylabel("|gain k|: mean of the channels, and (dotted) largest")
+    return figure
+
+
+def picture_context(pyplot):
+    figure, axes = pyplot.subplots(1, 3, figsize=(12, 4), layout="constrained", sharey=True)
+    for axis, task in zip(axes, TASKS):
+        for model, title in LEARNERS.items():
+            points = [(length, list(values(f"{task}/{model}", known(f"{task}-{length}")).values())) for length in (64, 128, 256)]
+            points = [(length, group) for length, group in points if group]
+            if points:
+                color = axis.plot([x for x, _ in points], [statistics.mean(group) for _, group in points], marker="o", label=title)[0].get_color()
+                axis.fill_between([x for x, _ in points], [min(group) for _, group in points], [max(group) for _, group in points], alpha=0.12, color=color,
+                                  linewidth=0)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks((64, 128, 256), ("64\n(trained)", 128, 256))
+        axis.set_ylim(-3, 103)
+        finish(axis, task, "tokens of an example", "answers known, %" if axis is axes[0] else None, legend=False)
+    handles, labels = axes[0].get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize="small")
+    return figure
+
+
+def picture_throughput(pyplot):
+    figure, (batch, context, memory_axis) = pyplot.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    models = {"mixtral": "Mixtral", "jamba": "Jamba", "mixcon": "MixCon", "transformer": "Transformer", "mamba": "Mamba", "moe-mamba": "MoE-Mamba"}
+    for i, (model, title) in enumerate(models.items()):
+        def line(axis, at, numbers):
+            kept = [(x, y) for x, y in zip(at, numbers) if not math.isnan(y)]
+            if kept:
+                axis.plot(*zip(*kept), marker="o", markersize=4, label=title, color=f"C{i}", linestyle="-" if i < 3 else "--")
+        if i < 3:
+            line(batch, BATCHES, [measured(model, b, 2048) for b in BATCHES])
+        line(context, CONTEXTS, [measured(model, 1, c) for c in CONTEXTS])
+        line(memory_axis, CONTEXTS, [measured(model, 1, c, "cache_mb") + measured(model, 1, c, "recurrent_mb") for c in CONTEXTS])
+    for axis, ticks in ((batch, BATCHES), (context, CONTEXTS), (memory_axis, CONTEXTS)):
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(ticks, [t if t < 1024 else f"{t // 1024}K" for t in ticks])
+    memory_axis.set_yscale("log")
+    finish(batch, "decoding, context 2K", "sequences at once", "tokens/s")
+    finish(context, "decoding, one sequence", "context", "tokens/s")
+    finish(memory_axis, "what a sequence keeps", "context", "MB", legend=False)
+    return figure
+
+
+PICTURES = {f.__name__.removeprefix("picture_"): f for f in (picture_five, picture_experts, picture_router, picture_mixcon, picture_gains, picture_context, picture_throughput)}
+
+
+def draw(make, matplotlib):
+    from matplotlib import pyplot
+    figure = make(pyplot)
+    out = io.BytesIO()
+    figure.savefig(out, format="svg", metadata={"Date": None, "Creator": f"matplotlib {matplotlib.__version__}"})
+    pyplot.close(figure)
+    return out.getvalue().decode()
+
+
+def main():
+    argparse.ArgumentParser.error = lambda self, message: fail(message)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--check", action="store_true", help="change nothing; fail if anything is not what the results say")
+    arguments = parser.parse_args()
+    made = {}
+    for page in PAGES:
+        with open(page, encoding="utf-8") as f:
+            made[page] = fill(f.read())
+    try:
+        import matplotlib
+    except ImportError:
+        matplotlib = None
+    if matplotlib:
+        matplotlib.use("agg")
+        matplotlib.rcParams.update({"svg.hashsalt": "moemamba", "svg.fonttype": "none"})  # the same results, the same file
+        for name, make in PICTURES.items():
+            made[f"{FOLDER}/{name}.svg"] = draw(make, matplotlib)
+    for path, text in made.items():
+        old = open(path, encoding="utf-8").read() if os.path.exists(path) else ""
+        if old == text:
+            continue
+        if not arguments.check:
+            with open(path + ".tmp", "w", encoding="utf-8") as f:
+                f.write(text)
+            os.replace(path + ".tmp", path)
+            print(path)
+        elif not path.endswith(".svg") or f"matplotlib {matplotlib.__version__}<" in old:  # another version draws otherwise
+            fail(f"{path} is not what the results say: make replicate-report")
+    if not matplotlib:
+        print("no matplotlib (python3-matplotlib): the pictures stay as they are")
+
+
+if __name__ == "__main__":
+    main()
