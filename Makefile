@@ -2,6 +2,7 @@
 # make demo         a text, tokens, a few minutes of training, a sample      (TEXT=file or directory, DEMO="flags of train")
 # make test         every test in every precision                            make bench    speed, as ratios
 # make test-peers   the programs beside Hugging Face's, OpenAI's and Google's libraries, which it installs for itself
+# make replicate    the papers' claims at small size: hours, resumable (NAMES="five mixcon/2-6")     make replicate-report    tables and pictures of it
 # make deps         installs the distribution's packages                     make ptxas    registers and spills of every kernel
 # make gpu-check    everything that only a GPU can show                      make mutants  faults planted in kernels, one by one
 # make help         this list
@@ -222,6 +223,13 @@ fuzz-%:
 	  -artifact_prefix=build/fuzz/$*- build/fuzz/$* > build/fuzz/$*.log 2>&1 || { tail -n 30 build/fuzz/$*.log; exit 1; }
 	@echo "$*: $$(sed -n 's/^stat::number_of_executed_units: *//p' build/fuzz/$*.log) inputs, no fault"
 
+# ---- docs/replication.md
+replicate:
+	@$(MAKE) --no-print-directory -j $(JOBS) PRECISION=float CUDA=0 all > /dev/null
+	@tools/replicate.py $(NAMES)
+replicate-report:
+	@tools/report.py
+
 bench:
 	@$(MAKE) --no-print-directory -j $(JOBS) $(BUILD)/bench
 	@$(BUILD)/bench
@@ -242,5 +250,5 @@ clean:
 	rm -rf build $(PROGRAMS)
 
 -include $(wildcard $(BUILD)/*.d $(SHARED)/*.d)
-.PHONY: all help found tests shared test test-peers demo fuzz bench ptxas mutants gpu-check deps clean
+.PHONY: all help found tests shared test test-peers demo fuzz bench replicate replicate-report ptxas mutants gpu-check deps clean
 .SECONDARY:

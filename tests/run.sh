@@ -61,7 +61,7 @@ build = +@tests/run.sh build "$@" $(MAKE) --no-print-directory -f Makefile CUDA=
 step = @tests/run.sh step
 cpu := build/cpu
 
-all: programs-sanitizers kernels-sanitizers nvcc kernels-double kernels-bf16 kernels-float programs peers simt simt-sanitizers makefile $(WITHOUT)
+all: programs-sanitizers kernels-sanitizers nvcc kernels-double kernels-bf16 kernels-float programs peers replication simt simt-sanitizers makefile $(WITHOUT)
 
 # What builds share: no two of them may write one file.
 shared:
@@ -88,6 +88,8 @@ else
 peers:
 	@echo "skipped: tiktoken, tokenizers, transformers, sentencepiece, zstandard beside the programs (make test-peers installs them)"
 endif
+replication: float
+	$(step) "report and experiments of docs/replication" bash -c 'tools/report.py --check && tools/replicate.py --smoke --programs $(cpu)-float'
 simt: float
 	$(step) "simt.h" build/any/test_simt
 simt-sanitizers: sanitizers
@@ -98,7 +100,7 @@ makefile:
 	$(step) "Makefile" tests/test_makefile.sh
 gpu-check:
 	$(step) "gpu-check without a GPU" tools/gpu_check.sh
-.PHONY: all shared float double bf16 sanitizers peers nvcc makefile gpu-check
+.PHONY: all shared float double bf16 sanitizers peers replication nvcc makefile gpu-check
 END
 
 awk -v seconds=$SECONDS '{ passed += $1; failed += $2 }

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Runs the experiments of docs/replication/experiments.ini, or those whose names begin with one of the arguments.
 
-    tools/replicate.py [NAME...] [--list] [--smoke] [--jobs N] [--again SEED]
+    tools/replicate.py [NAME...] [--list] [--smoke] [--again SEED] [--jobs N] [--programs DIR]
 
 What is in docs/replication/results/ is not run again, and a run that was stopped goes on where it was. Runs of training have one thread each, and
 as many of them go side by side as there are cores; what is timed (decode) has the machine to itself. --smoke: two steps of each experiment on a
@@ -85,12 +85,13 @@ class Failed(Exception):
     pass
 
 
+programs = "."  # the folder they are in
 running = {}  # processes by pid, for Ctrl-C
 
 
 def run(program, flags, threads=1):
     """Its standard output, and its peak memory in bytes."""
-    words = [f"./{program}", *shlex.split(flags)]
+    words = [f"{programs}/{program}", *shlex.split(flags)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
     running[process.pid] = process
@@ -279,7 +280,9 @@ def main():
     parser.add_argument("--smoke", action="store_true", help="two steps of each, kept nowhere")
     parser.add_argument("--again", type=int, metavar="SEED", help="run this seed once more from scratch, keep nothing, compare")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side (%(default)s)")
+    parser.add_argument("--programs", default=programs, metavar="DIR", help="where train, infer and data_prep are")
     arguments = parser.parse_args()
+    globals()["programs"] = arguments.programs
     if arguments.jobs < 1:
         fail(f"--jobs {arguments.jobs}: must be at least 1")
     experiments = [e for e in read_experiments() if not arguments.names or any(e["name"].startswith(n) for n in arguments.names)]
