@@ -40,6 +40,7 @@ struct Options {
         if (prompts > 1) fail("--prompt, --prompt-file or --prompt-tokens, not several");
         if (!choices.empty() && (bench || prompts)) fail("--choices goes with no prompt and no --bench");
         if (!score.empty() && (bench || prompts || !choices.empty() || tokenize)) fail("--score goes with no prompt, --choices, --tokenize or --bench");
+        if (score.empty() && score_length != 0) fail("--score-length goes with --score");
         if (score_length < 0 || score_length > 1 << 24) fail("--score-length %d: must be from 0 to 2^24", score_length);
         if (score_tokens < 1) fail("--score-tokens %lld: must be at least 1", (long long)score_tokens);
         if (bench_prompt < 0 || bench_prompt > 1 << 24) fail("--bench-prompt %d: must be from 0 to 2^24", bench_prompt);

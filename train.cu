@@ -524,7 +524,7 @@ static void train_steps(Model& model, const Options& options, const Run& run, co
         if (val && (last || due(options.eval_every))) {
             const double loss = validate(model, *val, B, options.eval_tokens), bits = loss / std::log(2.0);
             printf("validation after step %d: %.4f nats a token", step, loss);
-            if (data.tokenizer.kind == "bytes") printf(", %.4f bits a byte", bits);
+            if (data.tokenizer.kind == "bytes" && data.answer_mark < 0) printf(", %.4f bits a byte", bits);
             printf("\n");
             log.write(JsonObject().set("kind", "val").set("step", step).set("loss", loss).set("bits_per_token", bits));
         }

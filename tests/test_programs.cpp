@@ -23,6 +23,7 @@
 #include <fstream>
 #include <functional>
 #include <map>
+#include <set>
 #include <sstream>
 #include <string>
 #include <thread>
@@ -628,6 +629,103 @@ TEST_CASE("separator lines, wherever blocks end, and gzip") {
         gzclose(file);
         at.succeed("data_prep", {"--input", path, "--output", at / "data", "--val-fraction", "0"});
         CHECK(documents(read_tokens(at / "data", "train")) == expected);
+    }
+}
+
+// What each example asks for is in it, and what it asks for alone is learned and scored.
+TEST_CASE("tasks: examples with answers, of which alone there is a loss") {
+    const Workplace at;
+    const auto make = [&](const std::string& task, int length) {
+        const std::string name = task + "-" + std::to_string(length);
+        at.succeed("data_prep", {"--task", task, "--task-length", std::to_string(length), "--task-examples", "300", "--val-fraction", "0.1", "--output", at / name});
+        const std::vector<int> train = read_tokens(at / name, "train"), val = read_tokens(at / name, "val");
+        CHECK(train.size() == size_t(270 * length));
+        CHECK(val.size() == size_t(30 * length));
+        std::vector<std::string> examples = documents(train);
+        for (const std::string& example : documents(val)) examples.push_back(example);
+        CHECK(std::set<std::string>(examples.begin(), examples.end()).size() == 300);
+        for (const std::string& example : examples) CHECK(example.size() == size_t(length - 1));
+        return examples;
+    };
+    const auto answers = [](const std::string& example) {
+        std::string all;
+        for (size_t i = 0; i < example.size(); i++)
+            if (example[i] == '=') all += example[i + 1];
+        return all;
+    };
+    for (const int length : {32, 64, 257}) {
+        for (const std::string& example : make("recall", length)) {
+            const int pairs = std::min(26, length / 8), questions = (length - 1 - 2 * pairs) / 3;
+            CHECK(answers(example).size() == size_t(questions));
+            for (int i = 0; i < questions; i++) {
+                const size_t at = size_t(2 * pairs + 3 * i), key = example.find(example[at]);
+                CHECK(key < size_t(2 * pairs));
+                CHECK(example[at + 1] == '=');
+                CHECK(example[at + 2] == example[key + 1]);
+            }
+        }
+        std::set<size_t> places;
+        for (const std::string& example : make("induction", length)) {
+            const size_t mark = example.find('!');
+            places.insert(mark);
+            CHECK(mark < size_t(length - 6));
+            CHECK(answers(example) == example.substr(mark + 1, 1));
+            CHECK(example.substr(size_t(length - 4)).starts_with("!="));
+        }
+        CHECK(places.size() >= size_t(length - 6) / 2);
+        for (const std::string& example : make("copying", length)) {
+            std::string letters = example.substr(0, size_t(length - 17));
+            std::erase(letters, '.');
+            CHECK(letters.size() == 8);
+            CHECK(answers(example) == letters);
+        }
+    }
+    // Dots could be learned in a few steps, letters cannot be: nearly all that could have a loss here is dots.
+    const Arguments run = {"--data", at / "copying-257", "--out", at / "run", "--seq-len", "257", "--batch", "4", "--steps", "60", "--lr", "1e-2", "--eval-every", "60",
+                           "--peak-flops", "1e11"};
+    const std::string out = at.succeed("train", run + kModel).out;
+    CHECK(out.find("bits a byte") == std::string::npos);
+    CHECK(losses(at / "run").back() > 2.8);
+    CHECK(losses(at / "run").back() < 3.6);  // log 26 = 3.26
+    const auto score = [&](const Arguments& flags) {
+        double loss = 0;
+        char unit[8];
+        const std::string text = at.succeed("infer", Arguments{"--checkpoint", at / "run"} + flags).out, after = text.substr(text.find(": ") + 2);
+        CHECK(sscanf(after.c_str(), "%lf %7s", &loss, unit) == 2);
+        CHECK(std::string(unit) == "nats");
+        return loss;
+    };
+    CHECK(std::abs(score({"--score", at / "copying-257"}) - losses(at / "run", "val").back()) < 1e-5);
+    CHECK(at.succeed("infer", {"--checkpoint", at / "run", "--score", at / "copying-257", "--score-tokens", "1"}).out.find("of 8 targets above one half, in 1 windows") !=
+          std::string::npos);
+    make_data(at);
+    at.succeed("train", train_flags(at, "text", 5) + Arguments{"--eval-every", "5"});
+    const std::string text = at.succeed("infer", {"--checkpoint", at / "text", "--score", at / "data", "--score-length", "32"}).out;
+    CHECK(std::abs(std::stod(text.substr(text.find(": ") + 2)) - losses(at / "text", "val").back()) < 1e-5);
+
+    at.refuse("train", Arguments{"--data", at / "recall-64", "--out", at / "bad", "--seq-len", "96"} + kModel, {"--seq-len 96", "64"});
+    at.refuse("infer", {"--checkpoint", at / "run", "--score", at / "recall-64", "--score-length", "5000"}, {"--score", "1920"});
+    at.refuse("infer", {"--checkpoint", at / "run", "--score", at / "missing"}, {at / "missing"});
+    at.refuse("infer", {"--checkpoint", at / "run", "--score", at / "recall-64", "--bench"}, {"--score"});
+    at.refuse("infer", {"--checkpoint", at / "run", "--score-length", "8"}, {"--score-length", "--score"});
+    at.refuse("infer", {"--checkpoint", at / "run", "--bench-prompt", "8"}, {"--bench-prompt", "--bench"});
+    at.refuse("infer", {"--bench", "--preset", "mamba-tiny", "--bench-prompt=-8"}, {"--bench-prompt -8"});
+    const auto refuse_task = [&](const Arguments& flags, const std::vector<std::string>& phrases) {
+        at.refuse("data_prep", Arguments{"--output", at / "recall-64"} + flags, phrases);
+    };
+    refuse_task({"--task", "juggling"}, {"juggling", "recall", "induction", "copying"});
+    refuse_task({"--task", "recall", "--task-length", "31"}, {"--task-length 31", "32"});
+    refuse_task({"--task", "recall", "--task-examples", "1"}, {"--task-examples 1"});
+    refuse_task({"--task", "recall", "--input", at / "text.txt"}, {"--task", "--input"});
+    refuse_task({"--task", "recall", "--tokenizer", "bytes"}, {"--task", "--tokenizer"});
+    refuse_task({"--task-length", "64", "--input", at / "text.txt"}, {"--task-length", "--task"});
+    at.refuse("data_prep", {"--task", "recall"}, {"--output"});
+    const std::string json = at / "recall-64/dataset.json", good = read_text(json);
+    for (const auto& [key, value] : std::vector<std::pair<std::string, int>>{{"example_tokens", 0}, {"answer_mark", 257}, {"answer_mark", -2}}) {
+        Json about = Json::parse(good);
+        about[key] = value;
+        write_text(json, about.dump());
+        at.refuse("train", Arguments{"--data", at / "recall-64", "--out", at / "bad", "--seq-len", "64"} + kModel, {json, key, std::to_string(value)});
     }
 }
 
@@ -1336,7 +1434,10 @@ TEST_CASE("infer stops cleanly on Ctrl-C, and benchmarks random weights") {
     for (const char* part : {"---- sample 1\n", "\n---- sample 5000\n"}) CHECK(many.out.find(part) != std::string::npos);
     CHECK(many.err.find("of at most 5000000000000 tokens") != std::string::npos);
     const std::string bench = at.succeed("infer", {"--bench", "--preset", "mamba-tiny", "--prompt", "and"}).out;
-    for (const char* part : {"prompt", "decode", "tokens/s", "GB/s"}) CHECK(bench.find(part) != std::string::npos);
+    for (const char* part : {"state", "prompt", "decode", "(1 at once", "tokens/s", "GB/s"}) CHECK(bench.find(part) != std::string::npos);
+    const std::string long_one = at.succeed("infer", {"--bench", "--preset", "jamba-tiny", "--bench-prompt", "2050", "--samples", "3"}).out;
+    // One layer of attention with 2 groups of 24 keys and values each, in 4 bytes, and room for 256 tokens more.
+    for (const char* part : {"0.886 MB of keys and values", "of 2306 tokens", "(2050 tokens)", "(3 at once"}) CHECK(long_one.find(part) != std::string::npos);
     const std::string plain = at.succeed("infer", {"--bench", "--checkpoint", at / "run", "--device", "plain"}).out;
     for (const char* part : {"on plain", "(64 tokens)", "decode", "GB/s"}) CHECK(plain.find(part) != std::string::npos);
 }
