@@ -188,7 +188,7 @@ def train(experiment, seed, smoke, folder):
         text, _ = run("infer", f"--checkpoint {out} --score {prepare(name, smoke)} --score-tokens 131072")
         words = text.split(": ")[1].split()
         result.setdefault("score", {})[name] = {"loss": float(words[0]), "known": float(words[4])}
-    for tokens in experiment.get("gains", "").split():
+    for tokens in experiment.get("gains", "").split()[:1 if smoke else None]:
         probe = f"{out}/gains-{tokens}"  # one step that changes nothing
         batch = max(1, (256 if smoke else 4096) // int(tokens))
         shutil.rmtree(probe, ignore_errors=True)
@@ -215,7 +215,7 @@ def decode(experiment, smoke):
         text, memory = run("infer", f"--bench {experiment['flags']} --samples {batch} --bench-prompt {context}", os.cpu_count())
         lines = {line.split()[0]: line.split() for line in text.splitlines()}
         points.append({"batch": batch, "context": context, "decode": float(lines["decode"][1]), "prompt": float(lines["prompt"][1]),
-                       "cache_mb": float(lines["state"][1]), "recurrent_mb": float(lines["state"][6]), "peak_memory": memory})
+                       "cache_mb": float(lines["state"][1]), "recurrent_mb": float(lines["state"][7]), "peak_memory": memory})
     return {"points": points}
 
 

@@ -143,11 +143,11 @@ def five():
                   "steps"], rows)
 
 
-RATES = ("4e-3", "8e-3", "16e-3")
+RATES = ("2e-3", "4e-3", "8e-3")
 
 
 def at_rate(model, rate):
-    return values(f"five/{model}" if rate == "8e-3" else f"lr/{model}-{rate}").get(1)
+    return values(f"five/{model}" if rate == "4e-3" else f"lr/{model}-{rate}").get(1)
 
 
 def best_rate(model):
@@ -267,6 +267,19 @@ def memory():
     return table(["one sequence, context", *(f"{context // 1024}K" for context in CONTEXTS)], rows)
 
 
+def setup():
+    lines = [line for seeds in RESULTS.values() for line in seeds.values()]
+    trained = [line for line in lines if "steps" in line]
+    if not trained:
+        return "No results yet."
+    english = [line for line in trained if "score" not in line]
+    tokens = sorted({line["steps"] * line["tokens_per_step"] for line in english})
+    return table(["runs", "core hours", "tokens of a run", "minutes of a run, one core", "peak memory of a run"],
+                 [[len(lines), f"{sum(line['seconds'] for line in trained) / 3600:.1f}", " or ".join(millions(x) for x in tokens),
+                   f"{min(line['seconds'] for line in english) / 60:.1f} to {max(line['seconds'] for line in english) / 60:.1f}",
+                   f"at most {max(line['peak_memory'] for line in trained) / 1e6:.0f} MB"]])
+
+
 def better(claim, paper, left, right, measure=validation, more=False):
     """A row: left has the lower loss than right (more: the higher number)."""
     numbers = differences(left, right, measure)
@@ -305,7 +318,7 @@ def claims():
     return table(["claim", "paper", "here", ""], rows)
 
 
-TABLES = {f.__name__: f for f in (claims, five, rates, experts, ratio, router, mixcon, conba, context, throughput, memory)}
+TABLES = {f.__name__: f for f in (setup, claims, five, rates, experts, ratio, router, mixcon, conba, context, throughput, memory)}
 
 
 def fill(text):
