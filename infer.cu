@@ -299,7 +299,6 @@ static void bench(Model& model, std::vector<int> prompt, int B, int length) {
     });
     const double weight_bytes = double(model.read_parameter_count()) * sizeof(floatX);
     const double rate = block / decode;
-    const double bandwidth = measure_read_bandwidth(model.layers, slow ? 1 << 20 : 1 << 30);  // beyond caches, where it is fast
     const Model::StateBytes bytes = model.decode_state_bytes(context, 8 * sizeof(floatX));
     printf("model       %s, width %d, %s, on %s\n", config.layers.c_str(), config.d_model, kPrecision, device.c_str());
     printf("weights     %.1f MB, of which a token reads %.1f MB\n", double(model.parameter_count()) * sizeof(floatX) / 1e6,
@@ -309,6 +308,7 @@ static void bench(Model& model, std::vector<int> prompt, int B, int length) {
     printf("prompt      %.1f tokens/s (%d tokens)\n", P / prefill, P);
     printf("decode      %.1f tokens/s (%d at once, median of %d blocks of %d)\n", B * rate, B, blocks, block);
     if (B > 1) return;  // experts: how many of them a batch reads depends on its tokens
+    const double bandwidth = measure_read_bandwidth(model.layers, slow ? 1 << 20 : 1 << 30);  // beyond caches, where it is fast
     printf("read        %.2f GB/s of weights, %.1f %% of the %.2f GB/s that this machine reads\n", rate * weight_bytes / 1e9,
            100 * rate * weight_bytes / bandwidth, bandwidth / 1e9);
 }

@@ -89,7 +89,7 @@ peers:
 	@echo "skipped: tiktoken, tokenizers, transformers, sentencepiece, zstandard beside the programs (make test-peers installs them)"
 endif
 replication: float
-	$(step) "report and experiments of docs/replication" bash -c 'tools/report.py --check && tools/replicate.py --smoke --programs $(cpu)-float'
+	$(step) "report and experiments of docs/replication" env PROGRAMS_DIR=$(cpu)-float bash -c 'tools/report.py --check && tools/replicate.py --smoke'
 simt: float
 	$(step) "simt.h" build/any/test_simt
 simt-sanitizers: sanitizers

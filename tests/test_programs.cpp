@@ -729,6 +729,50 @@ TEST_CASE("tasks: examples with answers, of which alone there is a loss") {
     }
 }
 
+TEST_CASE("experiments that are stopped go on, those that are done are left alone, and come out again bit for bit") {
+    if (sanitized() || system("python3 -c '' 2> /dev/null") != 0) {
+        printf("skipped: tools/replicate.py (no python3, or under AddressSanitizer, which takes too long)\n");
+        return;
+    }
+    const Workplace at;
+    fs::create_directories(at / "docs/replication");
+    write_text(at / "docs/replication/experiments.ini",
+               "[DEFAULT]\nseeds = 1 2\ndata = recall-32\nscore = recall-32 recall-64\n"
+               "run = --batch 4 --seq-len 32 --steps 1500 --lr 1e-2\nmeanwhile = --eval-every 500 --eval-tokens 512 --save-every 20\n"
+               "[one/mamba]\nflags = --layers M --d-model 16\n[two/conba]\nflags = --layers CE --d-model 16\ngains = 32 64\n"
+               "[three]\nseeds = 1\ndecode = 1:8 2:8\nflags = --preset mamba-tiny\n");
+    const auto replicate = [&](const std::string& before, const std::string& flags) {
+        const std::string command = "cd '" + at.path.string() + "' && PROGRAMS_DIR='" + fs::path(program("train")).parent_path().string() + "' " + before + " '" +
+                                    fs::absolute("tools/replicate.py").string() + "' " + flags + " > out 2> err";
+        return WEXITSTATUS(system(command.c_str()));
+    };
+    int stopped = 0;
+    while (replicate("timeout -s INT " + std::to_string(2 + stopped), "one two") != 0) {
+        INFO(read_text(at / "err"));
+        REQUIRE(read_text(at / "err").starts_with("interrupted"));
+        REQUIRE(++stopped < 20);
+    }
+    CHECK(stopped > 0);
+    const std::string one = read_text(at / "docs/replication/results/one.jsonl"), two = read_text(at / "docs/replication/results/two.jsonl");
+    for (const std::string& lines : {one, two}) CHECK(std::count(lines.begin(), lines.end(), '\n') == 2);
+    const Json line = Json::parse(two.substr(0, two.find('\n')));
+    CHECK(line.at("steps") == 1500);
+    CHECK(line.at("validation").size() == 3);
+    CHECK(line.at("score").at("recall-64").at("loss") > 0);
+    CHECK(line.at("gains").size() == 2);
+    CHECK(line.at("expert_load").size() == line.at("loss").size());
+    CHECK(replicate("", "--again 1 one two") == 0);
+    const std::string again = read_text(at / "out");
+    CHECK(again.find("one/mamba, seed 1: the same bits") != std::string::npos);
+    CHECK(again.find("two/conba, seed 1: the same bits") != std::string::npos);
+    CHECK(replicate("", "") == 0);  // what is left is the third
+    CHECK(read_text(at / "out").starts_with("1/1  three, seed 1: measured"));
+    CHECK(read_text(at / "docs/replication/results/one.jsonl") == one);
+    CHECK(Json::parse(read_text(at / "docs/replication/results/three.jsonl")).at("points").size() == 2);
+    CHECK(replicate("", "four") == 1);
+    CHECK(read_text(at / "err") == "error: no experiment of docs/replication/experiments.ini begins with four\n");
+}
+
 TEST_CASE("data_prep refuses bad input") {
     const Workplace at;
     write_text(at / "text", prose(5000));

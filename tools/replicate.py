@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """Runs the experiments of docs/replication/experiments.ini, or those whose names begin with one of the arguments.
 
-    tools/replicate.py [NAME...] [--list] [--smoke] [--again SEED] [--jobs N] [--programs DIR]
+    tools/replicate.py [NAME...] [--list] [--smoke] [--again SEED] [--jobs N]
 
 What is in docs/replication/results/ is not run again, and a run that was stopped goes on where it was. Runs of training have one thread each, and
 as many of them go side by side as there are cores; what is timed (decode) has the machine to itself. --smoke: two steps of each experiment on a
-text at hand, kept nowhere. --again: runs this seed of each once more from scratch, keeps nothing, and says how it differs."""
+text at hand, kept nowhere. --again: runs this seed of each once more from scratch, keeps nothing, and says how it differs. The programs are in
+the folder PROGRAMS_DIR, or here."""
 import argparse
 import concurrent.futures
 import configparser
@@ -55,7 +56,7 @@ def read_results(name):
 
 def definition(experiment):
     """What a result depends on, beside the seed: if it changes, the experiment is run again."""
-    keys = ("decode",) if "decode" in experiment else ("data", "run", "score", "gains")
+    keys = ("decode",) if "decode" in experiment else ("data", "run", "meanwhile", "score", "gains")
     return " ".join([experiment["flags"], *(experiment[key] for key in keys if experiment.get(key))])
 
 
@@ -85,13 +86,13 @@ class Failed(Exception):
     pass
 
 
-programs = "."  # the folder they are in
+PROGRAMS = os.environ.get("PROGRAMS_DIR", ".")
 running = {}  # processes by pid, for Ctrl-C
 
 
 def run(program, flags, threads=1):
     """Its standard output, and its peak memory in bytes."""
-    words = [f"{programs}/{program}", *shlex.split(flags)]
+    words = [f"{PROGRAMS}/{program}", *shlex.split(flags)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
     running[process.pid] = process
@@ -151,6 +152,8 @@ def summary(log):
         lines = [json.loads(line) for line in f]
     first = next(line for line in lines if line["kind"] == "run")
     train = list({line["step"]: line for line in lines if line["kind"] == "train"}.values())  # of a step that was repeated, the last
+    if train[-1]["step"] < first["training"]["steps"]:
+        raise Failed(f"{log}: stopped after step {train[-1]['step']} of {first['training']['steps']}")
     part = max(1, len(train) // CURVE_POINTS)
     parts = [train[i:i + part] for i in range(0, len(train) - part + 1, part)]
     mean = lambda group, key: round(sum(line[key] for line in group) / len(group), 4)
@@ -177,9 +180,9 @@ def train(experiment, seed, smoke, folder):
     out = run_folder(folder, experiment, seed)
     data = prepare(experiment["data"], smoke)
     if os.path.exists(f"{out}/model.safetensors"):
-        flags = "--resume"
+        flags = f"--resume {experiment['meanwhile']} --peak-flops 1e11"
     else:
-        flags = f"{experiment['flags']} {experiment['run']} --seed {seed} --peak-flops 1e11"
+        flags = f"{experiment['flags']} {experiment['run']} {experiment['meanwhile']} --seed {seed} --peak-flops 1e11"
         if smoke:
             flags = last_of_each(flags + " --steps 2 --batch 1 --eval-every 0")
     _, memory = run("train", f"--data {data} --out {out} {flags}")
@@ -210,9 +213,10 @@ def last_of_each(flags):
 def decode(experiment, smoke):
     """Speeds of decoding at each point BATCH:CONTEXT, with every core."""
     points = []
+    model = experiment["flags"].replace("-10m", "-tiny") if smoke else experiment["flags"]
     for point in experiment["decode"].split()[:1 if smoke else None]:
         batch, context = (2, 8) if smoke else map(int, point.split(":"))
-        text, memory = run("infer", f"--bench {experiment['flags']} --samples {batch} --bench-prompt {context}", os.cpu_count())
+        text, memory = run("infer", f"--bench {model} --samples {batch} --bench-prompt {context}", os.cpu_count())
         lines = {line.split()[0]: line.split() for line in text.splitlines()}
         points.append({"batch": batch, "context": context, "decode": float(lines["decode"][1]), "prompt": float(lines["prompt"][1]),
                        "cache_mb": float(lines["state"][1]), "recurrent_mb": float(lines["state"][7]), "peak_memory": memory})
@@ -241,10 +245,7 @@ def compare(experiment, seed, again):
 
 def run_all(todo, jobs, job):
     """todo: (experiment, seed)s. Timed ones last, one at a time."""
-    expected = []
-    for experiment in {id(e): e for e, _ in todo}.values():
-        expected += [line["seconds"] for line in read_results(experiment["name"]).values() if "seconds" in line]
-    start, done, spent = time.monotonic(), 0, []
+    start, done = time.monotonic(), 0
     timed = [item for item in todo if "decode" in item[0]]
     timed.sort(key=lambda item: item[1])  # round by round, so that a ratio is of neighbours
     rest = [item for item in todo if "decode" not in item[0]]
@@ -260,7 +261,6 @@ def run_all(todo, jobs, job):
                 for future in concurrent.futures.as_completed(waiting):
                     (experiment, seed), said, seconds = future.result()
                     done += 1
-                    spent.append(seconds)
                     left = (time.monotonic() - start) / done * (len(todo) - done)
                     print(f"{done}/{len(todo)}  {experiment['name']}, seed {seed}: {said}, {seconds:.0f} s; about {left / 60:.0f} minutes left",
                           flush=True)
@@ -280,9 +280,7 @@ def main():
     parser.add_argument("--smoke", action="store_true", help="two steps of each, kept nowhere")
     parser.add_argument("--again", type=int, metavar="SEED", help="run this seed once more from scratch, keep nothing, compare")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side (%(default)s)")
-    parser.add_argument("--programs", default=programs, metavar="DIR", help="where train, infer and data_prep are")
     arguments = parser.parse_args()
-    globals()["programs"] = arguments.programs
     if arguments.jobs < 1:
         fail(f"--jobs {arguments.jobs}: must be at least 1")
     experiments = [e for e in read_experiments() if not arguments.names or any(e["name"].startswith(n) for n in arguments.names)]
@@ -295,16 +293,17 @@ def main():
         return
     for name in (signal.SIGINT, signal.SIGTERM):  # also where a shell has them ignored
         signal.signal(name, signal.default_int_handler)
-    os.makedirs(WORK, exist_ok=True)
-    lock = open(f"{WORK}/lock", "w")
+    anew = arguments.smoke or arguments.again is not None
+    folder = f"{WORK}/{'smoke' if arguments.smoke else 'again' if anew else 'runs'}"
+    os.makedirs(folder, exist_ok=True)
+    lock = open(f"{folder}/lock", "w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        fail(f"{WORK}/lock: another tools/replicate.py is at work")
-    folder = f"{WORK}/runs"
-    if arguments.smoke or arguments.again is not None:
-        folder = f"{WORK}/{'smoke' if arguments.smoke else 'again'}"
-        shutil.rmtree(folder, ignore_errors=True)
+        fail(f"{folder}: another tools/replicate.py is at work there")
+    if anew:
+        for name in os.listdir(folder):
+            shutil.rmtree(f"{folder}/{name}", ignore_errors=True)
         todo = [(e, seeds(e)[0] if arguments.smoke else arguments.again) for e in experiments]
     else:
         todo = [(e, seed) for e in experiments for seed in seeds(e) if seed not in finished(e)]

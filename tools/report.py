@@ -289,7 +289,7 @@ def better(claim, paper, left, right, measure=validation, more=False):
     return [claim, paper, text, judged]
 
 
-def claims():
+def claim_rows():
     rows = [better("MoE-Mamba has a lower loss than Mamba", "-0.10", "five/moe-mamba", "five/mamba"),
             better("Mamba has a lower loss than the Transformer", "-0.15", "five/mamba", "five/transformer"),
             better("MoE-Mamba has a lower loss than Transformer-MoE", "-0.13", "five/moe-mamba", "five/transformer-moe"),
@@ -315,10 +315,24 @@ def claims():
     for what, paper, ratio_here in speeds:
         sound = "-" if math.isnan(ratio_here) else "holds" if ratio_here > 1.05 else "contradicted" if ratio_here < 0.95 else "does not show at this size"
         rows.append([what, paper, "-" if math.isnan(ratio_here) else f"{ratio_here:.2f} x", sound])
-    return table(["claim", "paper", "here", ""], rows)
+    return rows
 
 
-TABLES = {f.__name__: f for f in (setup, claims, five, rates, experts, ratio, router, mixcon, conba, context, throughput, memory)}
+def claims():
+    return table(["claim", "paper", "here", ""], claim_rows())
+
+
+def headline():
+    rows = [[title, PAPER_FIVE[name][0], shown(values(f"five/{name}").values()), PAPER_FIVE[name][1],
+             "100 %" if name == "mamba" else ", ".join(map(percent, shares_of(f"five/{name}")))] for name, title in FIVE.items()]
+    verdicts = [row[-1] for row in claim_rows()]
+    count = lambda text: verdicts.count(text)
+    return table(["", "loss in the paper", "here", "steps to Mamba's loss in the paper", "here, by seed"], rows) + (
+        f"\n\nOf {len(verdicts) - count('-')} claims that were tried, {count('holds')} hold here, {count('does not show at this size')} do not show, "
+        f"{count('contradicted')} are contradicted.")
+
+
+TABLES = {f.__name__: f for f in (setup, claims, headline, five, rates, experts, ratio, router, mixcon, conba, context, throughput, memory)}
 
 
 def fill(text):
