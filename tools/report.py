@@ -344,14 +344,19 @@ def fill(text):
 
 # ---- pictures
 
-def band(axis, name, label, key="loss", color=None, **style):
+def smooth(numbers, reach=2):
+    """Each with its neighbours, as many on either side as there are on the shorter one."""
+    return [statistics.mean(numbers[i - near:i + near + 1]) for i in range(len(numbers)) for near in [min(reach, i, len(numbers) - 1 - i)]]
+
+
+def band(axis, name, label, key="loss"):
     """A quantity over training: mean of the seeds, and from the least to the greatest."""
     lines = [line for _, line in sorted(RESULTS.get(name, {}).items()) if key in line]
     if not lines:
         return
     tokens = [step * lines[0]["tokens_per_step"] / 1e6 for step in lines[0]["step"]]
-    columns = list(zip(*(line[key] for line in lines)))
-    color = axis.plot(tokens, [statistics.mean(column) for column in columns], label=label, color=color, **style)[0].get_color()
+    columns = list(zip(*(smooth(line[key]) for line in lines)))
+    color = axis.plot(tokens, [statistics.mean(column) for column in columns], label=label)[0].get_color()
     axis.fill_between(tokens, [min(column) for column in columns], [max(column) for column in columns], alpha=0.2, color=color, linewidth=0)
 
 
@@ -421,7 +426,7 @@ def picture_router(pyplot):
     lowest = [min(line["loss"]) for name in ROUTERS for line in RESULTS.get(name, {}).values()]
     if lowest:
         loss.set_ylim(min(lowest) - 0.05, min(lowest) + 1.4)
-    load.set_ylim(bottom=1)
+    load.set_ylim(bottom=0.9)
     finish(load, "load of 8 experts over training", "million tokens", "fullest expert over the mean")
     finish(loss, "training loss", "million tokens", "nats a token")
     return figure
