@@ -113,9 +113,10 @@ def millions(number):
     return f"{number / 1e6:.2f} M"
 
 
-FIVE = {"transformer": "Transformer", "mamba-mlp": "Mamba-MLP", "mamba": "Mamba", "transformer-moe": "Transformer-MoE", "moe-mamba": "MoE-Mamba"}
-PAPER_FIVE = {"transformer": ("3.66", "> 100 %"), "mamba-mlp": ("3.56", "> 100 %"), "mamba": ("3.51", "100 %"), "transformer-moe": ("3.54", "> 100 %"),
-              "moe-mamba": ("3.41", "46 %")}
+FIVE = {"five/transformer": "Transformer", "five/mamba-mlp": "Mamba-MLP", "five/mamba": "Mamba", "five/transformer-moe": "Transformer-MoE",
+        "five/moe-mamba": "MoE-Mamba, 8 experts", "experts/32": "MoE-Mamba, 32 experts"}
+PAPER_FIVE = {"five/transformer": ("3.66", "> 100 %"), "five/mamba-mlp": ("3.56", "> 100 %"), "five/mamba": ("3.51", "100 %"),
+              "five/transformer-moe": ("3.54 (32 experts)", "> 100 %"), "five/moe-mamba": ("3.51", "91 %"), "experts/32": ("3.41", "46 %")}
 
 
 def percent(share):
@@ -131,33 +132,25 @@ def shares_of(name):
 def five():
     rows = []
     for name, title in FIVE.items():
-        lines = list(RESULTS.get(f"five/{name}", {}).values())
-        if not lines:
-            continue
-        gap, shares = differences(f"five/{name}", "five/mamba"), shares_of(f"five/{name}")
-        own = best_rate(name)
-        rows.append([title, millions(lines[0]["parameters"]), millions(lines[0]["active_parameters"]), shown(values(f"five/{name}").values()),
-                     "" if name == "mamba" else shown(gap), ", ".join(percent(share) for share in shares) if name != "mamba" else "100 %",
-                     f"{own[1]:.3f} at {own[0]}", *PAPER_FIVE[name]])
-    return table(["", "parameters", "active", "validation loss", "less Mamba's", "steps to Mamba's loss, by seed", "best learning rate (seed 1)", "paper (25M, E = 32): loss",
-                  "steps"], rows)
+        lines = list(RESULTS.get(name, {}).values())
+        if lines:
+            rows.append([title, millions(lines[0]["parameters"]), millions(lines[0]["active_parameters"]), shown(values(name).values()),
+                         "" if name == "five/mamba" else shown(differences(name, "five/mamba")), steps(name), *PAPER_FIVE[name]])
+    return table(["", "parameters", "active", "validation loss", "less Mamba's", "steps to Mamba's loss, by seed", "paper (25M): loss", "steps"], rows)
+
+
+def steps(name):
+    return "100 %" if name == "five/mamba" else ", ".join(map(percent, shares_of(name)))
 
 
 RATES = ("2e-3", "4e-3", "8e-3")
 
 
-def at_rate(model, rate):
-    return values(f"five/{model}" if rate == "4e-3" else f"lr/{model}-{rate}").get(1)
-
-
-def best_rate(model):
-    known = {rate: at_rate(model, rate) for rate in RATES if at_rate(model, rate) is not None}
-    return min(known.items(), key=lambda item: item[1]) if known else ("-", math.nan)
-
-
 def rates():
-    return table(["", *RATES], [[title, *(f"{at_rate(name, rate):.3f}" if at_rate(name, rate) is not None else "-" for rate in RATES)]
-                                for name, title in FIVE.items()])
+    def cell(name, rate):
+        found = values(name if rate == "4e-3" else f"lr/{name.split('/')[1]}-{rate}").get(1)
+        return "-" if found is None else f"{found:.3f}"
+    return table(["", *RATES], [[title.split(",")[0], *(cell(name, rate) for rate in RATES)] for name, title in FIVE.items() if name != "experts/32"])
 
 
 EXPERTS = (1, 2, 4, 8, 16, 32)
@@ -290,14 +283,15 @@ def better(claim, paper, left, right, measure=validation, more=False):
 
 
 def claim_rows():
-    rows = [better("MoE-Mamba has a lower loss than Mamba", "-0.10", "five/moe-mamba", "five/mamba"),
+    rows = [better("MoE-Mamba, 32 experts, has a lower loss than Mamba", "-0.10", "experts/32", "five/mamba"),
+            better("MoE-Mamba, 8 experts, has a lower loss than Mamba-MLP", "-0.05", "five/moe-mamba", "five/mamba-mlp"),
             better("Mamba has a lower loss than the Transformer", "-0.15", "five/mamba", "five/transformer"),
-            better("MoE-Mamba has a lower loss than Transformer-MoE", "-0.13", "five/moe-mamba", "five/transformer-moe"),
+            better("MoE-Mamba has a lower loss than Transformer-MoE", "-0.13 (32 experts)", "five/moe-mamba", "five/transformer-moe"),
             better("Mamba has a lower loss than Mamba-MLP", "-0.05", "five/mamba", "five/mamba-mlp")]
-    shares = shares_of("five/moe-mamba")
+    shares = shares_of("experts/32")
     if len(shares) >= 3:
         sound = "holds" if max(shares) < 1 else "contradicted" if min(shares) > 1 else "does not show at this size"
-        rows.append(["MoE-Mamba reaches Mamba's loss in fewer steps", "46 %; 43 % at 100M", ", ".join(map(percent, shares)), sound])
+        rows.append(["MoE-Mamba, 32 experts, reaches Mamba's loss in fewer steps", "46 %; 43 % at 100M", ", ".join(map(percent, shares)), sound])
     rows += [better("32 experts have a lower loss than 8", "-0.03", "experts/32", "five/moe-mamba"),
              better("8 experts have a lower loss than 1", "-0.07", "five/moe-mamba", "experts/1"),
              better("One after the other beats in parallel, 8 experts", "-0.03", "five/moe-mamba", "experts/8-parallel"),
@@ -323,8 +317,7 @@ def claims():
 
 
 def headline():
-    rows = [[title, PAPER_FIVE[name][0], shown(values(f"five/{name}").values()), PAPER_FIVE[name][1],
-             "100 %" if name == "mamba" else ", ".join(map(percent, shares_of(f"five/{name}")))] for name, title in FIVE.items()]
+    rows = [[title, PAPER_FIVE[name][0], shown(values(name).values()), PAPER_FIVE[name][1], steps(name)] for name, title in FIVE.items()]
     verdicts = [row[-1] for row in claim_rows()]
     count = lambda text: verdicts.count(text)
     return table(["", "loss in the paper", "here", "steps to Mamba's loss in the paper", "here, by seed"], rows) + (
@@ -385,13 +378,13 @@ def finish(axis, title, x, y=None, legend=True):
 def picture_five(pyplot):
     figure, (curves, end) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained", width_ratios=(3, 2))
     for name, title in FIVE.items():
-        band(curves, f"five/{name}", title)
-    lowest = [min(line["loss"]) for name in FIVE for line in RESULTS.get(f"five/{name}", {}).values()]
+        band(curves, name, title)
+    lowest = [min(line["loss"]) for name in FIVE for line in RESULTS.get(name, {}).values()]
     if lowest:
         curves.set_ylim(min(lowest) - 0.05, min(lowest) + 1.8)
     finish(curves, "training loss (band: three seeds)", "million tokens", "nats a token")
     for i, (name, title) in enumerate(FIVE.items()):
-        group = list(values(f"five/{name}").values())
+        group = list(values(name).values())
         if group:
             end.plot(group, [i] * len(group), "o", markersize=5, alpha=0.6, color=f"C{i}")
             end.plot([statistics.mean(group)], [i], "|", markersize=22, color=f"C{i}")
