@@ -504,7 +504,7 @@ struct JsonLines {
 // Tasks: examples without end, of random letters, that ask for something in their own context. Each has `length` tokens, end-of-text first, and
 // before every answer a '=': only what follows one can be known.
 //   recall      pairs of a key and its value, then keys again: "ak bt ... b=t a=k ..." without the spaces (associative recall)
-//   induction   random letters, among them once '!' and a letter after it; at the end "!=" and that letter (induction heads)
+//   induction   random letters, among them '!' and a letter after it; then, now and again, "!=" and that letter (induction heads)
 //   copying     8 letters among dots, then "=" and each of them in turn (selective copying)
 struct Task {
     static constexpr char kAnswerMark = '=';
@@ -518,6 +518,7 @@ struct Task {
     void shuffle(std::string& letters) {
         for (size_t i = letters.size(); i > 1; i--) std::swap(letters[i - 1], letters[draw(int(i))]);
     }
+    std::string padded(const std::string& text) const { return text + std::string(length - 1 - text.size(), '.'); }
     std::string recall() {
         const int pairs = std::min(26, length / 8);
         std::string keys = "ABCDEFGHIJKLMNOPQRSTUVWXYZ", values, text;
@@ -527,14 +528,17 @@ struct Task {
             const int i = draw(pairs);
             text += {keys[i], kAnswerMark, values[i]};
         }
-        return text + std::string(length - 1 - text.size(), '.');
+        return padded(text);
     }
     std::string induction() {
+        const char after = letter();
         std::string text;
-        while (int(text.size()) < length - 4) text += letter();
-        const int at = draw(length - 6);
-        text[at] = '!';
-        return text + "!" + kAnswerMark + text[at + 1];
+        for (int i = draw(length / 4); i > 0; i--) text += letter();
+        text += {'!', after};
+        while (int(text.size()) + 6 < length)
+            if (draw(6) == 0) text += {'!', kAnswerMark, after};
+            else text += letter();
+        return padded(text + '!' + kAnswerMark + after);
     }
     std::string copying() {
         const int answers = 2 * kCopied, dots = length - 1 - answers - kCopied;
