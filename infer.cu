@@ -221,6 +221,8 @@ static void answer(Model& model, const Tokenizer& tokenizer, const std::string& 
 // The validation split of a dataset in windows of T tokens, or of a task's examples: mean loss, and how often a target is more probable than all
 // other tokens together.
 static void score(Model& model, const Dataset& data, const Options& options) {
+    if (data.tokenizer.vocab > model.config.vocab)
+        fail("--score %s: its tokens are %d, the model's %d", options.score.c_str(), data.tokenizer.vocab, model.config.vocab);
     const int T = options.score_length > 0 ? options.score_length : data.answer_mark >= 0 ? data.example_tokens : 256;
     const int64_t windows = std::min((data.val->count - 1) / T, (options.score_tokens - 1) / T + 1);
     if (windows < 1) fail("--score: %lld tokens of validation, one window needs %d", (long long)data.val->count, T + 1);

@@ -712,6 +712,8 @@ TEST_CASE("tasks: examples with answers, of which alone there is a loss") {
     at.refuse("train", Arguments{"--data", at / "recall-64", "--out", at / "bad", "--seq-len", "96"} + kModel, {"--seq-len 96", "64"});
     at.refuse("infer", {"--checkpoint", at / "run", "--score", at / "recall-64", "--score-length", "5000"}, {"--score", "1920"});
     at.refuse("infer", {"--checkpoint", at / "run", "--score", at / "missing"}, {at / "missing"});
+    at.succeed("data_prep", {"--input", at / "text.txt", "--output", at / "bpe", "--train-tokenizer", "300", "--val-fraction", "0.1"});
+    at.refuse("infer", {"--checkpoint", at / "run", "--score", at / "bpe"}, {at / "bpe", "257"});
     at.refuse("infer", {"--checkpoint", at / "run", "--score", at / "recall-64", "--bench"}, {"--score"});
     at.refuse("infer", {"--checkpoint", at / "run", "--score-length", "8"}, {"--score-length", "--score"});
     at.refuse("infer", {"--checkpoint", at / "run", "--bench-prompt", "8"}, {"--bench-prompt", "--bench"});
