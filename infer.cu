@@ -229,16 +229,10 @@ static void score(Model& model, const Dataset& data, const Options& options) {
     const int64_t rows = 8192, B = std::clamp<int64_t>(rows / T, 1, windows);
     double loss = 0;
     int64_t targets_seen = 0, right = 0;
-    std::vector<int> window(T + 1), tokens(B * T), targets(B * T);
+    std::vector<int> tokens(B * T), targets(B * T);
     for (int64_t first = 0; first < windows; first += B) {
         std::fill(targets.begin(), targets.end(), -1);
-        for (int64_t b = 0; b < std::min(B, windows - first); b++) {
-            data.val->read(window.data(), (first + b) * T, T + 1);
-            for (int t = 0; t < T; t++) {
-                tokens[b * T + t] = window[t];
-                if (data.answer_mark < 0 || window[t] == data.answer_mark) targets[b * T + t] = window[t + 1];
-            }
-        }
+        for (int64_t b = 0; b < std::min(B, windows - first); b++) data.window(*data.val, first + b, T, &tokens[b * T], &targets[b * T]);
         const std::vector<real> losses = model.token_losses(tokens.data(), targets.data(), int(B), T);
         for (int64_t i = 0; i < B * T; i++) {
             if (targets[i] < 0) continue;

@@ -74,14 +74,13 @@ struct Run {
 // in an epoch. The order of an epoch is a pure function of seed and epoch, so a position is just the number of sequences drawn: to
 // resume, the step is enough.
 struct Loader {
+    const Dataset& data;
     const TokenStream& stream;
     const int T;
     const int64_t windows;
-    const int answer_mark;  // of a task: only what follows it is a target. -1: everything is
-    std::vector<int> window;
 
-    Loader(const TokenStream& stream, int T, const char* what, int answer_mark = -1)
-        : stream(stream), T(T), windows(std::max<int64_t>(stream.count - 1, 0) / T), answer_mark(answer_mark), window(T + 1) {
+    Loader(const Dataset& data, const TokenStream& stream, int T, const char* what)
+        : data(data), stream(stream), T(T), windows(std::max<int64_t>(stream.count - 1, 0) / T) {
         if (windows < 1)
             fail("%s data: %lld tokens, but one sequence needs --seq-len + 1 = %d; use more text or a shorter --seq-len", what,
                  (long long)stream.count, T + 1);
@@ -105,9 +104,7 @@ struct Loader {
     }
     int64_t evaluated(int64_t tokens) const { return std::min(windows, (tokens - 1) / T + 1); }  // windows that hold so many, or all
     void read(int* tokens, int* targets, int64_t index) {  // (T), (T)
-        stream.read(window.data(), index * T, T + 1);
-        std::copy_n(window.begin(), T, tokens);
-        for (int t = 0; t < T; t++) targets[t] = answer_mark < 0 || window[t] == answer_mark ? window[t + 1] : -1;
+        data.window(stream, index, T, tokens, targets);
     }
 };
 
@@ -693,10 +690,10 @@ static int train(int argc, char** argv) {
                         "those of a model that predicts text, and infer refuses it\n");
     if (data.answer_mark >= 0 && run.seq_len % data.example_tokens)
         fail("--seq-len %d: %s has examples of %d tokens; it must be a multiple of that", run.seq_len, options.data[0].c_str(), data.example_tokens);
-    Loader train(*data.train, run.seq_len, "training", data.answer_mark);
+    Loader train(data, *data.train, run.seq_len, "training");
     std::unique_ptr<Loader> val;
     if (options.eval_every > 0 && data.val->count > 0) {
-        val = std::make_unique<Loader>(*data.val, run.seq_len, "validation", data.answer_mark);
+        val = std::make_unique<Loader>(data, *data.val, run.seq_len, "validation");
         std::vector<int> tokens(run.seq_len), targets(run.seq_len);  // what is wrong with them must not end a run after its first steps
         for (int64_t i = 0; i < val->evaluated(options.eval_tokens); i++) val->read(tokens.data(), targets.data(), i);
     }

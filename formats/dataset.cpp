@@ -101,6 +101,13 @@ Dataset::Dataset(const std::string& directory) {
     fingerprint = train->fingerprint();
 }
 
+void Dataset::window(const TokenStream& stream, int64_t index, int T, int* tokens, int* targets) const {
+    std::vector<int> read(T + 1);
+    stream.read(read.data(), index * T, T + 1);
+    std::copy_n(read.begin(), T, tokens);
+    for (int t = 0; t < T; t++) targets[t] = answer_mark < 0 || read[t] == answer_mark ? read[t + 1] : -1;
+}
+
 Dataset::Dataset(const std::vector<std::string>& train_files, const std::vector<std::string>& val_files, const std::string& named,
                  int vocab) {
     train = std::make_unique<TokenStream>(train_files, 0);

@@ -43,6 +43,8 @@ struct Dataset {
     // Of a task (data_prep --task): tokens of each example, and the token that stands before each answer. Answers alone are to be predicted.
     int example_tokens = 0, answer_mark = -1;
     explicit Dataset(const std::string& directory);
+    // Of one of its streams the tokens [index T, index T + T), and for each the next, or -1 where that is not to be predicted.
+    void window(const TokenStream& stream, int64_t index, int T, int* tokens, int* targets) const;
     // Token files. named: their tokenizer, as Tokenizer::load; "": none, and the vocabulary is `vocab`, or if that is 0 what llm.c's files have.
     Dataset(const std::vector<std::string>& train, const std::vector<std::string>& val, const std::string& named, int vocab);
 };
