@@ -378,6 +378,7 @@ static std::vector<Input> list_inputs(const std::vector<std::string>& paths, con
             error.clear();  // the output need not exist yet
             const bool ours = is_dataset_file(entry->path().filename().string()) && fs::equivalent(entry->path().parent_path(), output, error);
             error.clear();
+            if (!hidden && !entry->exists()) fail("%s is a link to nothing: remove it", entry->path().c_str());
             if (!hidden && !ours && entry->is_regular_file() && entry->file_size() > 0)
                 found.push_back({entry->path().string(), false, int64_t(entry->file_size())});
         }

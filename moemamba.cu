@@ -3353,7 +3353,7 @@ void Config::resolve() {
     }
     std::string terms;  // in one order, so that equal configs have equal texts
     for (const char* term : kConbaTerms)
-        if (("," + conba + ",").find(std::string(",") + term + ",") != std::string::npos) terms += std::string(terms.empty() ? "" : ",") + term;
+        if (conba_has(term)) terms += std::string(terms.empty() ? "" : ",") + term;
     if (conba != "none" && (terms.empty() || terms.size() != conba.size()))
         fail("--conba %.80s: must be none, or some of selection,control,delay,scaling,noise,adaptation, each once and without spaces",
              printable(conba).c_str());

@@ -156,7 +156,7 @@ struct Config {
     void resolve();                                 // replaces every 0 that means "derived"; fails on what cannot be built
     std::vector<std::string> steps() const;         // {"M", "E", ...}, a parallel group is one entry: "ME"
     int count(char letter) const;                   // how many layers of that kind
-    bool conba_has(const std::string& term) const { return conba.find(term) != std::string::npos; }
+    bool conba_has(const std::string& term) const { return ("," + conba + ",").find("," + term + ",") != std::string::npos; }
     bool expert_choice() const { return routing == "expert-choice"; }
     bool causal() const { return !(expert_choice() && count('E')); }  // or else a token's output depends on later tokens
     int padded_vocab() const { return (vocab + 7) / 8 * 8; }

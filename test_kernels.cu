@@ -691,6 +691,7 @@ Case adamw(int count, int step, bool with_weight) {
 std::vector<Case> selected(std::vector<Case> all) {
     const char* layer = getenv("MOEMAMBA_TEST_LAYER");
     if (layer) std::erase_if(all, [&](const Case& c) { return !c.name.starts_with(layer); });
+    if (all.empty()) fail("MOEMAMBA_TEST_LAYER=%s: no case has a name that begins so", layer);
     return all;
 }
 // Sizes: one element; no multiple of a vector, warp, block or chunk; several of each.

@@ -328,7 +328,7 @@ static void print_decoding(const Table& table, const Decoding& decoding) {
 }
 static void compare(const std::string& presets, const Decoding& decoding) {
     Table table;
-    std::istringstream list(presets);
+    std::istringstream list(presets + ",");  // so that what follows a last comma is a name too, of no preset
     for (std::string name; std::getline(list, name, ',');) table.add(name, find_preset(name).config);
     table.header("");
     table.row("layers", [](Model& m) { return m.config.layers; });

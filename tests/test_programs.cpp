@@ -795,6 +795,8 @@ TEST_CASE("data_prep refuses bad input") {
     refuse({"--input", at / "empty", "--output", out}, {at / "empty", "is empty"});
     refuse({"--input", "-", "--output", out}, {"standard input is empty"});
     refuse({"--input", at / "nothing", "--output", out}, {"no files in"});
+    fs::create_symlink("nowhere", at / "nothing/link.txt");
+    refuse({"--input", at / "nothing", "--output", out}, {"nothing/link.txt", "a link to nothing"});
     refuse({"--input", at / "binary", "--output", out}, {at / "binary", "not text"});
     refuse({"--input", text, "--output", text}, {"cannot create directory"});
     for (const char* bad : {"0.6", "-0.1", "-.1", "nan", "-nan", "inf"})
@@ -1264,6 +1266,7 @@ TEST_CASE("train refuses bad flags") {
         refuse(dry + Arguments{std::string("--memory=") + memory}, {"--memory", "80GB"});
     refuse(dry + Arguments{"--bits", "4"}, {"--bits 4", "8 or 16"});
     refuse({"--dry-run", "--compare", "jamba-tiny,gpt-5"}, {"gpt-5"});
+    refuse({"--dry-run", "--compare", "jamba-tiny,"}, {"--preset"});
     refuse(place + kModel + Arguments{"--memory", "80GB"}, {"--memory", "--dry-run"});
     refuse(place + kModel + Arguments{"--seq-len", "30000"}, {"training data", "--seq-len"});
     refuse(place + kModel + Arguments{"--seq-len", "10000"}, {"validation data", "--seq-len"});
