@@ -172,13 +172,19 @@ def mean_loss(logits, val, T):
                    for i in range(0, count, 16)) / (count * T)
 
 
+def readme_program():
+    """The definitions of its PyTorch program."""
+    program = {}
+    with open(f"{HERE}/../README.md", encoding="utf-8") as f:
+        exec(re.search(r"```python\n(.*?)```", f.read(), re.S).group(1), program)
+    return program
+
+
 def to_transformers(at):
     write_lines(f"{at}/train.jsonl", [open(__file__, encoding="utf-8").read()] * 8)
     run("data_prep", "--input", f"{at}/train.jsonl", "--output", f"{at}/data", "--val-fraction", 0.1)
     val, T = read_tokens(f"{at}/data", "val")[0], 32
-    readme = open(f"{HERE}/../README.md", encoding="utf-8").read()
-    ours = {}
-    exec(re.search(r"```python\n(.*?)```", readme, re.S).group(1), ours)
+    ours = readme_program()
     for name in ("mamba-tiny", "jamba-tiny", "mixtral-tiny", "moe-mamba-tiny", "moe-mamba-parallel-tiny", "transformer-tiny", "mixcon-tiny"):
         folder = f"{at}/{name}"
         run("train", "--data", f"{at}/data", "--out", folder, "--preset", name, "--d-model", 64, "--batch", 4, "--seq-len", T, "--steps", 10, "--lr", 3e-3,
@@ -198,6 +204,40 @@ def to_transformers(at):
         check(f"transformers: its tokenizer", tokenizer.encode("Hé 12", add_special_tokens=False) == list("Hé 12".encode()) and tokenizer.eos_token_id == 256)
         loss = mean_loss(lambda tokens: model(tokens, use_cache=False).logits, val, T)
         check(f"transformers: {name}, validation loss {loss:.6f}, ours {want:.6f}", abs(loss - want) <= 1e-5)
+
+
+def training(at):
+    """The same steps by PyTorch's autograd and AdamW. The data are one batch, so that a step sees all of it, in whatever order."""
+    B, T, steps, lr = 4, 32, 20, 2e-3
+    with open(f"{at}/batch.txt", "w") as f:
+        f.write(__doc__[:B * T])
+    run("data_prep", "--input", f"{at}/batch.txt", "--output", f"{at}/batch", "--val-fraction", 0)
+    windows = torch.from_numpy(read_tokens(f"{at}/batch")[0][:B * T + 1])
+    x, y = windows[:-1].reshape(B, T), windows[1:].reshape(B, T)
+    ours = readme_program()
+    for name in ("moe-mamba-tiny", "transformer-tiny", "mixcon-tiny"):  # SwiGLU: a ReLU that switches in one of the two would part them
+        flags = ["--data", f"{at}/batch", "--preset", name, "--d-model", 64, "--swiglu-ff", 1, "--capacity", 0, "--balance-loss", 0, "--batch", B, "--seq-len", T,
+                 "--schedule", "constant", "--warmup", 1, "--weight-decay", 0.1, "--grad-clip", 0.5, "--peak-flops", 1e11]
+        begin, end = f"{at}/{name}-begin", f"{at}/{name}-end"
+        run("train", *flags, "--out", begin, "--steps", 1, "--lr", 0)  # saves the weights of the initialisation
+        run("train", *flags, "--out", end, "--steps", steps, "--lr", lr)
+        with open(f"{end}/log.jsonl") as log:
+            want = [line["loss"] for line in map(json.loads, log) if line["kind"] == "train"]
+        weights = {key: torch.nn.Parameter(torch.from_numpy(w)) for key, w in load_file(f"{begin}/model.safetensors").items()}
+        ours["load_file"] = lambda path: weights
+        decays = lambda key: "proj" in key and "bias" not in key or any(s in key for s in ("conv1d.weight", "router", "embeddings", "lm_head"))
+        adamw = torch.optim.AdamW([{"params": [w for key, w in weights.items() if decays(key) == yes], "weight_decay": 0.1 * yes} for yes in (0, 1)], lr)
+        losses = []
+        for _ in range(steps):
+            loss = torch.nn.functional.cross_entropy(ours["logits"](begin, x)[..., :257].flatten(0, 1), y.flatten())
+            losses.append(loss.item())
+            adamw.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(weights.values(), 0.5)
+            adamw.step()
+        difference = max(abs(a - b) for a, b in zip(losses, want, strict=True))
+        check(f"README's PyTorch trains as we do: {name}, losses of {steps} steps from {want[0]:.3f} to {want[-1]:.3f}, at most {difference:.1e} apart",
+              difference <= 1e-4 and want[-1] < 0.5 * want[0])
 
 
 def pictures(at):
@@ -220,6 +260,7 @@ def main():
         compressed(at, text)
         from_transformers(at)
         to_transformers(at)
+        training(at)
         pictures(at)
     sys.exit(check.failed > 0)
 
