@@ -114,9 +114,10 @@ def millions(number):
 
 
 FIVE = {"five/transformer": "Transformer", "five/mamba-mlp": "Mamba-MLP", "five/mamba": "Mamba", "five/transformer-moe": "Transformer-MoE",
-        "five/moe-mamba": "MoE-Mamba, 8 experts", "experts/32": "MoE-Mamba, 32 experts"}
+        "five/moe-mamba": "MoE-Mamba, 8 experts", "experts/32": "MoE-Mamba, 32 experts", "experts/32-no-capacity": "the same, no capacity"}
 PAPER_FIVE = {"five/transformer": ("3.66", "> 100 %"), "five/mamba-mlp": ("3.56", "> 100 %"), "five/mamba": ("3.51", "100 %"),
-              "five/transformer-moe": ("3.54 (32 experts)", "> 100 %"), "five/moe-mamba": ("3.51", "91 %"), "experts/32": ("3.41", "46 %")}
+              "five/transformer-moe": ("3.54 (32 experts)", "> 100 %"), "five/moe-mamba": ("3.51", "91 %"), "experts/32": ("3.41", "46 %"),
+              "experts/32-no-capacity": ("", "")}
 
 
 def percent(share):
@@ -150,7 +151,7 @@ def rates():
     def cell(name, rate):
         found = values(name if rate == "4e-3" else f"lr/{name.split('/')[1]}-{rate}").get(1)
         return "-" if found is None else f"{found:.3f}"
-    return table(["", *RATES], [[title.split(",")[0], *(cell(name, rate) for rate in RATES)] for name, title in FIVE.items() if name != "experts/32"])
+    return table(["", *RATES], [[title.split(",")[0], *(cell(name, rate) for rate in RATES)] for name, title in FIVE.items() if name.startswith("five/")])
 
 
 EXPERTS = (1, 2, 4, 8, 16, 32)
