@@ -32,10 +32,27 @@ def fail(message):
 
 
 def read_experiments():
-    file = configparser.ConfigParser()
-    with open(f"{FOLDER}/experiments.ini", encoding="utf-8") as f:
-        file.read_file(f)
-    return [{"name": name, **file[name]} for name in file.sections()]
+    """What an experiment does not say itself, its group says (recall/ of recall/mamba), or else DEFAULT."""
+    file = configparser.RawConfigParser(default_section="")
+    try:
+        with open(f"{FOLDER}/experiments.ini", encoding="utf-8") as f:
+            file.read_file(f)
+    except configparser.Error as e:
+        fail(" ".join(str(e).split()))
+    experiments = []
+    for name in file.sections():
+        group = name[:name.find("/") + 1]
+        if name not in ("DEFAULT", group):
+            e = {"name": name, **file["DEFAULT"], **(file[group] if group in file else {}), **file[name]}
+            try:
+                for key in e:
+                    while "%(" in e[key]:
+                        e[key] %= e
+                definition(e), e["seeds"]
+            except KeyError as missing:
+                fail(f"{FOLDER}/experiments.ini: [{name}] wants {missing}, which nothing says")
+            experiments.append(e)
+    return experiments
 
 
 # ---- results: one JSON line for each run, in one file for each group (the name up to its "/")

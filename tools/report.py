@@ -216,7 +216,7 @@ def conba():
                    shown([line["gain"][-1] for line in RESULTS.get(name, {}).values() if "gain" in line], 2)] for name, title in CONBA.items()])
 
 
-TASKS = {"recall": "recall", "induction": "induction", "copying": "copying"}
+TASKS = ("recall", "induction", "copying")
 LEARNERS = {"transformer": "Transformer (AFAF)", "mamba": "Mamba (MMMM)", "moe-mamba": "MoE-Mamba (MEME)", "conba": "Conba (CFCF)", "jamba": "Mamba and attention (MFAF)",
             "mixcon": "Conba and attention (CFAF)"}
 
