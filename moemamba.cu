@@ -433,6 +433,15 @@ void rmsnorm_forward(floatX* out, real* sum, real* rstd, const real* residual, c
     CHECK_LAUNCH();
 }
 
+// out (C) = the sum of what the block's warps have in shared memory: of_warps (warps, C)
+__device__ void sum_warps(real* out, const real* of_warps, int C) {
+    __syncthreads();
+    for (int c = threadIdx.x; c < C; c += blockDim.x) {
+        real total = 0;
+        for (int w = 0; w < int(blockDim.x) / kWarp; w++) total += of_warps[w * C + c];
+        out[c] = total;
+    }
+}
 // d_x = rstd (g - x rstd^2 mean(g x)), g = weight d_out. The weight's gradient is a sum over rows: each warp keeps that of its rows
 // in shared memory, each block writes one part.   partials (blocks, C)
 template <int width>
@@ -461,12 +470,7 @@ __global__ void rmsnorm_backward_kernel(real* d_sum, floatX* d_branch, real* par
             if (d_branch) store(d_branch + row * C + c, total);
         }
     }
-    __syncthreads();
-    for (int c = threadIdx.x; c < C; c += blockDim.x) {
-        real total = 0;
-        for (int w = 0; w < warps; w++) total += d_weight[w * C + c];
-        partials[int64_t(blockIdx.x) * C + c] = total;
-    }
+    sum_warps(partials + int64_t(blockIdx.x) * C, d_weight, C);
 }
 int rmsnorm_backward_warps(int C) {
     const int64_t most = (48 << 10) / (int64_t(C) * sizeof(real));
@@ -529,12 +533,7 @@ __global__ void slice_norm_backward_kernel(floatX* d_in, real* partials, const f
             d_in[row * n.ld_in + c] = floatX(rstd * (real(d[c]) * n.weight[c] - real(in[c]) * pull));
         }
     }
-    __syncthreads();
-    for (int c = threadIdx.x; c < n.C; c += blockDim.x) {
-        real total = 0;
-        for (int w = 0; w < warps; w++) total += d_weight[w * n.C + c];
-        partials[int64_t(blockIdx.x) * n.C + c] = total;
-    }
+    sum_warps(partials + int64_t(blockIdx.x) * n.C, d_weight, n.C);
 }
 void slice_norm_backward(floatX* d_in, real* d_weight, const floatX* d_out, int ld_d_out, const SliceNorm& n, void* scratch,
                          cudaStream_t stream) {

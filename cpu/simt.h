@@ -946,20 +946,20 @@ template <class T> SIMT_UNWATCHED void check_matrix(const T* memory, unsigned ld
 }
 }
 namespace nvcuda::wmma {
-template <class Use, class T, class Layout>
-void load_matrix_sync(fragment<Use, 16, 16, 16, T, Layout>& f, const T* memory, unsigned ld, SIMT_HERE) {
+template <class Fragment, class T>
+void load_matrix(Fragment& f, const T* memory, unsigned ld, bool by_columns, const simt::Location& where) {
     simt::check_matrix(memory, ld, "load_matrix_sync()", where);
     for (int i = 0, lane = simt::lane(); i < f.num_elements; i++) {
         const unsigned row = simt::matrix_row(lane, i), column = simt::matrix_column(lane, i);
-        f.x[i] = memory[std::is_same_v<Layout, col_major> ? column * ld + row : row * ld + column];
+        f.x[i] = memory[by_columns ? column * ld + row : row * ld + column];
     }
 }
+template <class Use, class T, class Layout>
+void load_matrix_sync(fragment<Use, 16, 16, 16, T, Layout>& f, const T* memory, unsigned ld, SIMT_HERE) {
+    load_matrix(f, memory, ld, std::is_same_v<Layout, col_major>, where);
+}
 inline void load_matrix_sync(fragment<accumulator, 16, 16, 16, float>& f, const float* memory, unsigned ld, layout_t layout, SIMT_HERE) {
-    simt::check_matrix(memory, ld, "load_matrix_sync()", where);
-    for (int i = 0, lane = simt::lane(); i < f.num_elements; i++) {
-        const unsigned row = simt::matrix_row(lane, i), column = simt::matrix_column(lane, i);
-        f.x[i] = memory[layout == mem_col_major ? column * ld + row : row * ld + column];
-    }
+    load_matrix(f, memory, ld, layout == mem_col_major, where);
 }
 inline void fill_fragment(fragment<accumulator, 16, 16, 16, float>& f, float value) {
     for (float& x : f.x) x = value;
