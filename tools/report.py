@@ -287,6 +287,7 @@ def claim_rows():
     rows = [better("MoE-Mamba, 32 experts, has a lower loss than Mamba", "-0.10", "experts/32", "five/mamba"),
             better("MoE-Mamba, 8 experts, has a lower loss than Mamba-MLP", "-0.05", "five/moe-mamba", "five/mamba-mlp"),
             better("Mamba has a lower loss than the Transformer", "-0.15", "five/mamba", "five/transformer"),
+            better("Transformer-MoE has a lower loss than the Transformer", "-0.12 (32 experts)", "five/transformer-moe", "five/transformer"),
             better("MoE-Mamba has a lower loss than Transformer-MoE", "-0.13 (32 experts)", "five/moe-mamba", "five/transformer-moe"),
             better("Mamba has a lower loss than Mamba-MLP", "-0.05", "five/mamba", "five/mamba-mlp")]
     shares = shares_of("experts/32")
