@@ -6,6 +6,7 @@
 
 CommandLine::CommandLine(const std::string& about) : app(std::make_unique<CLI::App>(about)) {
     app->option_defaults()->always_capture_default();
+    app->allow_extras();  // for parse() to name them
 }
 CommandLine::~CommandLine() = default;
 
@@ -43,7 +44,10 @@ bool CommandLine::parse(int argc, char** argv) {
     } catch (const CLI::Success& help) {
         app->exit(help);
         return false;
+    } catch (const CLI::ArgumentMismatch& mismatch) {
+        fail("%s; a flag is given once, with its value", mismatch.what());
     }
+    for (const std::string& unknown : app->remaining()) fail("%s: no flag has this name; --help lists them all", unknown.c_str());
     return true;
 }
 

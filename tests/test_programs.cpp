@@ -811,10 +811,10 @@ TEST_CASE("data_prep refuses bad input") {
         refuse({"--input", text, "--output", out, "--shard-tokens", bad},
                {"--shard-tokens", std::string("'") + bad + "' is not a whole number"});
     for (const char* flag : {"--val-fraction", "--shard-tokens"}) {
-        refuse({"--input", text, "--output", out, flag}, {flag});
-        refuse({"--input", text, "--output", out, flag, "0.1", flag, "0.2"}, {flag});
+        refuse({"--input", text, "--output", out, flag}, {flag, "with its value"});
+        refuse({"--input", text, "--output", out, flag, "0.1", flag, "0.2"}, {flag, "given once"});
     }
-    refuse({"--input", text, "--output", out, "--shuffle"}, {"--shuffle"});
+    refuse({"--input", text, "--output", out, "--shuffle", "7"}, {"error: --shuffle: no flag"});
     const std::string gz = at / "text.gz";
     gzFile file = gzopen(gz.c_str(), "wb");
     const std::string long_text = prose(200000);
