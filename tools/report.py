@@ -151,7 +151,9 @@ def rates():
     def cell(name, rate):
         found = values(name if rate == "4e-3" else f"lr/{name.split('/')[1]}-{rate}").get(1)
         return "-" if found is None else f"{found:.3f}"
-    return table(["", *RATES], [[title.split(",")[0], *(cell(name, rate) for rate in RATES)] for name, title in FIVE.items() if name.startswith("five/")])
+    rows = {name: title.split(",")[0] for name, title in FIVE.items() if name.startswith("five/")}
+    rows |= {"mixcon/2-6": "MixCon, 2 : 6", "mixcon/8-0": "the same depth, attention alone"}
+    return table(["", *RATES], [[title, *(cell(name, rate) for rate in RATES)] for name, title in rows.items()])
 
 
 EXPERTS = (1, 2, 4, 8, 16, 32)
@@ -196,7 +198,7 @@ def router():
                   for name, title in ROUTERS.items()])
 
 
-MIXCON = {"0-8": "0 : 8 (pure Conba)", "1-7": "1 : 7", "2-6": "2 : 6", "8-0": "8 : 0 (attention alone)", "2-6-mamba": "2 : 6, Mamba for Conba"}
+MIXCON = {"0-8": "0 : 8 (pure Conba)", "1-7": "1 : 7", "2-6": "2 : 6", "8-0": "8 : 0 (attention alone, RoPE)", "2-6-mamba": "2 : 6, Mamba for Conba"}
 
 
 def mixcon():
