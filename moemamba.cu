@@ -1642,7 +1642,7 @@ struct LoopThread {
     real skip, dt_bias, delay = 0, output_noise = 0;
     int slowest = 0;  // state, of the least |A|
     real slowest_time;  // 1/a
-    Reals<kStates> A, zeta = {}, gamma = {};
+    Reals<kStates> decay, zeta = {}, gamma = {};  // decay: log2(e) A
     static __host__ __device__ int blocks(int D, int lanes) { return int(ceil_div(D, kLoopThreads / lanes)); }
     __device__ __forceinline__ LoopThread(const ClosedLoop& c, int lanes) : lanes(lanes) {
         const Scan& s = c.plant;
@@ -1655,7 +1655,7 @@ struct LoopThread {
         skip = s.skip[d], dt_bias = s.dt_bias[d];
         if (c.delay) delay = c.delay[d];
         if (c.output_noise) output_noise = c.output_noise[d];
-        A = load_decay(s.A_log, d, n, s.N);
+        decay = load_decay(s.A_log, d, n, s.N);
         const real* const A_log = s.A_log + int64_t(d) * s.N;
         for (int i = 1; i < s.N; i++)
             if (A_log[i] < A_log[slowest]) slowest = i;
@@ -1709,7 +1709,7 @@ __device__ __forceinline__ LoopStep loop_step(const ClosedLoop& c, const LoopThr
     real sum = 0;
     UNROLL for (int j = 0; j < kStates; j++) {
         if (me.n + j >= s.N) break;
-        h.v[j] = power_of_two(delta * me.A.v[j]) * h.v[j] + delta * v * tile.B[t][me.n + j];
+        h.v[j] = power_of_two(delta * me.decay.v[j]) * h.v[j] + delta * v * tile.B[t][me.n + j];
         if (c.state_noise != 0) h.v[j] += c.state_noise * me.noise(c, row, me.n + j);
         const real inside = me.zeta.v[j] * h.v[j] + me.gamma.v[j];
         sum += tile.C[t][me.n + j] * (c.zeta ? h.v[j] * inside * sigmoid(inside) : h.v[j]);
@@ -1815,7 +1815,8 @@ __global__ void __launch_bounds__(kLoopThreads, 1) closed_loop_backward_kernel(C
             Reals<kStates> d_B = {}, d_C = {};
             UNROLL for (int j = 0; j < kStates; j++) {
                 if (me.n + j >= N) break;
-                const real B = tile.B[t][me.n + j], C = tile.C[t][me.n + j], a = power_of_two(delta * me.A.v[j]), decayed = a * kept.h(t, j);
+                const real B = tile.B[t][me.n + j], C = tile.C[t][me.n + j];
+                const real a = power_of_two(delta * me.decay.v[j]), decayed = a * kept.h(t, j);
                 real h_t = decayed + delta * v * B, scaled, d_h = dh.v[j];
                 if (c.state_noise != 0) h_t += c.state_noise * me.noise(c, row, me.n + j);
                 if (c.zeta) {
@@ -1832,7 +1833,7 @@ __global__ void __launch_bounds__(kLoopThreads, 1) closed_loop_backward_kernel(C
                 d_B.v[j] = d_h * delta * v + d_CB * C;
                 d_C.v[j] = d_y * scaled + d_CB * B;
                 dh_B += d_h * B;
-                dh_A += d_h * decayed * me.A.v[j];
+                dh_A += d_h * decayed * me.decay.v[j];
                 d_A.v[j] += d_h * decayed * delta;
                 dh.v[j] = d_h * a;
             }
@@ -1890,7 +1891,7 @@ __global__ void __launch_bounds__(kLoopThreads, 1) closed_loop_backward_kernel(C
     if (d.plant.d_initial_state) me.store(d.plant.d_initial_state, c, me.b, dh, d_k, d_p, &kept.d_y(0), 0);
     const int64_t channel = me.b * s.D + me.d;
     UNROLL for (int j = 0; j < kStates; j++) {
-        d_A.v[j] *= me.A.v[j] * kLn2;  // A is its own derivative by A_log
+        d_A.v[j] *= me.decay.v[j] * kLn2;  // A is its own derivative by A_log
         if (me.n + j == me.slowest) d_A.v[j] += d_slowest;
     }
     if (me.there) {

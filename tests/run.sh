@@ -61,7 +61,7 @@ build = +@tests/run.sh build "$@" $(MAKE) --no-print-directory -f Makefile CUDA=
 step = @tests/run.sh step
 cpu := build/cpu
 
-all: programs-sanitizers kernels-sanitizers nvcc kernels-double kernels-bf16 kernels-float programs peers replication simt simt-sanitizers makefile $(WITHOUT)
+all: programs-sanitizers kernels-sanitizers nvcc kernels-double kernels-bf16 kernels-float programs peers replication simt simt-sanitizers makefile mutants $(WITHOUT)
 
 # What builds share: no two of them may write one file.
 shared:
@@ -98,9 +98,11 @@ nvcc:
 	+$(step) "nvcc and ptxas" $(MAKE) -s -f Makefile ptxas
 makefile:
 	$(step) "Makefile" tests/test_makefile.sh
+mutants:
+	$(step) "each fault of make mutants has its place" tools/mutants.py --list
 gpu-check:
 	$(step) "gpu-check without a GPU" tools/gpu_check.sh
-.PHONY: all shared float double bf16 sanitizers peers replication nvcc makefile gpu-check
+.PHONY: all shared float double bf16 sanitizers peers replication nvcc makefile mutants gpu-check
 END
 
 awk -v seconds=$SECONDS '{ passed += $1; failed += $2 }

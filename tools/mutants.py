@@ -20,7 +20,7 @@ TESTS = "[gpu],[traffic]"
 LAYER_TESTS = "a layer gives the same on the GPU*"  # and of those, the ones of a layer
 BUILD = "build/mutants"
 # A function whose name begins so is tested on its own layer first; most faults show there, and only the others need all tests.
-LAYERS = {"embedding|Embedding|sort_|bucket_of|counting_sort": "embedding", "rmsnorm": "rmsnorm", "slice": "slice_norm",
+LAYERS = {"embedding|Embedding|sort_|bucket_of|counting_sort": "embedding", "rmsnorm|sum_warps": "rmsnorm", "slice": "slice_norm",
           "rotate": "rotate", "attention|Attention|PlainSum|TensorCoreSum|row_sum|row_max|HeadBlock|OnlineSum|with_parts": "attention", "linear|matmul": "linear", "conv|Conv|with_conv": "conv",
           "closed_loop|Loop|loop_": "closed_loop",
           "scan|Scan|exchange|load_states|store_states|load_decay|with_split|State": "scan",
@@ -154,14 +154,13 @@ FAULTS = {
         ("stride", "c += kWarp * width) {\n        auto x = load<width>(sum", "c += 2 * kWarp * width) {\n        auto x = load<width>(sum"),
     ],
     "rmsnorm_forward": [("blocks", "blocks_for(rows, kNormWarps)", "blocks_for(rows, 2 * kNormWarps)")],
+    "sum_warps": [("barrier", "__syncthreads();", ""), ("one warp less", "w < int(blockDim.x) / kWarp", "w < int(blockDim.x) / kWarp - 1")],
     "rmsnorm_backward_kernel": [
         ("not cleared", "store(mine + c, Reals<width>{})", "(void)mine"),
         ("not added up", "store(mine + c, sums)", "store(mine + c, d)"),
-        ("barrier", "__syncthreads();", ""),
         ("sign", "- x.v[j] * pull", "+ x.v[j] * pull"),
         ("scale of the pull", "* scale * scale;", "* scale;"),
         ("scale of the weight's", "d.v[j] * x.v[j] * scale", "d.v[j] * x.v[j]"),
-        ("one warp less", "w < warps", "w < warps - 1"),
         ("weight in dot", "w.v[j] * d.v[j] * x.v[j]", "d.v[j] * x.v[j]"),
         ("rows of later rounds", "row += int64_t(gridDim.x) * warps", "row += rows"),
         ("d_branch", "store(d_branch + row * C + c, total)", "store(d_branch + row * C + c, d)"),
@@ -407,7 +406,7 @@ FAULTS = {
         ("CB of C", "d_y * scaled + d_CB * B", "d_y * scaled"), ("CB of B", "* v + d_CB * C", "* v"), ("zeta", "+ d_inside * me.zeta.v[j]", ""),
         ("channels of a warp", "mask < kWarp; mask *= 2", "mask < kWarp / 2; mask *= 2"), ("absent channels", "me.there ? d_B.v[j] : 0", "d_B.v[j]"), ("barrier", "__syncthreads();\n        const int64_t block", "const int64_t block"),
         ("error of p", "d_p * rho * CB * e + v", "v"), ("error of k", "d_e -= d_action * k_t;", ""), ("smooth sign", "c.eps * c.eps / (length * length * length)", "1 / length"),
-        ("delayed", "kept.d_y(t) += d_action * me.delay;", ""), ("A by A_log", "me.A.v[j] * kLn2;  // A is", "kLn2;  // A is"), ("warps", "warp < kLoopThreads / kWarp; warp++", "warp < 1; warp++"),
+        ("delayed", "kept.d_y(t) += d_action * me.delay;", ""), ("A by A_log", "me.decay.v[j] * kLn2;  // A is", "kLn2;  // A is"), ("warps", "warp < kLoopThreads / kWarp; warp++", "warp < 1; warp++"),
         ("length of B", "(tile.CC[t] / size);", "(tile.BB[t] / size);"), ("length of C", "d_C.v[j] -= d_log", "d_C.v[j] += d_log"), ("dt of rho", " - d_time) *", ") *"),
         ("the slowest", "if (me.n + j == me.slowest) d_A.v[j] += d_slowest;", ""), ("rho of p", "(d_p * delta * CB * e + d_v * action)", "(d_v * action)"),
     ],
@@ -424,8 +423,8 @@ FAULTS = {
                                   ("lanes", "c += kWarp) out", "c += 2 * kWarp) out")],
     "slice_norm_backward_kernel": [
         ("pull", "* rstd * rstd;", "* rstd;"), ("weight in dot", "real(d[c]) * n.weight[c] * real(in[c]);\n        const", "real(d[c]) * real(in[c]);\n        const"),
-        ("first row only", "row += int64_t(gridDim.x) * warps", "row += n.rows"), ("barrier", "__syncthreads();", ""),
-        ("first warp only", "w < warps; w++) total", "w < 1; w++) total"), ("sums begin at 0", "mine[c] = 0", "mine[c] = 1"),
+        ("first row only", "row += int64_t(gridDim.x) * warps", "row += n.rows"),
+        ("sums begin at 0", "mine[c] = 0", "mine[c] = 1"),
         ("its own sums", "d_weight + warp_id() * n.C", "d_weight"),
     ],
     "slice_norm_backward": [("blocks", "reduce_partials(blocks", "reduce_partials(blocks - 1")],
