@@ -565,16 +565,16 @@ struct Options {
 
     void check(const CommandLine& command) const {
         const bool trains = command.has("--train-tokenizer");
-        if (task.empty() && (command.has("--task-length") || command.has("--task-examples"))) fail("--task-length and --task-examples go with --task");
-        if (!task.empty()) {
+        if (!command.has("--task")) {
+            if (command.has("--task-length") || command.has("--task-examples")) fail("--task-length and --task-examples go with --task");
+            if (paths.empty() || output.empty()) fail("--input and --output are required");
+        } else {
             if (task != "recall" && task != "induction" && task != "copying") fail("--task %s: there are recall, induction and copying", task.c_str());
             if (task_length < Task::kLeastLength || task_length > 1 << 20) fail("--task-length %d: must be from %d to 2^20", task_length, Task::kLeastLength);
             if (task_examples < 2) fail("--task-examples %d: must be at least 2", task_examples);
             for (const char* flag : {"--input", "--format", "--field", "--strict", "--tokenizer", "--train-tokenizer"})
                 if (command.has(flag)) fail("--task makes its own text: it does not go with %s", flag);
             if (output.empty()) fail("--output is required");
-        } else if (paths.empty() || output.empty()) {
-            fail("--input and --output are required");
         }
         if (!(fraction >= 0 && fraction <= 0.5)) fail("--val-fraction %g: must be from 0 to 0.5", fraction);
         if (shard_tokens < 1) fail("--shard-tokens %d: must be at least 1", shard_tokens);
@@ -647,14 +647,14 @@ static void make_task(const Options& options) {
     recover(options.output);
     ShardWriter train(options.output, "train", options.shard_tokens, false), val(options.output, "val", options.shard_tokens, false);
     Task task{options.task, options.task_length};
-    const int held_out = std::max(1, int(options.fraction * options.task_examples));
+    const int held_out = options.fraction == 0 ? 0 : std::max(1, int(options.fraction * options.task_examples));
     for (int i = 0; i < options.task_examples; i++) {
         std::vector<int> tokens = {tokenizer.end_of_text};
         tokenizer.encode(tokens, task.example());
         (i < held_out ? val : train).append(tokens.data(), tokens.size());
     }
     JsonObject about;
-    about.set("documents", options.task_examples).set("split", "documents").set("example_tokens", task.length);
+    about.set("documents", options.task_examples).set("split", held_out ? "documents" : "none").set("example_tokens", task.length);
     about.set("answer_mark", int(Task::kAnswerMark));
     write_dataset(options.output, tokenizer, train, val, about);
     printf("%s: %d training and %d validation examples of %s, of %d tokens each\n", options.output.c_str(), options.task_examples - held_out, held_out,

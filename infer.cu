@@ -220,12 +220,17 @@ static void answer(Model& model, const Tokenizer& tokenizer, const std::string& 
 
 // The validation split of a dataset in windows of T tokens, or of a task's examples: mean loss, and how often a target is more probable than all
 // other tokens together.
-static void score(Model& model, const Dataset& data, const Options& options) {
+static void score(Model& model, const Tokenizer& tokenizer, const Dataset& data, const Options& options) {
     if (data.tokenizer.vocab > model.config.vocab)
         fail("--score %s: its tokens are %d, the model's %d", options.score.c_str(), data.tokenizer.vocab, model.config.vocab);
+    if (tokenizer.kind != "none" && !tokenizer.same_as(data.tokenizer))
+        fail("--score %s: its tokens are of another tokenizer than the model's", options.score.c_str());
     const int T = options.score_length > 0 ? options.score_length : data.answer_mark >= 0 ? data.example_tokens : 256;
-    const int64_t windows = std::min((data.val->count - 1) / T, (options.score_tokens - 1) / T + 1);
-    if (windows < 1) fail("--score: %lld tokens of validation, one window needs %d", (long long)data.val->count, T + 1);
+    data.check_length("--score-length", T);
+    const int64_t windows = std::min(data.windows(*data.val, T), (options.score_tokens - 1) / T + 1);
+    if (windows < 1)
+        fail("--score: %lld tokens of validation, one window needs %d; use a shorter --score-length or more text", (long long)data.val->count,
+             T + data.beyond());
     const int64_t rows = 8192, B = std::clamp<int64_t>(rows / T, 1, windows);
     double loss = 0;
     int64_t targets_seen = 0, right = 0;
@@ -383,6 +388,7 @@ static int infer(int argc, char** argv) {
     command.add("--preset", options.preset, "with --bench, instead of --checkpoint: a model of train --list-presets, random weights");
     if (!command.parse(argc, argv)) return 0;
     options.check();
+    if (command.has("--score") && options.score.empty()) fail("--score: of which directory?");
     Config config;
     Tokenizer tokenizer;
     std::unique_ptr<ModelFiles> files;
@@ -425,7 +431,7 @@ static int infer(int argc, char** argv) {
     if (files) model.load(*files);
     else model.initialize(options.sampling.seed);
     if (options.bench) bench(model, prompt, options.samples, options.bench_prompt);
-    else if (!options.score.empty()) score(model, Dataset(options.score), options);
+    else if (!options.score.empty()) score(model, tokenizer, Dataset(options.score), options);
     else if (!options.choices.empty()) answer(model, tokenizer, options.choices);
     else sample(model, tokenizer, prompt, text, options);
     return 0;

@@ -80,10 +80,10 @@ struct Loader {
     const int64_t windows;
 
     Loader(const Dataset& data, const TokenStream& stream, int T, const char* what)
-        : data(data), stream(stream), T(T), windows(std::max<int64_t>(stream.count - 1, 0) / T) {
+        : data(data), stream(stream), T(T), windows(data.windows(stream, T)) {
         if (windows < 1)
-            fail("%s data: %lld tokens, but one sequence needs --seq-len + 1 = %d; use more text or a shorter --seq-len", what,
-                 (long long)stream.count, T + 1);
+            fail("%s data: %lld tokens, but one sequence of --seq-len %d needs %d; use more text or a shorter --seq-len", what,
+                 (long long)stream.count, T, T + data.beyond());
     }
     // Sequence i of an epoch, shuffled: a Feistel network permutes [0, 4^k), the smallest that holds all windows; what falls outside is
     // sent through again until it falls inside. That is a permutation of the windows, in constant memory.
@@ -387,13 +387,16 @@ static double validate(Model& model, Loader& loader, int B, int64_t eval_tokens)
     const int64_t count = loader.evaluated(eval_tokens);
     std::vector<int> tokens(int64_t(B) * T), targets(tokens.size());
     double sum = 0;
+    int64_t counted = 0;  // targets: in a task not every window has as many
     for (int64_t first = 0; first < count; first += B) {
         const int64_t rows = std::min<int64_t>(B, count - first);
         for (int64_t b = 0; b < rows; b++) loader.read(&tokens[b * T], &targets[b * T], first + b);
         std::fill(targets.begin() + rows * T, targets.end(), -1);
-        sum += model.evaluate(tokens.data(), targets.data(), B, T) * double(rows);
+        const int64_t here = int64_t(targets.size()) - std::count(targets.begin(), targets.end(), -1);
+        sum += model.evaluate(tokens.data(), targets.data(), B, T) * double(here);
+        counted += here;
     }
-    return sum / double(count);
+    return sum / double(counted);
 }
 
 static volatile std::sig_atomic_t interrupted = 0;
@@ -688,8 +691,7 @@ static int train(int argc, char** argv) {
     if (!config.causal())
         fprintf(stderr, "warning: with --routing expert-choice a token's experts depend on the tokens after it: losses, validation's too, are not "
                         "those of a model that predicts text, and infer refuses it\n");
-    if (data.answer_mark >= 0 && run.seq_len % data.example_tokens)
-        fail("--seq-len %d: %s has examples of %d tokens; it must be a multiple of that", run.seq_len, options.data[0].c_str(), data.example_tokens);
+    data.check_length("--seq-len", run.seq_len);
     Loader train(data, *data.train, run.seq_len, "training");
     std::unique_ptr<Loader> val;
     if (options.eval_every > 0 && data.val->count > 0) {

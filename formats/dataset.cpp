@@ -83,7 +83,7 @@ void TokenStream::read(int* out, int64_t first, int64_t n) const {
 
 Dataset::Dataset(const std::string& directory) {
     const std::string path = directory + "/" + kDatasetFile;
-    const JsonObject json(read_file(path, "--data: dataset (made by data_prep)"), path);
+    const JsonObject json(read_file(path, "dataset (made by data_prep)"), path);
     JsonObject named;
     int64_t train_tokens = 0, val_tokens = 0;
     json.get("tokenizer", named);
@@ -101,9 +101,14 @@ Dataset::Dataset(const std::string& directory) {
     fingerprint = train->fingerprint();
 }
 
+void Dataset::check_length(const char* flag, int T) const {
+    if (example_tokens > 0 && T % example_tokens)
+        fail("%s %d: must be a multiple of %d, the tokens of an example in the data", flag, T, example_tokens);
+}
+
 void Dataset::window(const TokenStream& stream, int64_t index, int T, int* tokens, int* targets) const {
-    std::vector<int> read(T + 1);
-    stream.read(read.data(), index * T, T + 1);
+    std::vector<int> read(T + 1, -1);
+    stream.read(read.data(), index * T, T + beyond());
     std::copy_n(read.begin(), T, tokens);
     for (int t = 0; t < T; t++) targets[t] = answer_mark < 0 || read[t] == answer_mark ? read[t + 1] : -1;
 }

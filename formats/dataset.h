@@ -5,6 +5,7 @@
 // llm.c's own files can be read without a dataset.json: of GPT-2's tokens (kTokenMagic, version 1), or of Llama 3's (kLlamaMagic, version 7: uint32).
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -43,7 +44,11 @@ struct Dataset {
     // Of a task (data_prep --task): tokens of each example, and the token that stands before each answer. Answers alone are to be predicted.
     int example_tokens = 0, answer_mark = -1;
     explicit Dataset(const std::string& directory);
-    // Of one of its streams the tokens [index T, index T + T), and for each the next, or -1 where that is not to be predicted.
+    // A stream in windows of T tokens. That of a text reads a token more, which its last one is to predict; behind a task's example nothing is.
+    int beyond() const { return example_tokens > 0 ? 0 : 1; }
+    int64_t windows(const TokenStream& stream, int T) const { return std::max<int64_t>(stream.count - beyond(), 0) / T; }
+    void check_length(const char* flag, int T) const;  // fails if T tokens are no whole examples
+    // The tokens [index T, index T + T), and for each the next, or -1 where that is not to be predicted.
     void window(const TokenStream& stream, int64_t index, int T, int* tokens, int* targets) const;
     // Token files. named: their tokenizer, as Tokenizer::load; "": none, and the vocabulary is `vocab`, or if that is 0 what llm.c's files have.
     Dataset(const std::vector<std::string>& train, const std::vector<std::string>& val, const std::string& named, int vocab);

@@ -693,15 +693,23 @@ TEST_CASE("tasks: examples with answers, of which alone there is a loss") {
     CHECK(out.find("bits a byte") == std::string::npos);
     CHECK(losses(at / "run").back() > 2.8);
     CHECK(losses(at / "run").back() < 3.6);  // log 26 = 3.26
-    const auto score = [&](const Arguments& flags) {
+    const auto score = [&](const std::string& model, const std::string& data) {
         double loss = 0;
         char unit[8];
-        const std::string text = at.succeed("infer", Arguments{"--checkpoint", at / "run"} + flags).out, after = text.substr(text.find(": ") + 2);
+        const std::string text = at.succeed("infer", {"--checkpoint", at / model, "--score", at / data}).out, after = text.substr(text.find(": ") + 2);
         CHECK(sscanf(after.c_str(), "%lf %7s", &loss, unit) == 2);
         CHECK(std::string(unit) == "nats");
         return loss;
     };
-    CHECK(std::abs(score({"--score", at / "copying-257"}) - losses(at / "run", "val").back()) < 1e-5);
+    CHECK(out.find("270 sequences of 257") != std::string::npos);
+    CHECK(std::abs(score("run", "copying-257") - losses(at / "run", "val").back()) < 1e-5);
+    // In induction the examples have unequal numbers of answers, and every answer counts alike.
+    at.succeed("train", Arguments{"--data", at / "induction-64", "--out", at / "uneven", "--seq-len", "64", "--batch", "7", "--steps", "9", "--lr", "1e-2",
+                                  "--eval-every", "9", "--peak-flops", "1e11"} + kModel);
+    CHECK(std::abs(score("uneven", "induction-64") - losses(at / "uneven", "val").back()) < 1e-5);
+    at.succeed("data_prep", {"--task", "recall", "--task-examples", "2", "--val-fraction", "0", "--output", at / "all"});
+    CHECK(at.succeed("train", Arguments{"--data", at / "all", "--out", at / "two", "--seq-len", "64", "--batch", "2", "--steps", "1", "--peak-flops", "1e11"} + kModel)
+              .out.find("2 sequences of 64, 1.00 epochs; no validation") != std::string::npos);
     CHECK(at.succeed("infer", {"--checkpoint", at / "run", "--score", at / "copying-257", "--score-tokens", "1"}).out.find("of 8 targets above one half, in 1 windows") !=
           std::string::npos);
     make_data(at);
@@ -710,10 +718,14 @@ TEST_CASE("tasks: examples with answers, of which alone there is a loss") {
     CHECK(std::abs(std::stod(text.substr(text.find(": ") + 2)) - losses(at / "text", "val").back()) < 1e-5);
 
     at.refuse("train", Arguments{"--data", at / "recall-64", "--out", at / "bad", "--seq-len", "96"} + kModel, {"--seq-len 96", "64"});
-    at.refuse("infer", {"--checkpoint", at / "run", "--score", at / "recall-64", "--score-length", "5000"}, {"--score", "1920"});
+    at.refuse("infer", {"--checkpoint", at / "run", "--score", at / "recall-64", "--score-length", "6400"}, {"--score", "1920", "6400"});
+    at.refuse("infer", {"--checkpoint", at / "run", "--score", at / "recall-64", "--score-length", "33"}, {"--score-length 33", "64"});
+    at.refuse("infer", {"--checkpoint", at / "run", "--score", ""}, {"--score"});
     at.refuse("infer", {"--checkpoint", at / "run", "--score", at / "missing"}, {at / "missing"});
     at.succeed("data_prep", {"--input", at / "text.txt", "--output", at / "bpe", "--train-tokenizer", "300", "--val-fraction", "0.1"});
     at.refuse("infer", {"--checkpoint", at / "run", "--score", at / "bpe"}, {at / "bpe", "257"});
+    at.succeed("data_prep", {"--input", at / "text.txt", "--output", at / "bpe", "--train-tokenizer", "257", "--val-fraction", "0.1"});
+    at.refuse("infer", {"--checkpoint", at / "run", "--score", at / "bpe"}, {at / "bpe", "another tokenizer"});
     at.refuse("infer", {"--checkpoint", at / "run", "--score", at / "recall-64", "--bench"}, {"--score"});
     at.refuse("infer", {"--checkpoint", at / "run", "--score-length", "8"}, {"--score-length", "--score"});
     at.refuse("infer", {"--checkpoint", at / "run", "--bench-prompt", "8"}, {"--bench-prompt", "--bench"});
@@ -737,11 +749,29 @@ TEST_CASE("tasks: examples with answers, of which alone there is a loss") {
     }
 }
 
+static bool skips_python(const char* what) {
+    const bool skips = sanitized() || system("python3 -c '' 2> /dev/null") != 0;
+    if (skips) printf("skipped: %s (no python3, or under AddressSanitizer, which takes too long)\n", what);
+    return skips;
+}
+// Runs a tool where there is a docs/replication; its output goes to files out and err.
+static int run_tool(const Workplace& at, const std::string& before, const std::string& tool, const std::string& flags) {
+    const std::string programs = fs::path(program("train")).parent_path().string();
+    const std::string command = "cd '" + at.path.string() + "' && PROGRAMS_DIR='" + programs + "' " + before + " '" + fs::absolute(tool).string() + "' " + flags +
+                                " > out 2> err";
+    return WEXITSTATUS(system(command.c_str()));
+}
+static void refuse_tool(const Workplace& at, const std::string& tool, const std::string& flags, const std::string& phrase) {
+    CHECK(run_tool(at, "", tool, flags) == 1);
+    const std::string said = read_text(at / "err");
+    INFO(said << "expected: " << phrase);
+    CHECK(said.starts_with("error: "));
+    CHECK(said.find('\n') == said.size() - 1);
+    CHECK(said.find(phrase) != std::string::npos);
+}
+
 TEST_CASE("experiments that are stopped go on, those that are done are left alone, and come out again bit for bit") {
-    if (sanitized() || system("python3 -c '' 2> /dev/null") != 0) {
-        printf("skipped: tools/replicate.py (no python3, or under AddressSanitizer, which takes too long)\n");
-        return;
-    }
+    if (skips_python("tools/replicate.py")) return;
     const Workplace at;
     fs::create_directories(at / "docs/replication");
     write_text(at / "docs/replication/experiments.ini",
@@ -749,11 +779,7 @@ TEST_CASE("experiments that are stopped go on, those that are done are left alon
                "run = --batch 4 --seq-len 32 --steps 1500 --lr 1e-2\nmeanwhile = --eval-every 500 --eval-tokens 512 --save-every 20\n"
                "[one/mamba]\nflags = --layers M --d-model 16\n[two/conba]\nflags = --layers CE --d-model 16\ngains = 32 64\n"
                "[three]\nseeds = 1\ndecode = 1:8 2:8\nflags = --preset mamba-tiny\n");
-    const auto replicate = [&](const std::string& before, const std::string& flags) {
-        const std::string command = "cd '" + at.path.string() + "' && PROGRAMS_DIR='" + fs::path(program("train")).parent_path().string() + "' " + before + " '" +
-                                    fs::absolute("tools/replicate.py").string() + "' " + flags + " > out 2> err";
-        return WEXITSTATUS(system(command.c_str()));
-    };
+    const auto replicate = [&](const std::string& before, const std::string& flags) { return run_tool(at, before, "tools/replicate.py", flags); };
     int stopped = 0;
     while (replicate("timeout -s INT " + std::to_string(2 + stopped), "one two") != 0) {
         INFO(read_text(at / "err"));
@@ -777,8 +803,61 @@ TEST_CASE("experiments that are stopped go on, those that are done are left alon
     CHECK(read_text(at / "out").starts_with("1/1  three, seed 1: measured"));
     CHECK(read_text(at / "docs/replication/results/one.jsonl") == one);
     CHECK(Json::parse(read_text(at / "docs/replication/results/three.jsonl")).at("points").size() == 2);
-    CHECK(replicate("", "four") == 1);
-    CHECK(read_text(at / "err") == "error: no experiment of docs/replication/experiments.ini begins with four\n");
+    const auto refuse = [&](const std::string& flags, const std::string& phrase) { refuse_tool(at, "tools/replicate.py", flags, phrase); };
+    refuse("one four", "no experiment of docs/replication/experiments.ini begins with four");
+    refuse("one --again 3", "one/mamba: no result of seed 3");
+    refuse("--again 1", "three: is timed");
+    refuse("--list --smoke", "not allowed with");
+    const std::string results = at / "docs/replication/results/one.jsonl", ini = at / "docs/replication/experiments.ini", experiments = read_text(ini);
+    for (const std::string bad : {"{\"name\":\"one/mamba\",\"seed\":1", "garbage", "", "[1]", "{\"name\":\"one/mamba\",\"definition\":\"\"}"}) {
+        write_text(results, one + bad + "\n");
+        refuse("--list", "one.jsonl, line 3: ");
+    }
+    write_text(results, one.substr(0, one.find("\"data\":\"") + 8) + "0" + one.substr(one.find("\"data\":\"") + 8));
+    write_text(ini, experiments + "[one/other]\nflags = --layers M --d-model 8\n");
+    refuse("one/other", "another version of the texts");
+    write_text(results, one);
+    for (const auto& [line, phrase] : std::vector<std::pair<std::string, std::string>>{
+             {"run = %(run)s", "wants run, which wants itself"}, {"run = --steps %(stepps)s", "wants stepps, which nothing says"}, {"stepps = 5", "stepps is no key"},
+             {"run = --steps %(seeds", "run cannot be"}, {"seeds = 1 x", "seeds cannot be '1 x'"}, {"seeds =", "seeds cannot be"}, {"seeds = 1 1", "a seed twice"},
+             {"data = french", "data cannot be 'french'"}, {"decode = 2048", "decode cannot be '2048'"}, {"gains = x", "gains cannot be"},
+             {"flags = --layers 'M", "No closing quotation"}, {"flags", "experiments.ini"}}) {
+        write_text(ini, experiments + "[four]\n" + (line.starts_with("flags") ? "" : "flags = --layers M\n") + line + "\n");
+        refuse("--list", phrase);
+    }
+    write_text(ini, "[one]\nflags = --layers M\nseeds = 1\n");
+    refuse("--list", "wants data");
+    fs::remove(ini);
+    refuse("--list", "experiments.ini: No such file");
+}
+
+TEST_CASE("the pages of experiments are what their results say") {
+    if (skips_python("tools/report.py")) return;
+    const Workplace at;
+    fs::create_directory(at / "docs");
+    const auto restore = [&] {
+        fs::remove_all(at / "docs/replication");
+        fs::copy("docs/replication", at / "docs/replication", fs::copy_options::recursive);
+        for (const char* page : {"README.md", "docs/replication.md"}) fs::copy_file(page, at / page, fs::copy_options::overwrite_existing);
+    };
+    const auto refuse_after = [&](const std::string& command, const std::string& phrase) {
+        INFO(command);
+        restore();
+        CHECK(system(("cd '" + at.path.string() + "' && " + command).c_str()) == 0);
+        refuse_tool(at, "tools/report.py", "--check", phrase);
+    };
+    restore();
+    CHECK(run_tool(at, "", "tools/report.py", "--check") == 0);
+    refuse_after("sed -i '0,/± 0.0/s//± 0.1/' docs/replication.md", "docs/replication.md is not what the results say");
+    refuse_after("sed -i '/<!-- headline -->/,$s/± 0.0/± 0.1/' README.md", "README.md is not what the results say");
+    refuse_after("sed -i '/<!-- five -->/d' docs/replication.md", "<!-- five --> and <!-- /five -->");
+    refuse_after("rm docs/replication/five.svg", "five.svg is missing");
+    refuse_after("truncate -s 300 docs/replication/five.svg", "five.svg is missing or damaged");
+    refuse_after("sed -i '1s/\"validation\".*\\]\\]/\"validation\":[[3000,4.5]]/' docs/replication/results/five.jsonl", "is not what the results say");
+    refuse_after("sed -i '2s/\"data\":\"/&0/' docs/replication/results/five.jsonl", "of other tokens");
+    refuse_after("echo garbage >> docs/replication/results/five.jsonl", "five.jsonl, line");
+    refuse_after("sed -i '1s/\"parameters\"/\"parametres\"/' docs/replication/results/five.jsonl", "a line has no 'parameters'");
+    refuse_after("sed -i '/^\\[five\\/mamba\\]/,/^flags/s/48/56/' docs/replication/experiments.ini", "defines otherwise");
 }
 
 TEST_CASE("data_prep refuses bad input") {
@@ -812,7 +891,7 @@ TEST_CASE("data_prep refuses bad input") {
                {"--shard-tokens", std::string("'") + bad + "' is not a whole number"});
     for (const char* flag : {"--val-fraction", "--shard-tokens"}) {
         refuse({"--input", text, "--output", out, flag}, {flag, "with its value"});
-        refuse({"--input", text, "--output", out, flag, "0.1", flag, "0.2"}, {flag, "given once"});
+        refuse({"--input", text, "--output", out, flag, "0", flag, "0"}, {flag, "given once"});
     }
     refuse({"--input", text, "--output", out, "--shuffle", "7"}, {"error: --shuffle: no flag"});
     const std::string gz = at / "text.gz";

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Runs the experiments of docs/replication/experiments.ini, or those whose names begin with one of the arguments.
+"""Runs the experiments of docs/replication/experiments.ini, or those that the arguments name: each names one, or else all that begin so.
 
     tools/replicate.py [NAME...] [--list] [--smoke] [--again SEED] [--jobs N]
 
@@ -10,11 +10,13 @@ the folder PROGRAMS_DIR, or here."""
 import argparse
 import concurrent.futures
 import configparser
+import contextlib
 import fcntl
 import glob
 import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -24,6 +26,7 @@ import threading
 import time
 
 FOLDER, WORK = "docs/replication", "build/replicate"
+EXPERIMENTS = f"{FOLDER}/experiments.ini"
 CURVE_POINTS = 60
 
 
@@ -31,44 +34,56 @@ def fail(message):
     sys.exit(f"error: {message}")
 
 
+class Failed(Exception):  # of one experiment, while others run
+    pass
+
+
+# ---- experiments: what each key's value looks like; other keys are words to put in the place of %(KEY)s
+DATA = r"english|(recall|induction|copying)-\d+"
+KEYS = {"flags": r"--.*", "seeds": r"\d+( \d+)*", "data": DATA, "run": r"--.*", "meanwhile": r"--.*", "score": rf"({DATA})( ({DATA}))*", "gains": r"\d+( \d+)*",
+        "decode": r"\d+:\d+( \d+:\d+)*"}
+
+
 def read_experiments():
     """What an experiment does not say itself, its group says (recall/ of recall/mamba), or else DEFAULT."""
     file = configparser.RawConfigParser(default_section="")
     try:
-        with open(f"{FOLDER}/experiments.ini", encoding="utf-8") as f:
+        with open(EXPERIMENTS, encoding="utf-8") as f:
             file.read_file(f)
-    except configparser.Error as e:
-        fail(" ".join(str(e).split()))
+    except (configparser.Error, UnicodeDecodeError) as e:
+        fail(f"{EXPERIMENTS}: {' '.join(str(e).split())}")
+    words = {word for section in file.sections() for value in file[section].values() for word in re.findall(r"%\((\w+)\)s", value)}
     experiments = []
     for name in file.sections():
-        group = name[:name.find("/") + 1]
-        if name not in ("DEFAULT", group):
-            e = {"name": name, **file["DEFAULT"], **(file[group] if group in file else {}), **file[name]}
+        where, group = f"{EXPERIMENTS}: [{name}]", name[:name.find("/") + 1]
+        for key in file[name]:
+            if key not in KEYS and key not in words:
+                fail(f"{where}: {key} is no key, and nothing has %({key})s in it")
+        if name in ("DEFAULT", group):
+            continue
+        said = {}
+        for section in ("DEFAULT", group, name):
+            said.update(file[section] if section in file else {})
+
+        def filled(key, within=()):
+            if key not in said or key in within:
+                fail(f"{where} wants {key}, " + ("which nothing says" if key not in said else "which wants itself"))
+            return re.sub(r"%\((\w+)\)s", lambda word: filled(word[1], (*within, key)), said[key])
+
+        e = {"name": name, **{key: filled(key) for key in KEYS if key in said}}
+        for key in ("flags", "seeds") if "decode" in e else ("flags", "seeds", "data", "run", "meanwhile"):
+            filled(key)
+        for key, value in e.items():
+            if key in KEYS and not re.fullmatch(KEYS[key], value) or "%(" in value:
+                fail(f"{where}: {key} cannot be {value!r}")
             try:
-                for key in e:
-                    while "%(" in e[key]:
-                        e[key] %= e
-                definition(e), e["seeds"]
-            except KeyError as missing:
-                fail(f"{FOLDER}/experiments.ini: [{name}] wants {missing}, which nothing says")
-            experiments.append(e)
+                shlex.split(value)
+            except ValueError as wrong:
+                fail(f"{where}: {key}: {wrong}")
+        if len(set(e["seeds"].split())) < len(e["seeds"].split()):
+            fail(f"{where}: a seed twice")
+        experiments.append(e)
     return experiments
-
-
-# ---- results: one JSON line for each run, in one file for each group (the name up to its "/")
-
-def results_of(name):
-    return f"{FOLDER}/results/{name.split('/')[0]}.jsonl"
-
-
-def read_results(name):
-    """Of an experiment, by seed."""
-    try:
-        with open(results_of(name), encoding="utf-8") as f:
-            lines = [json.loads(line) for line in f]
-    except FileNotFoundError:
-        return {}
-    return {line["seed"]: line for line in lines if line["name"] == name}
 
 
 def definition(experiment):
@@ -77,31 +92,76 @@ def definition(experiment):
     return " ".join([experiment["flags"], *(experiment[key] for key in keys if experiment.get(key))])
 
 
+def seeds_of(experiment):
+    return [int(seed) for seed in experiment["seeds"].split()]
+
+
+def named(experiments, names):
+    """Those of these names, or of what begins so; all, if there are no names."""
+    chosen = []
+    for name in names:
+        found = [e for e in experiments if e["name"] == name] or [e for e in experiments if e["name"].startswith(name)]
+        if not found:
+            fail(f"no experiment of {EXPERIMENTS} begins with {name}")
+        chosen += found
+    return [e for e in experiments if e in chosen or not names]
+
+
+# ---- results: one JSON line for each run, in one file for each group (the name up to its "/")
+
+def results_of(name):
+    return f"{FOLDER}/results/{name.split('/')[0]}.jsonl"
+
+
+def read_lines(path):
+    results = []
+    with open(path, "rb") as f:
+        for number, line in enumerate(f, 1):
+            try:
+                result = json.loads(line)
+                result["name"].split, result["seed"] + 0, result["definition"].split
+            except (ValueError, KeyError, TypeError, AttributeError):
+                fail(f"{path}, line {number}: this is no result; remove it, and its experiment is run again")
+            results.append(result)
+    return results
+
+
+def read_results(name):
+    """Of an experiment, by seed."""
+    path = results_of(name)
+    return {line["seed"]: line for line in (read_lines(path) if os.path.exists(path) else []) if line["name"] == name}
+
+
 def finished(experiment):
     return {seed for seed, line in read_results(experiment["name"]).items() if line["definition"] == definition(experiment)}
+
+
+def write_whole(path, text):
+    """The file is whole at any time."""
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path + ".tmp", "w", encoding="utf-8") as f:
+            f.write(text)
+        os.replace(path + ".tmp", path)
+    except OSError as e:
+        with contextlib.suppress(OSError):
+            os.remove(path + ".tmp")
+        raise Failed(f"{path}: {e.strerror}")
 
 
 keeping = threading.Lock()
 
 
 def keep(result):
-    """Puts a line in place of an older one, or at the end; the file is whole at any time."""
+    """Puts a line in place of an older one, or at the end."""
     path = results_of(result["name"])
     with keeping:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        lines = open(path, encoding="utf-8").read().splitlines() if os.path.exists(path) else []
         same = lambda line: (line["name"], line["seed"]) == (result["name"], result["seed"])
-        lines = [line for line in lines if not same(json.loads(line))] + [json.dumps(result, separators=(",", ":"))]
-        with open(path + ".tmp", "w", encoding="utf-8") as f:
-            f.write("\n".join(lines) + "\n")
-        os.replace(path + ".tmp", path)
+        lines = [line for line in (read_lines(path) if os.path.exists(path) else []) if not same(line)] + [result]
+        write_whole(path, "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines))
 
 
 # ---- programs
-
-class Failed(Exception):
-    pass
-
 
 PROGRAMS = os.environ.get("PROGRAMS_DIR", ".")
 running = {}  # processes by pid, for Ctrl-C
@@ -111,7 +171,10 @@ def run(program, flags, threads=1):
     """Its standard output, and its peak memory in bytes."""
     words = [f"{PROGRAMS}/{program}", *shlex.split(flags)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
+    try:
+        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
+    except OSError as e:
+        raise Failed(f"{words[0]}: {e.strerror}; build it with make, or say in PROGRAMS_DIR where it is")
     running[process.pid] = process
     errors = []
     reader = threading.Thread(target=lambda: errors.append(process.stderr.read()))
@@ -122,7 +185,8 @@ def run(program, flags, threads=1):
     reader.join()
     del running[process.pid]
     if process.returncode:
-        raise Failed(f"{' '.join(words)}\n{errors[0].strip()}")
+        reason = errors[0].strip().split("\n")[-1].removeprefix("error: ") if process.returncode > 0 else f"killed by signal {-process.returncode}"
+        raise Failed(f"{reason}: {' '.join(words)}")
     return out, usage.ru_maxrss * 1024
 
 
@@ -187,6 +251,16 @@ def summary(log):
     return result
 
 
+def check_data(experiment, experiments):
+    """What is kept of others on this data must be of the same tokens."""
+    mine = fingerprint(prepare(experiment["data"], False))
+    for other in experiments:
+        for seed, line in read_results(other["name"]).items() if other.get("data") == experiment["data"] and "decode" not in other else ():
+            if line.get("data") != mine:
+                raise Failed(f"{experiment['data']}: its tokens are not those of {other['name']}, seed {seed}: another version of the texts. "
+                             f"Move {FOLDER}/results away to begin anew")
+
+
 def run_folder(folder, experiment, seed):
     """Of another definition it is another, so that no run goes on as what it did not begin."""
     return f"{folder}/{experiment['name']}/{seed}-{hashlib.sha256(definition(experiment).encode()).hexdigest()[:8]}"
@@ -203,6 +277,10 @@ def train(experiment, seed, smoke, folder):
         if smoke:
             flags = last_of_each(flags + " --steps 2 --batch 1 --eval-every 0")
     _, memory = run("train", f"--data {data} --out {out} {flags}")
+    with open(f"{out}/peak_memory", "a+") as f:  # also of a run that is complete, and only looked at again
+        f.write(f"{memory}\n")
+        f.seek(0)
+        memory = max(map(int, f))
     result = {"data": fingerprint(data), "peak_memory": memory, **summary(f"{out}/log.jsonl")}
     for name in experiment.get("score", "").split():
         text, _ = run("infer", f"--checkpoint {out} --score {prepare(name, smoke)} --score-tokens 131072")
@@ -246,9 +324,7 @@ def perform(experiment, seed, smoke, folder):
 
 
 def compare(experiment, seed, again):
-    kept = read_results(experiment["name"]).get(seed)
-    if not kept or "decode" in experiment:
-        return "no result to compare it with"
+    kept = read_results(experiment["name"])[seed]
     if kept["data"] != again["data"]:
         difference = "other data"
     elif all(kept.get(key) == again.get(key) for key in ("loss", "validation", "score", "gains")):
@@ -292,22 +368,26 @@ def run_all(todo, jobs, job):
 def main():
     argparse.ArgumentParser.error = lambda self, message: fail(message)
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="experiments whose names begin so; all, if there is none")
-    parser.add_argument("--list", action="store_true", help="print what there is, and what is done")
-    parser.add_argument("--smoke", action="store_true", help="two steps of each, kept nowhere")
-    parser.add_argument("--again", type=int, metavar="SEED", help="run this seed once more from scratch, keep nothing, compare")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="an experiment, or what the names of several begin with; all, if there is none")
+    modes = parser.add_mutually_exclusive_group()
+    modes.add_argument("--list", action="store_true", help="print what there is, and what is done")
+    modes.add_argument("--smoke", action="store_true", help="two steps of each, kept nowhere")
+    modes.add_argument("--again", type=int, metavar="SEED", help="run this seed once more from scratch, keep nothing, compare")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side (%(default)s)")
     arguments = parser.parse_args()
     if arguments.jobs < 1:
         fail(f"--jobs {arguments.jobs}: must be at least 1")
-    experiments = [e for e in read_experiments() if not arguments.names or any(e["name"].startswith(n) for n in arguments.names)]
-    if not experiments:
-        fail(f"no experiment of {FOLDER}/experiments.ini begins with {' or '.join(arguments.names)}")
-    seeds = lambda e: [int(seed) for seed in e["seeds"].split()]
+    every = read_experiments()
+    experiments = named(every, arguments.names)
     if arguments.list:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
         for e in experiments:
-            print(f"{e['name']:32} {len(finished(e) & set(seeds(e)))} of {len(seeds(e))} seeds  {definition(e)}")
+            print(f"{e['name']:32} {len(finished(e) & set(seeds_of(e)))} of {len(seeds_of(e))} seeds  {definition(e)}")
         return
+    if arguments.again is not None:
+        for e in experiments:
+            if "decode" in e or arguments.again not in finished(e):
+                fail(f"{e['name']}: " + ("is timed, and never the same" if "decode" in e else f"no result of seed {arguments.again} to compare with"))
     for name in (signal.SIGINT, signal.SIGTERM):  # also where a shell has them ignored
         signal.signal(name, signal.default_int_handler)
     anew = arguments.smoke or arguments.again is not None
@@ -321,11 +401,13 @@ def main():
     if anew:
         for name in os.listdir(folder):
             shutil.rmtree(f"{folder}/{name}", ignore_errors=True)
-        todo = [(e, seeds(e)[0] if arguments.smoke else arguments.again) for e in experiments]
+        todo = [(e, seeds_of(e)[0] if arguments.smoke else arguments.again) for e in experiments]
     else:
-        todo = [(e, seed) for e in experiments for seed in seeds(e) if seed not in finished(e)]
+        todo = [(e, seed) for e in experiments for seed in seeds_of(e) if seed not in finished(e)]
 
     def job(experiment, seed):
+        if not anew and "decode" not in experiment:
+            check_data(experiment, every)
         result = perform(experiment, seed, arguments.smoke, folder)
         if arguments.smoke:
             return "runs"
@@ -344,4 +426,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except OSError as wrong:
+        fail(f"{wrong.filename or 'a file'}: {wrong.strerror}")

@@ -7,34 +7,36 @@ A table stands between <!-- NAME --> and <!-- /NAME -->. Pictures need matplotli
 import argparse
 import glob
 import io
-import json
 import math
 import os
 import re
 import statistics
 import sys
 
-FOLDER = "docs/replication"
+from replicate import FOLDER, Failed, definition, fail, read_experiments, read_lines, seeds_of, write_whole
+
 PAGES = ("docs/replication.md", "README.md")
-
-
-def fail(message):
-    sys.exit(f"error: {message}")
+RESULTS = {}  # {experiment: {seed: line}}
 
 
 # ---- results
 
-def read_results():
-    """{experiment: {seed: line}}"""
-    results = {}
+def read_results(check):
+    """Those of experiments as they are defined now. On one dataset all have seen the same tokens."""
+    experiments = {e["name"]: e for e in read_experiments()}
+    of_data, others = {}, 0
     for path in sorted(glob.glob(f"{FOLDER}/results/*.jsonl")):
-        with open(path, encoding="utf-8") as f:
-            for line in map(json.loads, f):
-                results.setdefault(line["name"], {})[line["seed"]] = line
-    return results
-
-
-RESULTS = read_results()
+        for line in read_lines(path):
+            e = experiments.get(line["name"])
+            if not e or line["seed"] not in seeds_of(e) or line["definition"] != definition(e):
+                others += 1
+                continue
+            if "decode" not in e and of_data.setdefault(e["data"], line["data"]) != line["data"]:
+                fail(f"{path}: {line['name']}, seed {line['seed']}, is of other tokens than the results before it, and cannot be compared with them")
+            RESULTS.setdefault(line["name"], {})[line["seed"]] = line
+    if others:
+        text = f"{FOLDER}/results: {others} of experiments that experiments.ini does not have, or defines otherwise"
+        fail(text) if check else print(f"note: {text}, are left out", file=sys.stderr)
 
 
 def validation(line):
@@ -107,6 +109,10 @@ def steps_to_reach(line, loss):
 
 def table(header, rows):
     return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in [header, ["---"] * len(header), *rows])
+
+
+def or_dash(x, digits):
+    return "-" if math.isnan(x) else f"{x:.{digits}f}"
 
 
 def millions(number):
@@ -247,7 +253,7 @@ BATCHES, CONTEXTS = (1, 2, 4, 8, 16), (1024, 2048, 4096, 16384, 65536)
 def throughput():
     def row(title, batch, context):
         speeds = {model: measured(model, batch, context) for model in ("mixtral", "jamba", "mixcon")}
-        return [title, *(f"{speed:.0f}" for speed in speeds.values()), f"{speeds['mixcon'] / speeds['mixtral']:.2f}", f"{speeds['mixcon'] / speeds['jamba']:.2f}"]
+        return [title, *(or_dash(speed, 0) for speed in speeds.values()), *(or_dash(speeds["mixcon"] / speeds[other], 2) for other in ("mixtral", "jamba"))]
     rows = [row(f"{batch} at once, 2K", batch, 2048) for batch in BATCHES] + [row(f"1, {context // 1024}K", 1, context) for context in CONTEXTS if context != 2048]
     return table(["sequences, context", "Mixtral", "Jamba", "MixCon", "MixCon / Mixtral", "MixCon / Jamba"], rows)
 
@@ -258,7 +264,7 @@ def memory():
         for what, key, scale, digits in (("ms a token", "decode", None, 1), ("keys and values, MB", "cache_mb", 1, 1), ("recurrent state, MB", "recurrent_mb", 1, 2),
                                          ("peak memory, MB", "peak_memory", 1e-6, 0)):
             numbers = [measured(model, 1, context, key) for context in CONTEXTS]
-            cells = ["-" if math.isnan(x) else f"{1000 / x if scale is None else x * scale:.{digits}f}" for x in numbers]
+            cells = [or_dash(1000 / x if scale is None else x * scale, digits) for x in numbers]
             rows.append([f"{title}: {what}", *cells])
     return table(["one sequence, context", *(f"{context // 1024}K" for context in CONTEXTS)], rows)
 
@@ -266,9 +272,9 @@ def memory():
 def setup():
     lines = [line for seeds in RESULTS.values() for line in seeds.values()]
     trained = [line for line in lines if "steps" in line]
-    if not trained:
-        return "No results yet."
     english = [line for line in trained if "score" not in line]
+    if not english:
+        return "No results on text yet."
     tokens = sorted({line["steps"] * line["tokens_per_step"] for line in english})
     return table(["runs", "core hours", "tokens of a run", "minutes of a run, one core", "peak memory of a run"],
                  [[len(lines), f"{sum(line['seconds'] for line in trained) / 3600:.1f}", " or ".join(millions(x) for x in tokens),
@@ -332,11 +338,25 @@ def headline():
 TABLES = {f.__name__: f for f in (setup, claims, headline, five, rates, experts, ratio, router, mixcon, conba, context, throughput, memory)}
 
 
-def fill(text):
-    """The page with its tables as the results have them."""
+def read(path):
+    """"" if there is no such file."""
+    if not os.path.exists(path):
+        return ""
+    with open(path, encoding="utf-8") as f:
+        return f.read()
+
+
+def fill(pages):
+    """The pages with their tables as the results have them."""
     for name, make in TABLES.items():
-        text = re.sub(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda found: found[1] + "\n" + make() + "\n\n" + found[2], text, flags=re.DOTALL)
-    return text
+        places = 0
+        for path, text in pages.items():
+            table_of = lambda found: found[1] + "\n" + make() + "\n\n" + found[2]
+            pages[path], here = re.subn(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", table_of, text, flags=re.DOTALL)
+            places += here
+        if places != 1:
+            fail(f"{' and '.join(pages)}: the lines <!-- {name} --> and <!-- /{name} --> must stand there once, they do {places} times")
+    return pages
 
 
 # ---- pictures
@@ -524,10 +544,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--check", action="store_true", help="change nothing; fail if anything is not what the results say")
     arguments = parser.parse_args()
-    made = {}
-    for page in PAGES:
-        with open(page, encoding="utf-8") as f:
-            made[page] = fill(f.read())
+    read_results(arguments.check)
+    try:
+        made = fill({page: read(page) for page in PAGES})
+    except KeyError as missing:
+        fail(f"{FOLDER}/results: a line has no {missing}")
     try:
         import matplotlib
     except ImportError:
@@ -537,14 +558,15 @@ def main():
         matplotlib.rcParams.update({"svg.hashsalt": "moemamba", "svg.fonttype": "none"})  # the same results, the same file
         for name, make in PICTURES.items():
             made[f"{FOLDER}/{name}.svg"] = draw(make, matplotlib)
+    for path in (f"{FOLDER}/{name}.svg" for name in PICTURES):
+        if arguments.check and not read(path).endswith("</svg>\n"):
+            fail(f"{path} is missing or damaged: make replicate-report")
     for path, text in made.items():
-        old = open(path, encoding="utf-8").read() if os.path.exists(path) else ""
+        old = read(path)
         if old == text:
             continue
         if not arguments.check:
-            with open(path + ".tmp", "w", encoding="utf-8") as f:
-                f.write(text)
-            os.replace(path + ".tmp", path)
+            write_whole(path, text)
             print(path)
         elif not path.endswith(".svg") or f"matplotlib {matplotlib.__version__}<" in old:  # another version draws otherwise
             fail(f"{path} is not what the results say: make replicate-report")
@@ -553,4 +575,9 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except Failed as wrong:
+        fail(wrong)
+    except OSError as wrong:
+        fail(f"{wrong.filename or 'a file'}: {wrong.strerror}")
