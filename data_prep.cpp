@@ -734,6 +734,6 @@ static int data_prep(int argc, char** argv) {
 }
 
 int main(int argc, char** argv) {
-    set_up_threads(argv);
+    set_up_libraries(argv);
     return run_main(data_prep, argc, argv);
 }

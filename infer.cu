@@ -438,6 +438,6 @@ static int infer(int argc, char** argv) {
 }
 
 int main(int argc, char** argv) {
-    set_up_threads(argv);
+    set_up_libraries(argv);
     return run_main(infer, argc, argv);
 }

@@ -725,6 +725,6 @@ static int train(int argc, char** argv) {
 }
 
 int main(int argc, char** argv) {
-    set_up_threads(argv);
+    set_up_libraries(argv);
     return run_main(train, argc, argv);
 }

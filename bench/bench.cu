@@ -207,4 +207,7 @@ static int body(int argc, char** argv) {
     return 0;
 }
 
-int main(int argc, char** argv) { return run_main(body, argc, argv); }
+int main(int argc, char** argv) {
+    set_up_libraries(argv);
+    return run_main(body, argc, argv);
+}

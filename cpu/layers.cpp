@@ -27,7 +27,10 @@
 namespace cpu {
 namespace {
 
-std::string machine() { return std::string("cpu in ") + kPrecision + ", threads: " + std::to_string(omp_get_max_threads()); }
+std::string machine() {
+    const std::string blas = blas_processor();
+    return std::string("cpu in ") + kPrecision + ", threads: " + std::to_string(omp_get_max_threads()) + (blas.empty() ? "" : ", BLAS for " + blas);
+}
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }

@@ -22,9 +22,10 @@ struct NotFlushed : Error {  // all is written and has its name, but the directo
 std::string printable(const std::string& text);                              // control characters as \\n, \\x1b ...: what others wrote
 int run_main(int (*body)(int, char**), int argc, char** argv);  // prints "error: ..." to stderr, returns 1; also if stdout was not written
 
-// ---- threads: how they wait, and their stacks. The first call in the main() of a program that computes: see files.cpp. Starts the program
-// anew, if need be.
-void set_up_threads(char** argv);
+// ---- what libraries read from the environment as they are loaded: how threads wait, and their stacks; for which processor OpenBLAS computes.
+// The first call in the main() of a program that computes: see files.cpp. Starts the program anew, if need be.
+void set_up_libraries(char** argv);
+std::string blas_processor();  // as OpenBLAS calls it; "" of another BLAS
 
 // ---- numbers. The whole text as a decimal number. Not std::errc(): it is none, or out of T's range.
 template <class T>
