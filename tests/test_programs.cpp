@@ -316,8 +316,10 @@ TEST_CASE("how threads wait: the environment decides, or else the program, which
     const Variables by_itself = seen({});
     CHECK(by_itself.count("GOMP_SPINCOUNT") == 1);
     CHECK(by_itself.count("OMP_WAIT_POLICY") == 0);
-#ifdef __x86_64__  // an OpenBLAS that does not know the processor is told which it may take it for
-    if (!getenv("OPENBLAS_CORETYPE")) CHECK(by_itself.count("OPENBLAS_CORETYPE") == (blas_processor() == "Prescott" && __builtin_cpu_supports("avx2")));
+#ifdef __x86_64__  // an OpenBLAS that does not know the processor has been told which it may take it for
+    const std::string model = read_text(at / "run/model.safetensors");
+    CHECK(model.find(", BLAS for ") != std::string::npos);
+    CHECK((model.find(", BLAS for Prescott") == std::string::npos || !__builtin_cpu_supports("avx2")));
 #endif
     for (const Variables& waits : {Variables{{"GOMP_SPINCOUNT", "77"}}, Variables{{"OMP_WAIT_POLICY", "active"}}}) {
         Variables given = waits;
