@@ -218,21 +218,28 @@ inline V sigmoid(V x) {
     }
 }
 
+// k of x = 2^k (1 + f), sqrt(1/2) < 1 + f < sqrt(2)
+template <class V>
+inline auto log2_floor(V x) { return (to_bits(x) - to_bits(0.70710678f)) >> 23; }
+// log(2^k (1 + f)): Cephes' polynomial
+template <class V>
+inline V log_of(V f, decltype(to_bits(V())) k) {
+    const V n = from_bits(k + to_bits(kRound)) - kRound;
+    V p = f * 7.0376836292e-2f - 1.1514610310e-1f;
+    for (const float c : {1.1676998740e-1f, -1.2420140846e-1f, 1.4249322787e-1f, -1.6668057665e-1f, 2.0000714765e-1f,
+                          -2.4999993993e-1f, 3.3333331174e-1f})
+        p = p * f + c;
+    return f + (f * f * (f * p - 0.5f) + n * kLn2Low) + n * kLn2High;
+}
+
 // log(1 + exp(x)), with all its digits where that is tiny too
 template <class V>
 inline V softplus(V x) {
     if constexpr (!kOwnExp) return each_lane(x, [](real x) { return x > 20 ? x : std::log1p(std::exp(x)); });
     else {
         const V e = exp(x), u = 1 + e;
-        // log u, with u = 2^k (1 + f) and sqrt(1/2) < 1 + f < sqrt(2) (Cephes' polynomial), plus what rounding took from u
-        const auto k = (to_bits(u) - to_bits(0.70710678f)) >> 23;
-        const V f = from_bits(to_bits(u) - (k << 23)) - 1, n = from_bits(k + to_bits(kRound)) - kRound;
-        V p = f * 7.0376836292e-2f - 1.1514610310e-1f;
-        for (const float c : {1.1676998740e-1f, -1.2420140846e-1f, 1.4249322787e-1f, -1.6668057665e-1f, 2.0000714765e-1f,
-                              -2.4999993993e-1f, 3.3333331174e-1f})
-            p = p * f + c;
-        const V log_u = f + (f * f * (f * p - 0.5f) + n * kLn2Low) + n * kLn2High;
-        return x > 20.0f ? x : log_u + (e - (u - 1)) / u;
+        const auto k = log2_floor(u);
+        return x > 20.0f ? x : log_of(from_bits(to_bits(u) - (k << 23)) - 1, k) + (e - (u - 1)) / u;  // plus what rounding took from u
     }
 }
 
@@ -1078,6 +1085,32 @@ void scan_backward(const ScanGradients& out, const floatX* d_out, const real* d_
 // Selective scan in a closed loop: blocks of channels as in the scan, but time cannot be cut, since the output comes back as input.
 // In lanes past the last channel nothing is read, and what is computed there is not stored.
 constexpr int kMaxLoopStates = kMaxStates + 2 + kMaxDelay;
+// random_normal, with the counters first, first + step, ... in the lanes
+inline vec random_normals(uint64_t seed, uint64_t stream, uint64_t first, uint64_t step) {
+    vec w;
+#ifdef PRECISION_DOUBLE
+    for (int lane = 0; lane < kLanes; lane++) w[lane] = random_normal(seed, stream, first + lane * step);
+#else
+    typedef uint64_t words __attribute__((vector_size(kLanes * 8)));
+    words bits;
+    for (int lane = 0; lane < kLanes; lane++) bits[lane] = lane;
+    bits = random_key(seed, stream) + first * kRandomStep + bits * (step * kRandomStep);
+    mix_bits(bits);
+    const uvec high = __builtin_convertvector(bits >> 32, uvec), low = __builtin_convertvector(bits, uvec);
+    // log u, u = (high + 1) / 2^32. Near 1 it begins with 1 - u, which has all its digits.
+    const vec u = (__builtin_convertvector(high, vec) + 1) * 0x1p-32f, below = __builtin_convertvector(~high, vec) * 0x1p-32f;
+    const ivec k = log2_floor(u);
+    const vec squares = -2 * log_of(k == 0 ? -below : from_bits(to_bits(u) - (k << 23)) - 1, k);
+    // cos(2 pi low / 2^32) = cos(x + quarter pi / 2), |x| <= pi / 4 (Cephes' polynomials)
+    const uvec quarter = (low + (1u << 29)) >> 30;
+    const vec x = __builtin_convertvector((ivec)(low - (quarter << 30)), vec) * float(M_PI * 0x1p-31), z = x * x;
+    const vec cosine = ((2.443315711809948e-5f * z - 1.388731625493765e-3f) * z + 4.166664568298827e-2f) * z * z - 0.5f * z + 1;
+    const vec sine = ((-1.9515295891e-4f * z + 8.3321608736e-3f) * z - 1.6666654611e-1f) * z * x + x;
+    w = (quarter & 1) != 0 ? sine : cosine;
+    w = each_lane(squares, [](real x) { return std::sqrt(x); }) * (((quarter + 1) & 2) != 0 ? -w : w);
+#endif
+    return w;
+}
 struct LoopBlock : ScanBlock {
     vec gain, delay, output_noise, zeta[kMaxStates], gamma[kMaxStates];
     vec slowest = {};  // 1/a, the longest time constant
@@ -1092,9 +1125,8 @@ struct LoopBlock : ScanBlock {
         }
     }
     vec noise(const ClosedLoop& c, int64_t row, int n) const {  // n < N: of a state; N: of the output
-        vec w = {};
-        for (int lane = 0; lane < count; lane++)
-            w[lane] = real(random_normal(c.noise_seed, kNoiseStream, uint64_t((row * c.plant.D + d + lane) * (N + 1) + n)));
+        vec w = random_normals(c.noise_seed, kNoiseStream, uint64_t((row * c.plant.D + d) * (N + 1) + n), uint64_t(N + 1));
+        for (int lane = count; lane < kLanes; lane++) w[lane] = 0;
         return w;
     }
 };

@@ -13,15 +13,25 @@
 
 enum RandomStream : uint64_t { kInitStream = 1, kShuffleStream, kSampleStream, kNoiseStream, kTaskStream };
 
-// The finaliser of splitmix64 (Steele, Lea, Flood 2014), applied to each of the three words in turn.
+// The finaliser of splitmix64 (Steele, Lea, Flood 2014), applied to each of the three words in turn; Word: one of 64 bits, or a vector of them.
+inline constexpr uint64_t kRandomStep = 0x9e3779b97f4a7c15u;  // 2^64 / golden ratio: keeps small words apart
+template <class Word>
+ON_DEVICE_TOO inline void mix_bits(Word& x) {
+    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
+    x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
+    x ^= x >> 31;
+}
+ON_DEVICE_TOO inline uint64_t random_key(uint64_t seed, uint64_t stream) {  // of all draws of a stream
+    uint64_t x = seed + kRandomStep;
+    mix_bits(x);
+    x += stream * kRandomStep;
+    mix_bits(x);
+    return x;
+}
 ON_DEVICE_TOO inline uint64_t random_bits(uint64_t seed, uint64_t stream, uint64_t counter) {
-    constexpr uint64_t kStep = 0x9e3779b97f4a7c15u;  // 2^64 / golden ratio: keeps small words apart
-    const auto mix = [](uint64_t x) {
-        x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
-        x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
-        return x ^ (x >> 31);
-    };
-    return mix(mix(mix(seed + kStep) + stream * kStep) + counter * kStep);
+    uint64_t x = random_key(seed, stream) + counter * kRandomStep;
+    mix_bits(x);
+    return x;
 }
 
 inline double random_uniform(uint64_t seed, uint64_t stream, uint64_t counter) {  // [0, 1), 53 bits
