@@ -12,6 +12,7 @@ import concurrent.futures
 import configparser
 import contextlib
 import fcntl
+import functools
 import glob
 import hashlib
 import json
@@ -36,6 +37,16 @@ def fail(message):
 
 class Failed(Exception):  # of one experiment, while others run
     pass
+
+
+def in_one_line(main):
+    """main(), with its errors said so."""
+    try:
+        main()
+    except Failed as wrong:
+        fail(wrong)
+    except OSError as wrong:
+        fail(f"{wrong.filename or 'a file'}: {wrong.strerror}")
 
 
 # ---- experiments: what each key's value looks like; other keys are words to put in the place of %(KEY)s
@@ -220,6 +231,7 @@ def prepare(data, smoke):
     return folder
 
 
+@functools.cache  # each run asks, and no dataset changes meanwhile
 def fingerprint(folder):
     with open(f"{folder}/train_000000.bin", "rb") as f:
         return hashlib.sha256(f.read()).hexdigest()[:16]
@@ -419,14 +431,9 @@ def main():
 
     try:
         run_all(todo, arguments.jobs, job)
-    except Failed as e:
-        fail(e)
     except KeyboardInterrupt:
         sys.exit("interrupted; the next `make replicate` goes on from here")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except OSError as wrong:
-        fail(f"{wrong.filename or 'a file'}: {wrong.strerror}")
+    in_one_line(main)

@@ -13,7 +13,7 @@ import re
 import statistics
 import sys
 
-from replicate import FOLDER, Failed, definition, fail, read_experiments, read_lines, seeds_of, write_whole
+from replicate import FOLDER, definition, fail, in_one_line, read_experiments, read_lines, seeds_of, write_whole
 
 PAGES = ("docs/replication.md", "README.md")
 RESULTS = {}  # {experiment: {seed: line}}
@@ -575,9 +575,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except Failed as wrong:
-        fail(wrong)
-    except OSError as wrong:
-        fail(f"{wrong.filename or 'a file'}: {wrong.strerror}")
+    in_one_line(main)
