@@ -377,6 +377,13 @@ def run_all(todo, jobs, job):
                 raise
 
 
+def interrupt(*_):
+    """Once: a second signal, as timeout sends it, would end in the midst of what the first began."""
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
 def main():
     argparse.ArgumentParser.error = lambda self, message: fail(message)
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
@@ -401,7 +408,7 @@ def main():
             if "decode" in e or arguments.again not in finished(e):
                 fail(f"{e['name']}: " + ("is timed, and never the same" if "decode" in e else f"no result of seed {arguments.again} to compare with"))
     for name in (signal.SIGINT, signal.SIGTERM):  # also where a shell has them ignored
-        signal.signal(name, signal.default_int_handler)
+        signal.signal(name, interrupt)
     anew = arguments.smoke or arguments.again is not None
     folder = f"{WORK}/{'smoke' if arguments.smoke else 'again' if anew else 'runs'}"
     os.makedirs(folder, exist_ok=True)
