@@ -36,7 +36,7 @@ constexpr bool kDouble = sizeof(floatX) == sizeof(double);
 constexpr double by_precision(double in_double, double in_float, double in_bf16) {
     return kDouble ? in_double : kMixedPrecision ? in_bf16 : in_float;
 }
-constexpr double kClose = by_precision(1e-12, 2e-6, 1e-2);  // of two implementations, ||a - b|| / ||b||
+constexpr double kClose = by_precision(1e-12, 5e-6, 1e-2);  // of two implementations, ||a - b|| / ||b||
 
 const uint64_t seed = getenv("MOEMAMBA_TEST_SEED") ? strtoull(getenv("MOEMAMBA_TEST_SEED"), nullptr, 10) : 1;
 
@@ -162,6 +162,7 @@ struct Array {
             for (int64_t i = 0; i < shape.count(); ++i) all[i] -= get(before.data(), shape.at(i));
         return all;
     }
+    size_t element() const { return before.size() / shape.size(); }  // bytes
 };
 
 constexpr bool accumulated = true;
@@ -174,12 +175,13 @@ class Run {
 
     const Layers& on;
     const cudaStream_t stream;
+    const Body body;
     const bool forward_only;
     std::vector<Array> arrays;
 
     // Inputs, and the first contents of sums, are those given, else random.
     Run(const Layers& on, const Body& body, bool forward_only = false, Given given = nullptr)
-        : on(on), stream(device_stream(on)), forward_only(forward_only), given(std::move(given)) {
+        : on(on), stream(device_stream(on)), body(body), forward_only(forward_only), given(std::move(given)) {
         body(*this);
         on.synchronize(stream);
         for (Array& a : arrays) {
@@ -199,8 +201,7 @@ class Run {
     // A call has left an output of this name where something else was.
     void becomes(const std::string& name, const void* slice) {
         auto was = std::find_if(arrays.begin(), arrays.end(), [&](const Array& a) {
-            const size_t size = a.before.size() / a.shape.size();  // of an element
-            return static_cast<const char*>(a.memory) + a.shape.offset * size == slice && !a.rewritten;
+            return static_cast<const char*>(a.memory) + a.shape.offset * a.element() == slice && !a.rewritten;
         });
         REQUIRE(was != arrays.end());
         Array a = *was;
@@ -811,7 +812,7 @@ void check_memory(const Run& r) {
         INFO(r.on.device << ": " << a.name);
         std::vector<unsigned char> others = a.after;
         if (a.role != Array::input) {
-            const size_t element = a.after.size() / a.shape.size();
+            const size_t element = a.element();
             bool written = true;
             for (int64_t i = 0; i < a.shape.count(); ++i) {
                 const int64_t at = a.shape.at(i);
@@ -824,16 +825,40 @@ void check_memory(const Run& r) {
     }
 }
 
+// The same from inputs that each differ in their last place: what that moves, no implementation can be expected to have closer.
+// Nothing, if another choice was made of them.
+std::optional<Run> rounded_anew(const Run& r) {
+    Run anew(r.on, r.body, r.forward_only, [&](const Array& a) {
+        const Array& was = *r.find(a.name);
+        std::vector<double> values = was.values(was.before);
+        const double unit = was.element() == 2 ? 0x1p-8 : was.element() == 4 ? 0x1p-23 : 0x1p-52;
+        for (size_t i = 0; i < values.size() && !a.integer; ++i)
+            values[i] *= random_uniform(seed, stream_of(a.name + " anew"), i) < 0.5 ? 1 - unit : 1 + unit;
+        return values;
+    });
+    for (size_t i = 0; i < r.arrays.size(); ++i)
+        if (r.arrays[i].integer && anew.arrays[i].after != r.arrays[i].after) return std::nullopt;
+    return anew;
+}
 void check_close(const Run& got, const Run& want) {
     REQUIRE(got.arrays.size() == want.arrays.size());
+    std::optional<std::optional<Run>> anew;  // asked for seldom
     for (size_t i = 0; i < got.arrays.size(); ++i) {
         const Array &a = got.arrays[i], &b = want.arrays[i];
         if (a.role == Array::input || a.rewritten) continue;
         INFO(got.on.device << " against " << want.on.device << ": " << a.name);
-        CHECK(distance(a.values(a.after), b.values(b.after)) <= (a.integer ? 0 : kClose));
-        // Of a sum, what was added too: it may be small beside what was there. Subtracting costs digits: those of the sum.
+        // `result`: of a sum, what was added too: it may be small beside what was there. Subtracting costs digits: those of the sum.
+        const auto check = [&](std::vector<double> (*values)(const Array&), double close) {
+            const double apart = distance(values(a), values(b));
+            if (apart > close && !a.integer) {
+                if (!anew) anew.emplace(rounded_anew(want));
+                if (*anew) close = std::max(close, 8 * distance(values((*anew)->arrays[i]), values(b)));
+            }
+            CHECK(apart <= close);
+        };
+        check([](const Array& a) { return a.values(a.after); }, a.integer ? 0 : kClose);
         if (const double gained = norm(b.result()); a.role == Array::sum && gained > 0)
-            CHECK(distance(a.result(), b.result()) <= kClose * std::max(1.0, norm(b.values(b.after)) / gained));
+            check([](const Array& a) { return a.result(); }, kClose * std::max(1.0, norm(b.values(b.after)) / gained));
     }
 }
 
