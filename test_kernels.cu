@@ -911,6 +911,19 @@ struct Threads {
     explicit Threads(int threads) { omp_set_num_threads(threads); }
     ~Threads() { omp_set_num_threads(before); }
 };
+#if defined(__SSE2__) || defined(__aarch64__)
+TEST_CASE("each of the CPU's threads takes a number below 1e-38 for 0", "[layers][cpu]") {
+    device_stream(cpu::layers);
+    int denormals = 0;
+    const Threads set(3);
+#pragma omp parallel reduction(+ : denormals)
+    {
+        volatile float small = 1e-30f;
+        denormals += small * 1e-10f != 0;
+    }
+    CHECK(denormals == 0);
+}
+#endif
 TEST_CASE("a layer gives the same on the CPU as in plain loops, and with two threads always the same bits", "[layers][cpu]") {
     const std::vector<Case> five_segments = selected({scan(1, 5 * kScanChunk + 3, 3, 16, true, true)});  // for five threads
     for (const auto& list : {cases(), long_cases(), five_segments})
