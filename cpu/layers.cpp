@@ -35,7 +35,7 @@ std::string machine() {
     return std::string("cpu in ") + kPrecision + ", threads: " + std::to_string(omp_get_max_threads()) + (blas.empty() ? "" : ", BLAS for " + blas);
 }
 
-// From here on this thread, and those that it starts, take a number below 1e-38 for 0. Attention that is sure of itself is full of them, and so
+// From here on this thread, and those that it starts later, take a number below 1e-38 for 0. Attention that is sure of itself is full of them, and so
 // are AdamW's moments; for most processors one costs as much time as a hundred others, and beside those it is nothing.
 void flush_denormals() {
 #if defined(__SSE2__)
@@ -47,6 +47,7 @@ void flush_denormals() {
 #endif
 }
 cudaStream_t open() {
+#pragma omp parallel  // for those that it has started already
     flush_denormals();
     return nullptr;
 }
