@@ -482,7 +482,7 @@ def picture_gains(pyplot):
                 axis.plot(at, [row[2][layer] for row in line["gains"]], color=color, linestyle=":")
         axis.set_xscale("log", base=2)
         finish(axis, title, "tokens of the sequence", legend=axis is axes[0])
-    axes[0].set_ylabel("|gain k|: mean of the channels, and (dotted) largest")
+    axes[0].set_ylabel("|gain k| of the channels: mean, largest (dotted)")
     return figure
 
 
