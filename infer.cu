@@ -29,7 +29,7 @@ struct Options {
     Sampling sampling;
     bool bench = false, tokenize = false, print_tokens = false;
 
-    void check() const {
+    void check(const CommandLine& command) const {
         if (tokens < 0 || tokens > UINT32_MAX) fail("--tokens %lld: must be from 0 to 2^32 - 1", (long long)tokens);
         if (samples < 1 || samples > kMostSamples) fail("--samples %d: must be from 1 to %d", samples, kMostSamples);
         if (sampling.temperature != 0 && !(sampling.temperature >= 1e-3 && std::isfinite(sampling.temperature)))
@@ -46,6 +46,10 @@ struct Options {
         if (bench_prompt < 0 || bench_prompt > 1 << 24) fail("--bench-prompt %d: must be from 0 to 2^24", bench_prompt);
         if (bench_prompt > 0 && (!bench || prompts)) fail("--bench-prompt goes with --bench and no prompt");
         if (tokenize && (bench || !choices.empty())) fail("--tokenize goes with neither --bench nor --choices");
+        for (const char* flag : {"--tokens", "--temperature", "--top-k", "--top-p", "--print-tokens"})
+            if (command.has(flag) && (bench || tokenize || !score.empty() || !choices.empty()))
+                fail("%s is for drawing text: it goes with no --score, --choices, --tokenize or --bench", flag);
+        if (command.has("--samples") && (tokenize || !score.empty() || !choices.empty())) fail("--samples goes with drawing text or --bench");
         if (tokenize && !tokenizer.empty()) return;  // that is all it needs
         if (checkpoint.empty() == preset.empty()) fail("give --checkpoint, or --preset for random weights, and not both");
         if (!preset.empty() && !bench) fail("--preset has random weights: only for --bench");
@@ -387,7 +391,7 @@ static int infer(int argc, char** argv) {
     command.add("--bench-prompt", options.bench_prompt, "with --bench and no prompt: tokens of one; 0 = 512, or 64 on simt and plain");
     command.add("--preset", options.preset, "with --bench, instead of --checkpoint: a model of train --list-presets, random weights");
     if (!command.parse(argc, argv)) return 0;
-    options.check();
+    options.check(command);
     if (command.has("--score") && options.score.empty()) fail("--score: of which directory?");
     Config config;
     Tokenizer tokenizer;

@@ -736,6 +736,8 @@ TEST_CASE("tasks: examples with answers, of which alone there is a loss") {
     at.refuse("infer", {"--checkpoint", at / "run", "--score", at / "bpe"}, {at / "bpe", "another tokenizer"});
     at.refuse("infer", {"--checkpoint", at / "run", "--score", at / "recall-64", "--bench"}, {"--score"});
     at.refuse("infer", {"--checkpoint", at / "run", "--score-length", "8"}, {"--score-length", "--score"});
+    at.refuse("infer", {"--checkpoint", at / "run", "--score", at / "recall-64", "--temperature", "0"}, {"--temperature", "--score"});
+    at.refuse("infer", {"--checkpoint", at / "run", "--score", at / "recall-64", "--samples", "2"}, {"--samples", "--bench"});
     at.refuse("infer", {"--checkpoint", at / "run", "--bench-prompt", "8"}, {"--bench-prompt", "--bench"});
     at.refuse("infer", {"--bench", "--preset", "mamba-tiny", "--bench-prompt=-8"}, {"--bench-prompt -8"});
     const auto refuse_task = [&](const Arguments& flags, const std::vector<std::string>& phrases) {
