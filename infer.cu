@@ -4,6 +4,7 @@
 #include "moemamba.h"
 
 #include <omp.h>
+#include <sys/resource.h>
 
 #include <algorithm>
 #include <cerrno>
@@ -312,6 +313,9 @@ static void bench(Model& model, std::vector<int> prompt, int B, int length) {
            bytes.recurrent / 1e6, (long long)context);
     printf("prompt      %.1f tokens/s (%d tokens)\n", P / prefill, P);
     printf("decode      %.1f tokens/s (%d at once, median of %d blocks of %d)\n", B * rate, B, blocks, block);
+    rusage used{};
+    getrusage(RUSAGE_SELF, &used);
+    printf("memory      %.1f MB at most, with weights\n", used.ru_maxrss * 1024 / 1e6);
     if (B > 1) return;  // experts: how many of them a batch reads depends on its tokens
     const double bandwidth = measure_read_bandwidth(model.layers, slow ? 1 << 20 : 1 << 30);  // beyond caches, where it is fast
     printf("read        %.2f GB/s of weights, %.1f %% of the %.2f GB/s that this machine reads\n", rate * weight_bytes / 1e9,

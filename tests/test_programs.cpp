@@ -811,12 +811,16 @@ TEST_CASE("experiments that are stopped go on, those that are done are left alon
     CHECK(again.find("two/conba, seed 1: the same bits") != std::string::npos);
     CHECK(replicate("", "") == 0);  // what is left is the third
     CHECK(read_text(at / "out").starts_with("1/1  three, seed 1: measured"));
+    CHECK(replicate("", "") == 0);
+    CHECK(read_text(at / "out").starts_with("all of it is done"));
     CHECK(read_text(at / "docs/replication/results/one.jsonl") == one);
     CHECK(Json::parse(read_text(at / "docs/replication/results/three.jsonl")).at("points").size() == 2);
     const auto refuse = [&](const std::string& flags, const std::string& phrase) { refuse_tool(at, "tools/replicate.py", flags, phrase); };
     refuse("one four", "no experiment of docs/replication/experiments.ini begins with four");
     refuse("one --again 3", "one/mamba: no result of seed 3");
-    refuse("--again 1", "three: is timed");
+    refuse("--again 1", "which experiments");
+    refuse("--again 1 three", "three: is timed");
+    refuse("\"\"", "begins with ''");
     refuse("--list --smoke", "not allowed with");
     const std::string results = at / "docs/replication/results/one.jsonl", ini = at / "docs/replication/experiments.ini", experiments = read_text(ini);
     for (const std::string bad : {"{\"name\":\"one/mamba\",\"seed\":1", "garbage", "", "[1]", "{\"name\":\"one/mamba\",\"definition\":\"\"}"}) {
@@ -868,7 +872,9 @@ TEST_CASE("the pages of experiments are what their results say") {
     refuse_after("sed -i '1s/\"validation\".*\\]\\]/\"validation\":[[3000,4.5]]/' docs/replication/results/five.jsonl", "is not what the results say");
     refuse_after("sed -i '2s/\"data\":\"/&0/' docs/replication/results/five.jsonl", "of other tokens");
     refuse_after("echo garbage >> docs/replication/results/five.jsonl", "five.jsonl, line");
-    refuse_after("sed -i '1s/\"parameters\"/\"parametres\"/' docs/replication/results/five.jsonl", "a line has no 'parameters'");
+    refuse_after("sed -i '1s/\"parameters\"/\"parametres\"/' docs/replication/results/five.jsonl", "parameters is missing or damaged");
+    refuse_after("sed -i '1s/\"validation\".*/\"validation\":[[3000,NaN]]}/' docs/replication/results/five.jsonl", "validation is missing or damaged");
+    refuse_after("sed -i '2d' docs/replication/results/recall.jsonl", "1 are missing, the first recall/");
     refuse_after("sed -i '/^\\[five\\/mamba\\]/,/^flags/s/48/56/' docs/replication/experiments.ini", "defines otherwise");
 }
 
@@ -1580,7 +1586,7 @@ TEST_CASE("infer stops cleanly on Ctrl-C, and benchmarks random weights") {
     for (const char* part : {"---- sample 1\n", "\n---- sample 5000\n"}) CHECK(many.out.find(part) != std::string::npos);
     CHECK(many.err.find("of at most 5000000000000 tokens") != std::string::npos);
     const std::string bench = at.succeed("infer", {"--bench", "--preset", "mamba-tiny", "--prompt", "and"}).out;
-    for (const char* part : {"state", "prompt", "decode", "(1 at once", "tokens/s", "GB/s"}) CHECK(bench.find(part) != std::string::npos);
+    for (const char* part : {"state", "prompt", "decode", "memory", "(1 at once", "tokens/s", "GB/s"}) CHECK(bench.find(part) != std::string::npos);
     const std::string long_one = at.succeed("infer", {"--bench", "--preset", "jamba-tiny", "--bench-prompt", "2050", "--samples", "3"}).out;
     // One layer of attention with 2 groups of 24 keys and values each, in 4 bytes, and room for 256 tokens more.
     for (const char* part : {"0.886 MB of keys and values", "of 2306 tokens", "(2050 tokens)", "(3 at once"}) CHECK(long_one.find(part) != std::string::npos);

@@ -63,6 +63,8 @@ def read_experiments():
             file.read_file(f)
     except (configparser.Error, UnicodeDecodeError) as e:
         fail(f"{EXPERIMENTS}: {' '.join(str(e).split())}")
+    except OSError as e:
+        fail(f"{EXPERIMENTS}: {e.strerror}; this runs in the repository's root")
     words = {word for section in file.sections() for value in file[section].values() for word in re.findall(r"%\((\w+)\)s", value)}
     experiments = []
     for name in file.sections():
@@ -112,8 +114,8 @@ def named(experiments, names):
     chosen = []
     for name in names:
         found = [e for e in experiments if e["name"] == name] or [e for e in experiments if e["name"].startswith(name)]
-        if not found:
-            fail(f"no experiment of {EXPERIMENTS} begins with {name}")
+        if not name or not found:
+            fail(f"no experiment of {EXPERIMENTS} begins with {name or repr(name)}; --list shows what there is")
         chosen += found
     return [e for e in experiments if e in chosen or not names]
 
@@ -196,7 +198,8 @@ def run(program, flags, threads=1):
     reader.join()
     del running[process.pid]
     if process.returncode:
-        reason = errors[0].strip().split("\n")[-1].removeprefix("error: ") if process.returncode > 0 else f"killed by signal {-process.returncode}"
+        said = errors[0].strip().split("\n")[-1].removeprefix("error: ") or f"exit status {process.returncode}"
+        reason = said if process.returncode > 0 else f"killed by signal {-process.returncode}"
         raise Failed(f"{reason}: {' '.join(words)}")
     return out, usage.ru_maxrss * 1024
 
@@ -323,10 +326,10 @@ def decode(experiment, smoke):
     model = experiment["flags"].replace("-10m", "-tiny") if smoke else experiment["flags"]
     for point in experiment["decode"].split()[:1 if smoke else None]:
         batch, context = (2, 8) if smoke else map(int, point.split(":"))
-        text, memory = run("infer", f"--bench {model} --samples {batch} --bench-prompt {context}", os.cpu_count())
+        text, _ = run("infer", f"--bench {model} --samples {batch} --bench-prompt {context}", os.cpu_count())
         lines = {line.split()[0]: line.split() for line in text.splitlines()}
         points.append({"batch": batch, "context": context, "decode": float(lines["decode"][1]), "prompt": float(lines["prompt"][1]),
-                       "cache_mb": float(lines["state"][1]), "recurrent_mb": float(lines["state"][7]), "peak_memory": memory})
+                       "cache_mb": float(lines["state"][1]), "recurrent_mb": float(lines["state"][7]), "peak_memory": int(1e6 * float(lines["memory"][1]))})
     return {"points": points}
 
 
@@ -336,14 +339,14 @@ def perform(experiment, seed, smoke, folder):
 
 
 def compare(experiment, seed, again):
-    kept = read_results(experiment["name"])[seed]
-    if kept["data"] != again["data"]:
-        difference = "other data"
-    elif all(kept.get(key) == again.get(key) for key in ("loss", "validation", "score", "gains")):
+    lines = read_results(experiment["name"])
+    if all(lines[seed].get(key) == again.get(key) for key in ("data", "loss", "validation", "score", "gains")):
         return "the same bits"
-    else:
-        difference = "other bits"
-    return f"{difference}: validation {kept['validation'][-1][1]} before, {again['validation'][-1][1]} now"
+    loss = lambda line: line["validation"][-1][1]
+    losses = [loss(line) for line in lines.values()]
+    near = "within" if abs(loss(again) - loss(lines[seed])) <= max(losses) - min(losses) else "beyond"
+    return (f"other {'bits' if lines[seed]['data'] == again['data'] else 'data'}: validation {loss(lines[seed])} before, {loss(again)} now, "
+            f"{near} the spread of its seeds, {min(losses)} to {max(losses)}")
 
 
 # ---- all of them
@@ -367,8 +370,8 @@ def run_all(todo, jobs, job):
                     (experiment, seed), said, seconds = future.result()
                     done += 1
                     left = (time.monotonic() - start) / done * (len(todo) - done)
-                    print(f"{done}/{len(todo)}  {experiment['name']}, seed {seed}: {said}, {seconds:.0f} s; about {left / 60:.0f} minutes left",
-                          flush=True)
+                    print(f"{done}/{len(todo)}  {experiment['name']}, seed {seed}: {said}, {seconds:.0f} s" +
+                          (f"; about {left / 60:.0f} minutes left" if done < len(todo) else ""), flush=True)
             except BaseException:
                 for future in waiting:
                     future.cancel()
@@ -393,7 +396,7 @@ def main():
     modes.add_argument("--smoke", action="store_true", help="two steps of each, kept nowhere")
     modes.add_argument("--again", type=int, metavar="SEED", help="run this seed once more from scratch, keep nothing, compare")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side (%(default)s)")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     if arguments.jobs < 1:
         fail(f"--jobs {arguments.jobs}: must be at least 1")
     every = read_experiments()
@@ -404,9 +407,13 @@ def main():
             print(f"{e['name']:32} {len(finished(e) & set(seeds_of(e)))} of {len(seeds_of(e))} seeds  {definition(e)}")
         return
     if arguments.again is not None:
+        if not arguments.names:
+            fail("--again: which experiments? Name them")
         for e in experiments:
-            if "decode" in e or arguments.again not in finished(e):
-                fail(f"{e['name']}: " + ("is timed, and never the same" if "decode" in e else f"no result of seed {arguments.again} to compare with"))
+            if "decode" in e:
+                fail(f"{e['name']}: is timed, and never the same twice")
+            if arguments.again not in finished(e):
+                fail(f"{e['name']}: no result of seed {arguments.again} to compare with; there are {sorted(finished(e))}")
     for name in (signal.SIGINT, signal.SIGTERM):  # also where a shell has them ignored
         signal.signal(name, interrupt)
     anew = arguments.smoke or arguments.again is not None
@@ -423,6 +430,11 @@ def main():
         todo = [(e, seeds_of(e)[0] if arguments.smoke else arguments.again) for e in experiments]
     else:
         todo = [(e, seed) for e in experiments for seed in seeds_of(e) if seed not in finished(e)]
+        if not todo:
+            print("all of it is done; --again SEED runs a seed once more, tools/report.py makes tables and pictures")
+            return
+        write_whole(results_of("writable"), "")  # if results cannot be kept, rather now than after a run
+        os.remove(results_of("writable"))
 
     def job(experiment, seed):
         if not anew and "decode" not in experiment:
@@ -439,7 +451,7 @@ def main():
     try:
         run_all(todo, arguments.jobs, job)
     except KeyboardInterrupt:
-        sys.exit("interrupted; the next `make replicate` goes on from here")
+        sys.exit("interrupted" + ("" if anew else "; the next `make replicate` goes on from here"))
 
 
 if __name__ == "__main__":

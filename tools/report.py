@@ -16,10 +16,34 @@ import sys
 from replicate import FOLDER, definition, fail, in_one_line, read_experiments, read_lines, seeds_of, write_whole
 
 PAGES = ("docs/replication.md", "README.md")
+VOCABULARY = 4096
 RESULTS = {}  # {experiment: {seed: line}}
 
 
 # ---- results
+
+def unsound(line, experiment):
+    """The first key of a result that is not as tables and pictures read it."""
+    number = lambda x: isinstance(x, (int, float)) and math.isfinite(x)
+    curve = lambda x: len(x) == len(line["step"]) > 0 and all(map(number, x))
+    if "decode" in experiment:
+        points = [[int(x) for x in point.split(":")] for point in experiment["decode"].split()]
+        keys = {"points": lambda x: [[p["batch"], p["context"]] for p in x] == points and all(number(value) for p in x for value in p.values())}
+    else:
+        keys = {key: number for key in ("parameters", "active_parameters", "steps", "tokens_per_step", "seconds")}
+        keys |= {key: curve for key in ("step", "loss", "expert_load", "dropped", "gain") if key in ("step", "loss") or key in line}
+        keys["validation"] = lambda x: len(x) > 0 and all(number(step) and number(loss) for step, loss in x)
+        keys["score"] = lambda x: all(number(x[name]["known"]) for name in experiment.get("score", "").split())
+        keys["gains"] = lambda x: [row[0] for row in x] == [int(tokens) for tokens in experiment.get("gains", "").split()]
+    for key, sound in keys.items():
+        try:
+            if key in ("score", "gains") and key not in experiment or sound(line[key]):
+                continue
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError):
+            pass
+        return key
+    return None
+
 
 def read_results(check):
     """Those of experiments as they are defined now. On one dataset all have seen the same tokens."""
@@ -27,16 +51,21 @@ def read_results(check):
     of_data, others = {}, 0
     for path in sorted(glob.glob(f"{FOLDER}/results/*.jsonl")):
         for line in read_lines(path):
-            e = experiments.get(line["name"])
+            e, where = experiments.get(line["name"]), f"{path}: {line['name']}, seed {line['seed']}"
             if not e or line["seed"] not in seeds_of(e) or line["definition"] != definition(e):
                 others += 1
                 continue
+            if wrong := unsound(line, e):
+                fail(f"{where}: {wrong} is missing or damaged; remove the line, and its experiment is run again")
             if "decode" not in e and of_data.setdefault(e["data"], line["data"]) != line["data"]:
-                fail(f"{path}: {line['name']}, seed {line['seed']}, is of other tokens than the results before it, and cannot be compared with them")
+                fail(f"{where}, is of other tokens than the results before it, and cannot be compared with them")
             RESULTS.setdefault(line["name"], {})[line["seed"]] = line
+    missing = [f"{name}, seed {seed}" for name, e in experiments.items() for seed in seeds_of(e) if seed not in RESULTS.get(name, {})]
+    tell = fail if check else lambda text: print(f"note: {text}", file=sys.stderr)
     if others:
-        text = f"{FOLDER}/results: {others} of experiments that experiments.ini does not have, or defines otherwise"
-        fail(text) if check else print(f"note: {text}, are left out", file=sys.stderr)
+        tell(f"{FOLDER}/results: {others} of experiments that experiments.ini does not have, or defines otherwise, are left out")
+    if missing:
+        tell(f"{FOLDER}/results: {len(missing)} are missing, the first {missing[0]}: make replicate")
 
 
 def validation(line):
@@ -61,27 +90,22 @@ def values(name, measure=validation):
     return {seed: measure(line) for seed, line in sorted(RESULTS.get(name, {}).items())}
 
 
-def spread(numbers):
-    return statistics.stdev(numbers) if len(numbers) > 1 else 0.0
+def margin(numbers):
+    """Two standard errors of the mean."""
+    return 2 * statistics.stdev(numbers) / math.sqrt(len(numbers))
 
 
-def shown(numbers, digits=3):
-    """Mean and standard deviation over the seeds."""
+def shown(numbers, digits=3, sign=""):
     numbers = list(numbers)
     if not numbers:
         return "-"
-    return f"{statistics.mean(numbers):.{digits}f}" + (f" ± {spread(numbers):.{digits}f}" if len(numbers) > 1 else "")
+    return f"{statistics.mean(numbers):{sign}.{digits}f}" + (f" ± {margin(numbers):.{digits}f}" if len(numbers) > 1 else "")
 
 
 def differences(left, right, measure=validation):
     """left - right, seed by seed: both have seen the same tokens in the same order."""
     a, b = values(left, measure), values(right, measure)
     return [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
-
-
-def margin(numbers):
-    """Two standard errors of the mean."""
-    return 2 * spread(numbers) / math.sqrt(len(numbers))
 
 
 def verdict(numbers):
@@ -119,11 +143,12 @@ def millions(number):
     return f"{number / 1e6:.2f} M"
 
 
-FIVE = {"five/transformer": "Transformer", "five/mamba-mlp": "Mamba-MLP", "five/mamba": "Mamba", "five/transformer-moe": "Transformer-MoE",
-        "five/moe-mamba": "MoE-Mamba, 8 experts", "experts/32": "MoE-Mamba, 32 experts", "experts/32-no-capacity": "the same, no capacity"}
-PAPER_FIVE = {"five/transformer": ("3.66", "> 100 %"), "five/mamba-mlp": ("3.56", "> 100 %"), "five/mamba": ("3.51", "100 %"),
-              "five/transformer-moe": ("3.54 (32 experts)", "> 100 %"), "five/moe-mamba": ("3.51", "91 %"), "experts/32": ("3.41", "46 %"),
-              "experts/32-no-capacity": ("", "")}
+FIVE = {"equal/transformer": "Transformer", "equal/mamba-mlp": "Mamba-MLP", "five/mamba": "Mamba", "equal/transformer-moe": "Transformer-MoE, 8 experts",
+        "equal/moe-mamba": "MoE-Mamba, 8 experts", "equal/moe-mamba-32": "MoE-Mamba, 32 experts"}
+PAPER_FIVE = {"equal/transformer": ("3.66", "> 100 %"), "equal/mamba-mlp": ("3.56", "> 100 %"), "five/mamba": ("3.51", "100 %"),
+              "equal/transformer-moe": ("3.54 (32 experts)", "> 100 %"), "equal/moe-mamba": ("3.51", "91 %"), "equal/moe-mamba-32": ("3.41", "46 %")}
+PRESETS = {"five/transformer": "Transformer", "five/mamba-mlp": "Mamba-MLP", "five/mamba": "Mamba", "five/transformer-moe": "Transformer-MoE, 8 experts",
+           "five/moe-mamba": "MoE-Mamba, 8 experts", "experts/32": "MoE-Mamba, 32 experts", "experts/32-no-capacity": "MoE-Mamba, 32 experts, no capacity"}
 
 
 def percent(share):
@@ -136,18 +161,31 @@ def shares_of(name):
     return [steps_to_reach(line, mamba[seed]) for seed, line in sorted(RESULTS.get(name, {}).items()) if seed in mamba]
 
 
-def five():
-    rows = []
-    for name, title in FIVE.items():
-        lines = list(RESULTS.get(name, {}).values())
-        if lines:
-            rows.append([title, millions(lines[0]["parameters"]), millions(lines[0]["active_parameters"]), shown(values(name).values()),
-                         "" if name == "five/mamba" else shown(differences(name, "five/mamba")), steps(name), *PAPER_FIVE[name]])
-    return table(["", "parameters", "active", "validation loss", "less Mamba's", "steps to Mamba's loss, by seed", "paper (25M): loss", "steps"], rows)
-
-
 def steps(name):
-    return "100 %" if name == "five/mamba" else ", ".join(map(percent, shares_of(name)))
+    return "100 %" if name == "five/mamba" else ", ".join(map(percent, shares_of(name))) or "-"
+
+
+def sizes(name):
+    """Parameters; active ones for a token, embedding and head aside, as papers count."""
+    for line in RESULTS.get(name, {}).values():
+        width = int(re.search(r"--d-model (\d+)", line["definition"])[1])
+        return [millions(line["parameters"]), f"{(line['active_parameters'] - 2 * VOCABULARY * width) / 1000:.0f} K"]
+    return ["-", "-"]
+
+
+def beside_mamba(name):
+    return [*sizes(name), shown(values(name).values()), "" if name == "five/mamba" else shown(differences(name, "five/mamba")), steps(name)]
+
+
+BESIDE_MAMBA = ["parameters", "active", "validation loss", "minus Mamba's", "steps to Mamba's loss, by seed"]
+
+
+def five():
+    return table(["", *BESIDE_MAMBA, "paper (25M): loss", "steps"], [[title, *beside_mamba(name), *PAPER_FIVE[name]] for name, title in FIVE.items()])
+
+
+def presets():
+    return table(["", *BESIDE_MAMBA], [[title, *beside_mamba(name)] for name, title in PRESETS.items()])
 
 
 RATES = ("2e-3", "4e-3", "8e-3")
@@ -157,8 +195,8 @@ def rates():
     def cell(name, rate):
         found = values(name if rate == "4e-3" else f"lr/{name.split('/')[1]}-{rate}").get(1)
         return "-" if found is None else f"{found:.3f}"
-    rows = {name: title.split(",")[0] for name, title in FIVE.items() if name.startswith("five/")}
-    rows |= {"mixcon/2-6": "MixCon, 2 : 6", "mixcon/8-0": "the same depth, attention alone"}
+    rows = {name: title for name, title in PRESETS.items() if name.startswith("five/")}
+    rows |= {"mixcon/2-6": "MixCon, 2 : 6, dense", "mixcon/8-0": "attention alone, 16 steps deep as MixCon"}
     return table(["", *RATES], [[title, *(cell(name, rate) for rate in RATES)] for name, title in rows.items()])
 
 
@@ -174,9 +212,7 @@ def experts():
     rows = []
     for e in EXPERTS:
         one, two = sequential(e), f"experts/{e}-parallel"
-        gap = differences(one, two)
-        lines = list(RESULTS.get(one, {}).values())
-        rows.append([e, millions(lines[0]["parameters"]) if lines else "-", shown(values(one).values()), shown(values(two).values()), shown(gap), *PAPER_EXPERTS[e]])
+        rows.append([e, sizes(one)[0], shown(values(one).values()), shown(values(two).values()), shown(differences(one, two)), *PAPER_EXPERTS[e]])
     return table(["experts", "parameters", "one after the other", "in parallel", "difference", "paper: one after the other", "paper: in parallel"], rows)
 
 
@@ -188,8 +224,8 @@ def ratio_name(ratio):
 
 
 def ratio():
-    return table(["Mamba : experts, active parameters", "validation loss", "less that of 3 : 3"],
-                 [[title, shown(values(ratio_name(key)).values()), "" if key == "3-3" else shown(differences(ratio_name(key), "five/moe-mamba"))]
+    return table(["Mamba : experts, active parameters", "parameters", "active", "validation loss", "minus that of 3 : 3"],
+                 [[title, *sizes(ratio_name(key)), shown(values(ratio_name(key)).values()), "" if key == "3-3" else shown(differences(ratio_name(key), "five/moe-mamba"))]
                   for key, title in RATIOS.items()])
 
 
@@ -208,8 +244,8 @@ MIXCON = {"0-8": "0 : 8 (pure Conba)", "1-7": "1 : 7", "2-6": "2 : 6", "8-0": "8
 
 
 def mixcon():
-    return table(["attention : Conba", "dense", "with experts", "experts' gain"],
-                 [[title, shown(values(f"mixcon/{key}").values()), shown(values(f"mixcon/{key}-moe").values()),
+    return table(["attention : Conba", "active, dense", "loss, dense", "with experts", "with experts minus dense"],
+                 [[title, sizes(f"mixcon/{key}")[1], shown(values(f"mixcon/{key}").values()), shown(values(f"mixcon/{key}-moe").values()),
                    shown(differences(f"mixcon/{key}-moe", f"mixcon/{key}"))] for key, title in MIXCON.items()])
 
 
@@ -219,7 +255,7 @@ CONBA = {"mixcon/2-6-moe": "all terms, alpha 0.01", "conba/no-selection": "witho
 
 
 def conba():
-    return table(["", "validation loss", "less that of all terms", "largest gain k at the end of training"],
+    return table(["", "validation loss", "minus that of all terms", "largest gain k at the end of training"],
                  [[title, shown(values(name).values()), "" if name == "mixcon/2-6-moe" else shown(differences(name, "mixcon/2-6-moe")),
                    shown([line["gain"][-1] for line in RESULTS.get(name, {}).values() if "gain" in line], 2)] for name, title in CONBA.items()])
 
@@ -237,14 +273,27 @@ def context():
                  [[title, *(cell(task, model, length) for task in TASKS for length in (64, 128, 256))] for model, title in LEARNERS.items()])
 
 
-def point(name, batch, context, key="decode"):
-    """Median over the rounds."""
-    found = [p[key] for line in RESULTS.get(name, {}).values() for p in line["points"] if (p["batch"], p["context"]) == (batch, context)]
-    return statistics.median(found) if found else math.nan
+def rounds(model, batch, context, key="decode"):
+    """{round: value}"""
+    name = f"decode64k/{model}" if context == 65536 and model in ("mixtral", "jamba", "mixcon") else f"decode/{model}"
+    return {seed: p[key] for seed, line in RESULTS.get(name, {}).items() for p in line["points"]
+            if (p["batch"], p["context"]) == (batch, context) and key in p}
 
 
 def measured(model, batch, context, key="decode"):
-    return point(f"decode64k/{model}" if context == 65536 and model in ("mixtral", "jamba", "mixcon") else f"decode/{model}", batch, context, key)
+    """Median over the rounds."""
+    found = rounds(model, batch, context, key).values()
+    return statistics.median(found) if found else math.nan
+
+
+def speedups(other, batch, context):
+    """MixCon's speed by another's, round by round."""
+    mixcon, others = rounds("mixcon", batch, context), rounds(other, batch, context)
+    return [mixcon[i] / others[i] for i in sorted(mixcon.keys() & others.keys())]
+
+
+def ratio_shown(numbers):
+    return f"{statistics.median(numbers):.2f} ({min(numbers):.2f} to {max(numbers):.2f})" if numbers else "-"
 
 
 BATCHES, CONTEXTS = (1, 2, 4, 8, 16), (1024, 2048, 4096, 16384, 65536)
@@ -252,8 +301,8 @@ BATCHES, CONTEXTS = (1, 2, 4, 8, 16), (1024, 2048, 4096, 16384, 65536)
 
 def throughput():
     def row(title, batch, context):
-        speeds = {model: measured(model, batch, context) for model in ("mixtral", "jamba", "mixcon")}
-        return [title, *(or_dash(speed, 0) for speed in speeds.values()), *(or_dash(speeds["mixcon"] / speeds[other], 2) for other in ("mixtral", "jamba"))]
+        return [title, *(or_dash(measured(model, batch, context), 0) for model in ("mixtral", "jamba", "mixcon")),
+                *(ratio_shown(speedups(other, batch, context)) for other in ("mixtral", "jamba"))]
     rows = [row(f"{batch} at once, 2K", batch, 2048) for batch in BATCHES] + [row(f"1, {context // 1024}K", 1, context) for context in CONTEXTS if context != 2048]
     return table(["sequences, context", "Mixtral", "Jamba", "MixCon", "MixCon / Mixtral", "MixCon / Jamba"], rows)
 
@@ -271,56 +320,67 @@ def memory():
 
 def setup():
     lines = [line for seeds in RESULTS.values() for line in seeds.values()]
-    trained = [line for line in lines if "steps" in line]
-    english = [line for line in trained if "score" not in line]
-    if not english:
-        return "No results on text yet."
-    tokens = sorted({line["steps"] * line["tokens_per_step"] for line in english})
-    return table(["runs", "core hours", "tokens of a run", "minutes of a run, one core", "peak memory of a run"],
-                 [[len(lines), f"{sum(line['seconds'] for line in trained) / 3600:.1f}", " or ".join(millions(x) for x in tokens),
-                   f"{min(line['seconds'] for line in english) / 60:.1f} to {max(line['seconds'] for line in english) / 60:.1f}",
-                   f"at most {max(line['peak_memory'] for line in trained) / 1e6:.0f} MB"]])
+    rows = []
+    for title, group in (("on text", [line for line in lines if "steps" in line and "score" not in line]), ("on tasks", [line for line in lines if "score" in line])):
+        if group:
+            tokens = sorted({line["steps"] * line["tokens_per_step"] for line in group})
+            minutes = [line["seconds"] / 60 for line in group]
+            rows.append([title, len(group), " or ".join(millions(x) for x in tokens), f"{min(minutes):.1f} to {max(minutes):.1f}", f"{sum(minutes) / 60:.1f}"])
+    return table(["", "runs", "tokens of a run", "minutes of its training steps, one core", "core hours of all"], rows)
 
 
-def better(claim, paper, left, right, measure=validation, more=False):
-    """A row: left has the lower loss than right (more: the higher number)."""
-    numbers = differences(left, right, measure)
-    judged = verdict([-x for x in numbers] if more else numbers)
-    text = f"{statistics.mean(numbers):+.3f} ± {margin(numbers):.3f}" if len(numbers) > 1 and not more else \
-        f"{statistics.mean(numbers):+.0f} ± {margin(numbers):.0f} points" if len(numbers) > 1 else "-"
-    return [claim, paper, text, judged]
+def better(claim, paper, numbers):
+    """A row: numbers are differences, that the claim wants below 0."""
+    return [claim, paper, shown(numbers, 3, "+"), verdict(numbers)]
+
+
+def recalls_more(claim, length):
+    numbers = differences("recall/mixcon", "recall/conba", known(f"recall-{length}"))
+    return [claim, "no figure", shown(numbers, 0, "+") + " points", verdict([-x for x in numbers])]
+
+
+def decodes_faster(claim, paper, other, batch, context):
+    """A row. One round may be disturbed."""
+    numbers = speedups(other, batch, context)
+    counted = sorted(numbers)
+    sound = "-" if len(numbers) < 3 else "holds" if counted[1] > 1.05 else "contradicted" if counted[-2] < 0.95 else "does not show at this size"
+    return [claim, paper, ratio_shown(numbers) + " x", sound]
 
 
 def claim_rows():
-    rows = [better("MoE-Mamba, 32 experts, has a lower loss than Mamba", "-0.10", "experts/32", "five/mamba"),
-            better("MoE-Mamba, 8 experts, has a lower loss than Mamba-MLP", "-0.05", "five/moe-mamba", "five/mamba-mlp"),
-            better("Mamba has a lower loss than the Transformer", "-0.15", "five/mamba", "five/transformer"),
-            better("Transformer-MoE has a lower loss than the Transformer", "-0.12 (32 experts)", "five/transformer-moe", "five/transformer"),
-            better("MoE-Mamba has a lower loss than Transformer-MoE", "-0.13 (32 experts)", "five/moe-mamba", "five/transformer-moe"),
-            better("Mamba has a lower loss than Mamba-MLP", "-0.05", "five/mamba", "five/mamba-mlp")]
-    shares = shares_of("experts/32")
+    gap = differences
+    in_all_numbers = [gap(sequential(e), f"experts/{e}-parallel") for e in EXPERTS]
+    rows = [better("MoE-Mamba, 32 experts, has a lower loss than Mamba", "-0.10", gap("equal/moe-mamba-32", "five/mamba")),
+            better("MoE-Mamba, 8 experts, has a lower loss than Mamba-MLP", "-0.05", gap("equal/moe-mamba", "equal/mamba-mlp")),
+            better("Mamba has a lower loss than the Transformer", "-0.15", gap("five/mamba", "equal/transformer")),
+            better("Transformer-MoE, 8 experts, has a lower loss than the Transformer", "-0.12 (32 experts)", gap("equal/transformer-moe", "equal/transformer")),
+            better("MoE-Mamba has a lower loss than Transformer-MoE, 8 experts", "-0.13 (32 experts)", gap("equal/moe-mamba", "equal/transformer-moe")),
+            better("Mamba has a lower loss than Mamba-MLP", "-0.05", gap("five/mamba", "equal/mamba-mlp"))]
+    shares = shares_of("equal/moe-mamba-32")
     if len(shares) >= 3:
         sound = "holds" if max(shares) < 1 else "contradicted" if min(shares) > 1 else "does not show at this size"
         rows.append(["MoE-Mamba, 32 experts, reaches Mamba's loss in fewer steps", "46 %; 43 % at 100M", ", ".join(map(percent, shares)), sound])
-    rows += [better("32 experts have a lower loss than 8", "-0.03", "experts/32", "five/moe-mamba"),
-             better("8 experts have a lower loss than 1", "-0.07", "five/moe-mamba", "experts/1"),
-             better("One after the other beats in parallel, 8 experts", "-0.03", "five/moe-mamba", "experts/8-parallel"),
-             better("Half the active parameters in Mamba beat a sixth", "below 0 (a figure)", "five/moe-mamba", "ratio/1-5"),
-             better("Experts beat a wider Mamba of as many active parameters", "-0.07", "five/moe-mamba", "ratio/6-0"),
-             better("The hybrid (2:6) has a lower loss than pure Conba", "HellaSwag +2.2", "mixcon/2-6", "mixcon/0-8"),
-             better("The hybrid (2:6) has a lower loss than pure attention", "HellaSwag +0.2", "mixcon/2-6", "mixcon/8-0"),
-             better("2:6 has a lower loss than 1:7", "HellaSwag -0.1", "mixcon/2-6", "mixcon/1-7"),
-             better("Experts improve the hybrid", "HellaSwag +5.3", "mixcon/2-6-moe", "mixcon/2-6"),
-             better("Conba has a lower loss than Mamba in its place", "no figure", "mixcon/2-6-moe", "mixcon/2-6-mamba-moe"),
-             better("The hybrid recalls more than pure Conba, 64 tokens", "no figure", "recall/mixcon", "recall/conba", known("recall-64"), more=True),
-             better("the same, at four times the length of training", "no figure", "recall/mixcon", "recall/conba", known("recall-256"), more=True)]
-    speeds = [(what, paper, measured("mixcon", batch, context) / measured(other, batch, context)) for what, paper, other, batch, context in
-              (("MixCon decodes faster than Mixtral, 16 sequences of 2K", "3 x (8K)", "mixtral", 16, 2048), ("than Jamba, 16 sequences of 2K", "2 x (8K)", "jamba", 16, 2048),
-               ("than Mixtral, one sequence of 64K", "4.5 x (128K)", "mixtral", 1, 65536), ("than Jamba, one sequence of 64K", "1.5 x (128K)", "jamba", 1, 65536))]
-    for what, paper, ratio_here in speeds:
-        sound = "-" if math.isnan(ratio_here) else "holds" if ratio_here > 1.05 else "contradicted" if ratio_here < 0.95 else "does not show at this size"
-        rows.append([what, paper, "-" if math.isnan(ratio_here) else f"{ratio_here:.2f} x", sound])
-    return rows
+    return rows + [
+        better("32 experts have a lower loss than 8", "-0.03", gap("experts/32", "five/moe-mamba")),
+        better("8 experts have a lower loss than 1", "-0.07", gap("five/moe-mamba", "experts/1")),
+        better("One after the other beats in parallel, mean over 1 to 32 experts", "-0.03", [statistics.mean(of_seed) for of_seed in zip(*in_all_numbers)]),
+        better("Half the active parameters in Mamba (3:3) beat a sixth (1:5)", "below 0 (a figure)", gap("five/moe-mamba", "ratio/1-5")),
+        better("Experts beat a wider Mamba of as many active parameters", "-0.07", gap("equal/moe-mamba", "ratio/6-0")),
+        better("The hybrid (2:6) has a lower loss than pure Conba, dense", "HellaSwag +2.2", gap("mixcon/2-6", "mixcon/0-8")),
+        better("the same, with experts", "", gap("mixcon/2-6-moe", "mixcon/0-8-moe")),
+        better("The hybrid (2:6) has a lower loss than attention alone, dense", "HellaSwag +0.2", gap("mixcon/2-6", "mixcon/8-0")),
+        better("the same, with experts", "", gap("mixcon/2-6-moe", "mixcon/8-0-moe")),
+        better("2:6 has a lower loss than 1:7, dense", "HellaSwag -0.1", gap("mixcon/2-6", "mixcon/1-7")),
+        better("the same, with experts", "", gap("mixcon/2-6-moe", "mixcon/1-7-moe")),
+        better("Experts improve the hybrid (2:6)", "HellaSwag +5.3", gap("mixcon/2-6-moe", "mixcon/2-6")),
+        better("Conba has a lower loss than Mamba in its place, dense", "no figure", gap("mixcon/2-6", "mixcon/2-6-mamba")),
+        better("the same, with experts", "", gap("mixcon/2-6-moe", "mixcon/2-6-mamba-moe")),
+        recalls_more("The hybrid recalls more than pure Conba, 64 tokens", 64),
+        recalls_more("the same, at four times the length of training", 256),
+        decodes_faster("MixCon decodes faster than Mixtral, 16 sequences of 2K", "3 x (8K)", "mixtral", 16, 2048),
+        decodes_faster("MixCon decodes faster than Jamba, 16 sequences of 2K", "2 x (8K)", "jamba", 16, 2048),
+        decodes_faster("MixCon decodes faster than Mixtral, one sequence of 64K", "4.5 x (128K)", "mixtral", 1, 65536),
+        decodes_faster("MixCon decodes faster than Jamba, one sequence of 64K", "1.5 x (128K)", "jamba", 1, 65536)]
 
 
 def claims():
@@ -336,7 +396,7 @@ def headline():
         f"{count('contradicted')} are contradicted.")
 
 
-TABLES = {f.__name__: f for f in (setup, claims, headline, five, rates, experts, ratio, router, mixcon, conba, context, throughput, memory)}
+TABLES = {f.__name__: f for f in (setup, claims, headline, five, presets, rates, experts, ratio, router, mixcon, conba, context, throughput, memory)}
 
 
 def read(path):
@@ -362,9 +422,11 @@ def fill(pages):
 
 # ---- pictures
 
-def smooth(numbers, reach=2):
-    """Each with its neighbours, as many on either side as there are on the shorter one."""
-    return [statistics.mean(numbers[i - near:i + near + 1]) for i in range(len(numbers)) for near in [min(reach, i, len(numbers) - 1 - i)]]
+REACH = 2  # a smoothed point is the mean of so many on either side
+
+
+def smooth(numbers):
+    return [statistics.mean(numbers[i - REACH:i + REACH + 1]) for i in range(REACH, len(numbers) - REACH)]
 
 
 def band(axis, name, label, key="loss"):
@@ -372,7 +434,7 @@ def band(axis, name, label, key="loss"):
     lines = [line for _, line in sorted(RESULTS.get(name, {}).items()) if key in line]
     if not lines:
         return
-    tokens = [step * lines[0]["tokens_per_step"] / 1e6 for step in lines[0]["step"]]
+    tokens = [step * lines[0]["tokens_per_step"] / 1e6 for step in lines[0]["step"][REACH:-REACH]]
     columns = list(zip(*(smooth(line[key]) for line in lines)))
     color = axis.plot(tokens, [statistics.mean(column) for column in columns], label=label)[0].get_color()
     axis.fill_between(tokens, [min(column) for column in columns], [max(column) for column in columns], alpha=0.2, color=color, linewidth=0)
@@ -407,14 +469,14 @@ def picture_five(pyplot):
     lowest = [min(line["loss"]) for name in FIVE for line in RESULTS.get(name, {}).values()]
     if lowest:
         curves.set_ylim(min(lowest) - 0.05, min(lowest) + 1.8)
-    finish(curves, "training loss (band: three seeds)", "million tokens", "nats a token")
+    finish(curves, "training loss, smoothed (band: three seeds)", "million tokens", "nats a token")
     for i, (name, title) in enumerate(FIVE.items()):
         group = list(values(name).values())
         if group:
             end.plot(group, [i] * len(group), "o", markersize=5, alpha=0.6, color=f"C{i}")
             end.plot([statistics.mean(group)], [i], "|", markersize=22, color=f"C{i}")
     end.set_yticks(range(len(FIVE)), list(FIVE.values()))
-    end.invert_yaxis()
+    end.set_ylim(len(FIVE) - 0.4, -0.6)
     finish(end, "validation loss at the end (dots: seeds)", "nats a token")
     return figure
 
@@ -431,7 +493,7 @@ def picture_experts(pyplot):
     finish(number, "number of experts", "experts in each layer", "validation loss, nats a token")
     seeds_and_mean(share, [ratio_name(key) for key in RATIOS], None)
     share.set_xticks(range(len(RATIOS)), [title.split(" (")[0] for title in RATIOS.values()])
-    finish(share, "active parameters in Mamba : in the experts", "", "validation loss, nats a token", legend=False)
+    finish(share, "active parameters", "in Mamba : in the experts", "validation loss, nats a token", legend=False)
     return figure
 
 
@@ -445,8 +507,8 @@ def picture_router(pyplot):
     if lowest:
         loss.set_ylim(min(lowest) - 0.05, min(lowest) + 1.4)
     load.set_ylim(bottom=0.9)
-    finish(load, "load of 8 experts over training", "million tokens", "fullest expert over the mean")
-    finish(loss, "training loss", "million tokens", "nats a token")
+    finish(load, "load of 8 experts over training, smoothed (band: three seeds)", "million tokens", "fullest expert over the mean")
+    finish(loss, "training loss, smoothed", "million tokens", "nats a token")
     return figure
 
 
@@ -457,7 +519,7 @@ def picture_mixcon(pyplot):
     lowest = [min(line["loss"]) for key in MIXCON for line in RESULTS.get(f"mixcon/{key}-moe", {}).values()]
     if lowest:
         curves.set_ylim(min(lowest) - 0.05, min(lowest) + 1.4)
-    finish(curves, "training loss, with experts; attention : Conba", "million tokens", "nats a token")
+    finish(curves, "training loss with experts; attention : Conba\n(smoothed; band: three seeds)", "million tokens", "nats a token")
     names = [name for name in CONBA if name != "mixcon/2-6-moe"]
     for i, name in enumerate(names):
         gaps = differences(name, "mixcon/2-6-moe")
@@ -467,7 +529,7 @@ def picture_mixcon(pyplot):
     terms.axvline(0, color="gray", linestyle="--")
     terms.set_yticks(range(len(names)), [CONBA[name] for name in names])
     terms.invert_yaxis()
-    finish(terms, "terms of Conba: loss less that of all terms\n(dots: seeds; bar: two standard errors)", "nats a token; above 0: worse", legend=False)
+    finish(terms, "terms of Conba: loss minus that of all terms\n(dots: seeds; bar: two standard errors)", "nats a token; above 0: worse", legend=False)
     return figure
 
 
@@ -521,6 +583,7 @@ def picture_throughput(pyplot):
     for axis, ticks in ((batch, BATCHES), (context, CONTEXTS), (memory_axis, CONTEXTS)):
         axis.set_xscale("log", base=2)
         axis.set_xticks(ticks, [t if t < 1024 else f"{t // 1024}K" for t in ticks])
+    batch.set_ylim(bottom=0)
     memory_axis.set_yscale("log")
     finish(batch, "decoding, context 2K", "sequences at once", "tokens/s")
     finish(context, "decoding, one sequence", "context", "tokens/s")
@@ -546,10 +609,7 @@ def main():
     parser.add_argument("--check", action="store_true", help="change nothing; fail if anything is not what the results say")
     arguments = parser.parse_args()
     read_results(arguments.check)
-    try:
-        made = fill({page: read(page) for page in PAGES})
-    except KeyError as missing:
-        fail(f"{FOLDER}/results: a line has no {missing}")
+    made = fill({page: read(page) for page in PAGES})
     try:
         import matplotlib
     except ImportError:
