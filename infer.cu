@@ -47,10 +47,10 @@ struct Options {
         if (bench_prompt < 0 || bench_prompt > 1 << 24) fail("--bench-prompt %d: must be from 0 to 2^24", bench_prompt);
         if (bench_prompt > 0 && (!bench || prompts)) fail("--bench-prompt goes with --bench and no prompt");
         if (tokenize && (bench || !choices.empty())) fail("--tokenize goes with neither --bench nor --choices");
+        const bool draws = !bench && !tokenize && score.empty() && choices.empty();
         for (const char* flag : {"--tokens", "--temperature", "--top-k", "--top-p", "--print-tokens"})
-            if (command.has(flag) && (bench || tokenize || !score.empty() || !choices.empty()))
-                fail("%s is for drawing text: it goes with no --score, --choices, --tokenize or --bench", flag);
-        if (command.has("--samples") && (tokenize || !score.empty() || !choices.empty())) fail("--samples goes with drawing text or --bench");
+            if (!draws && command.has(flag)) fail("%s is for drawing text: it goes with no --score, --choices, --tokenize or --bench", flag);
+        if (!draws && !bench && command.has("--samples")) fail("--samples goes with drawing text or --bench");
         if (tokenize && !tokenizer.empty()) return;  // that is all it needs
         if (checkpoint.empty() == preset.empty()) fail("give --checkpoint, or --preset for random weights, and not both");
         if (!preset.empty() && !bench) fail("--preset has random weights: only for --bench");

@@ -29,6 +29,7 @@ import time
 FOLDER, WORK = "docs/replication", "build/replicate"
 EXPERIMENTS = f"{FOLDER}/experiments.ini"
 CURVE_POINTS = 60
+VOCABULARY = 4096  # of the text
 
 
 def fail(message):
@@ -181,7 +182,7 @@ running = {}  # processes by pid, for Ctrl-C
 
 
 def run(program, flags, threads=1):
-    """Its standard output, and its peak memory in bytes."""
+    """Its standard output."""
     words = [f"{PROGRAMS}/{program}", *shlex.split(flags)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     try:
@@ -193,15 +194,14 @@ def run(program, flags, threads=1):
     reader = threading.Thread(target=lambda: errors.append(process.stderr.read()))
     reader.start()
     out = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
+    process.wait()
     reader.join()
     del running[process.pid]
     if process.returncode:
         said = errors[0].strip().split("\n")[-1].removeprefix("error: ") or f"exit status {process.returncode}"
         reason = said if process.returncode > 0 else f"killed by signal {-process.returncode}"
         raise Failed(f"{reason}: {' '.join(words)}")
-    return out, usage.ru_maxrss * 1024
+    return out
 
 
 preparing = threading.Lock()
@@ -230,7 +230,7 @@ def prepare(data, smoke):
             texts.append(f"{WORK}/bible.txt")
             with open(texts[-1], "wb") as f:
                 f.write(bible)
-        print(run("data_prep", f"--input {' '.join(texts)} --train-tokenizer 4096 --val-fraction 0.02 --output {folder}")[0].strip(), flush=True)
+        print(run("data_prep", f"--input {' '.join(texts)} --train-tokenizer {VOCABULARY} --val-fraction 0.02 --output {folder}").strip(), flush=True)
     return folder
 
 
@@ -291,14 +291,10 @@ def train(experiment, seed, smoke, folder):
         flags = f"{experiment['flags']} {experiment['run']} {experiment['meanwhile']} --seed {seed} --peak-flops 1e11"
         if smoke:
             flags = last_of_each(flags + " --steps 2 --batch 1 --eval-every 0")
-    _, memory = run("train", f"--data {data} --out {out} {flags}")
-    with open(f"{out}/peak_memory", "a+") as f:  # also of a run that is complete, and only looked at again
-        f.write(f"{memory}\n")
-        f.seek(0)
-        memory = max(map(int, f))
-    result = {"data": fingerprint(data), "peak_memory": memory, **summary(f"{out}/log.jsonl")}
+    run("train", f"--data {data} --out {out} {flags}")
+    result = {"data": fingerprint(data), **summary(f"{out}/log.jsonl")}
     for name in experiment.get("score", "").split():
-        text, _ = run("infer", f"--checkpoint {out} --score {prepare(name, smoke)} --score-tokens 131072")
+        text = run("infer", f"--checkpoint {out} --score {prepare(name, smoke)} --score-tokens 131072")
         words = text.split(": ")[1].split()
         result.setdefault("score", {})[name] = {"loss": float(words[0]), "known": float(words[4])}
     for tokens in experiment.get("gains", "").split()[:1 if smoke else None]:
@@ -326,7 +322,7 @@ def decode(experiment, smoke):
     model = experiment["flags"].replace("-10m", "-tiny") if smoke else experiment["flags"]
     for point in experiment["decode"].split()[:1 if smoke else None]:
         batch, context = (2, 8) if smoke else map(int, point.split(":"))
-        text, _ = run("infer", f"--bench {model} --samples {batch} --bench-prompt {context}", os.cpu_count())
+        text = run("infer", f"--bench {model} --samples {batch} --bench-prompt {context}", os.cpu_count())
         lines = {line.split()[0]: line.split() for line in text.splitlines()}
         points.append({"batch": batch, "context": context, "decode": float(lines["decode"][1]), "prompt": float(lines["prompt"][1]),
                        "cache_mb": float(lines["state"][1]), "recurrent_mb": float(lines["state"][7]), "peak_memory": int(1e6 * float(lines["memory"][1]))})
